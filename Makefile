@@ -1,0 +1,107 @@
+# Everything is built and kept below this directory; `make clean` removes it again.
+
+PYTHON ?= python3
+
+# What the pinned requirement files are made from; see `pins`.
+RUNTIME := asyncinotify boto3 python-dotenv
+DEV := coverage hypothesis mypy pytest pytest-timeout pytest-xdist rich ruff trustme
+S3SERVER := ministack
+UV := uv==0.13.8
+
+# A stamp names the Python that its venv was made with, so that another PYTHON makes another venv.
+TAG := $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null)
+VENV := .venv/installed-$(TAG)
+VENV_S3 := .venv-s3/installed-$(TAG)
+VENV_PINS := .venv-pins/installed-$(UV)-$(TAG)
+BIN := .venv/bin/python
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --only-binary :all:
+
+export TMPDIR := $(CURDIR)/.cache/tmp
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format pins clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV) $(VENV_S3) ## watch a pretend LND being backed up to an S3 server on this machine
+	@mkdir -p "$(TMPDIR)"
+	@$(BIN) tests/demo.py
+
+test: lint $(VENV_S3) ## check and test everything, with coverage
+	@mkdir -p "$(TMPDIR)"
+	@$(BIN) -m coverage erase
+	$(BIN) -m coverage run -m pytest -m "not alone" --numprocesses 4
+	$(BIN) -m coverage run -m pytest -m alone
+	@$(BIN) -m coverage combine --quiet
+	@$(BIN) -m coverage report
+
+lint: $(VENV) ## check format, style and types
+	$(BIN) -m ruff format --check --quiet
+	$(BIN) -m ruff check --quiet
+	$(BIN) -m mypy --strict
+
+format: $(VENV) ## format the code and mend what can be mended
+	$(BIN) -m ruff format
+	$(BIN) -m ruff check --fix
+
+clean: ## remove the venvs, caches and results
+	rm -rf .venv .venv-s3 .venv-pins .cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the venvs ---
+
+define NEED_PYTHON
+@mkdir -p "$(TMPDIR)"
+@command -v $(PYTHON) >/dev/null || { \
+	echo "$(PYTHON) is not there: install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "$(PYTHON) is too old: install Python 3.11 or newer and name it, e.g. make PYTHON=python3.11" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv; ensurepip.version()' 2>/dev/null || { \
+	echo "$(PYTHON) cannot make virtual environments: apt install python3-venv (or your system's package for it)" >&2; exit 1; }
+endef
+
+define BUILD_VENV
+$(NEED_PYTHON)
+@echo "installing $(subst $() , and ,$^) into $(@D)"
+@$(PYTHON) -m venv --clear $(@D)
+@$(@D)/bin/python $(PIP_INSTALL) --require-hashes $(addprefix -r ,$^)
+@touch $@
+endef
+
+$(VENV): requirements.txt requirements-dev.txt
+	$(BUILD_VENV)
+
+$(VENV_S3): tests/requirements-s3server.txt
+	$(BUILD_VENV)
+
+$(VENV_PINS):
+	$(NEED_PYTHON)
+	@echo "installing $(UV) into $(@D)"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) $(UV)
+	@touch $@
+
+# --- the pinned requirement files ---
+
+# $(call PIN,direct dependencies,file,more options): newest versions, for Python 3.11 and up on every platform.
+# uv does not read pip's settings; the index is handed on, and nothing of it gets into the files.
+define PIN
+@echo "pinning $(1), and what they bring in, in $(2)"
+@mkdir -p .cache
+@index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.venv-pins/bin/python -m pip config get global.index-url 2>/dev/null)}}; \
+	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+	{ echo '# Made by `make pins`, not by hand. Direct dependencies: $(1).' && \
+	echo '# Every other package is here because of those named after its "via".' && \
+	printf '%s\n' $(1) | .venv-pins/bin/uv pip compile - --quiet --no-header --universal --python-version 3.11 \
+		--python .venv-pins/bin/python --system-certs --only-binary :all: --generate-hashes \
+		--no-emit-index-url --no-emit-find-links $(3); } > .cache/pins && mv .cache/pins $(2)
+endef
+
+pins: $(VENV_PINS) ## pin the newest versions of all dependencies
+	$(call PIN,$(RUNTIME),requirements.txt)
+	$(call PIN,$(DEV),requirements-dev.txt,--constraints requirements.txt)
+	$(call PIN,$(S3SERVER),tests/requirements-s3server.txt)

@@ -1,0 +1,38 @@
+"""The test kit: an LND, an S3 server, a line between them that fails on demand, and the invariant they are held to."""
+
+from .fake_s3 import Answer, FakeS3, Request
+from .invariant import VERSION_NAME, assert_nothing_lost, normalised_prefix
+from .lnd import Lnd, Written, channel_backup
+from .proxy import Counts, FaultProxy, Mode
+from .s3 import CHECKOUT, Credentials, S3Server, StoredObject, allow, foreign_settings, make_client
+from .script import SCRIPT, Daemon, NotifySocket, Script, reader_settings, run_script, script_environment, settings_for
+
+__all__ = [
+    "CHECKOUT",
+    "SCRIPT",
+    "VERSION_NAME",
+    "Answer",
+    "Counts",
+    "Credentials",
+    "Daemon",
+    "FakeS3",
+    "FaultProxy",
+    "Lnd",
+    "Mode",
+    "NotifySocket",
+    "Request",
+    "S3Server",
+    "Script",
+    "StoredObject",
+    "Written",
+    "allow",
+    "assert_nothing_lost",
+    "channel_backup",
+    "foreign_settings",
+    "make_client",
+    "normalised_prefix",
+    "reader_settings",
+    "run_script",
+    "script_environment",
+    "settings_for",
+]

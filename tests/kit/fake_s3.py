@@ -1,0 +1,208 @@
+"""A scripted S3 over http: it answers as told, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import socket
+import sys
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Self
+
+PATIENCE_SECONDS = 10.0
+HTML = b"<html><body>Please accept our terms of use.</body></html>"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: with a code, S3's error document; with a body, that body; else the empty answer to a good PUT."""
+
+    status: int = 200
+    code: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    etag: bool = True
+    drop: bool = False
+
+
+STORED = Answer()
+SLOW_DOWN = Answer(503, "SlowDown")
+INTERNAL_ERROR = Answer(500, "InternalError")
+ACCESS_DENIED = Answer(403, "AccessDenied")
+EXPIRED_TOKEN = Answer(403, "ExpiredToken")
+CLOCK_SKEW = Answer(403, "RequestTimeTooSkewed")
+UNKNOWN_KEY = Answer(403, "InvalidAccessKeyId")
+WRONG_SIGNATURE = Answer(403, "SignatureDoesNotMatch")
+NO_SUCH_BUCKET = Answer(404, "NoSuchBucket")
+WRONG_REGION = Answer(301, "PermanentRedirect", {"x-amz-bucket-region": "eu-central-1"})
+NO_ETAG = Answer(etag=False)
+PORTAL = Answer(200, headers={"Content-Type": "text/html"}, body=HTML, etag=False)
+PORTAL_WITH_ETAG = Answer(200, headers={"Content-Type": "text/html"}, body=HTML)
+DROPPED = Answer(drop=True)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it arrived; the names of the headers are in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class FakeS3:
+    """Answers each PUT with the next of the scripted answers and then with success, and any other method by default.
+
+    With `hold` requests are taken in and recorded, and answered only after `release`.
+    """
+
+    def __init__(self, *answers: Answer, defaults: dict[str, Answer] | None = None, hold: bool = False) -> None:
+        """Script the answers; `defaults` gives by method what follows them (other methods than PUT: AccessDenied)."""
+        self.requests: list[Request] = []
+        self._answers = deque(answers)
+        self._defaults = {"PUT": STORED} | (defaults or {})
+        self._changed = threading.Condition()
+        self._released = threading.Event()
+        if not hold:
+            self._released.set()
+        self._server = _Server(self)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="fake-s3")
+
+    def __enter__(self) -> Self:
+        """Begin to answer."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Cut all connections and end."""
+        self.release()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.cut_all()
+        self._server.server_close()
+
+    @property
+    def port(self) -> int:
+        """Return the port on the loopback address."""
+        return int(self._server.server_address[1])
+
+    @property
+    def endpoint(self) -> str:
+        """Return the URL of the server."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def script(self, *answers: Answer) -> None:
+        """Append answers for the PUTs to come."""
+        with self._changed:
+            self._answers.extend(answers)
+
+    def set_default(self, answer: Answer, method: str = "PUT") -> None:
+        """Answer in this way from now on whenever nothing is scripted."""
+        with self._changed:
+            self._defaults[method] = answer
+
+    def hold(self) -> None:
+        """Answer nothing until `release`."""
+        self._released.clear()
+
+    def release(self) -> None:
+        """Answer what is waiting, and answer at once from now on."""
+        self._released.set()
+
+    def wait_for_requests(self, count: int, timeout: float = PATIENCE_SECONDS, *, method: str = "PUT") -> list[Request]:
+        """Block until so many requests of the method have arrived, and return all of them."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._of(method)) >= count, timeout):
+                raise AssertionError(f"{len(self._of(method))} of {count} requests arrived: {self.requests}")
+            return self._of(method)
+
+    def take(self, request: Request) -> Answer:
+        """Record a request, wait as long as answers are held, and return the answer; for the handler."""
+        with self._changed:
+            self.requests.append(request)
+            answer = self._defaults.get(request.method, ACCESS_DENIED)
+            if request.method == "PUT" and self._answers:
+                answer = self._answers.popleft()
+            self._changed.notify_all()
+        self._released.wait()
+        return answer
+
+    def _of(self, method: str) -> list[Request]:
+        """Return the requests of one method."""
+        return [request for request in self.requests if request.method == method]
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """An HTTP server that can cut its connections, so that no thread outlives it."""
+
+    daemon_threads = False
+    block_on_close = True
+
+    def __init__(self, fake: FakeS3) -> None:
+        self.fake = fake
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
+        """Remember the connection."""
+        with self._lock:
+            self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 - as in the base class
+        """Forget the connection."""
+        with self._lock:
+            self._open.discard(request)
+        super().shutdown_request(request)
+
+    def cut_all(self) -> None:
+        """End every connection."""
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
+        """Keep quiet about clients that went away."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Turns scripted answers into HTTP."""
+
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def answer(self) -> None:
+        """Take in one request and give its answer."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        answer = self.server.fake.take(Request(self.command, self.path, headers, body))
+        if answer.drop:
+            self.close_connection = True
+            return
+        content = answer.body or b""
+        self.send_response(HTTPStatus(answer.status))
+        if answer.code:
+            self.send_header("Content-Type", "application/xml")
+            content = f"<Error><Code>{answer.code}</Code><Message>scripted</Message></Error>".encode()
+        elif answer.etag:
+            self.send_header("ETag", f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"')
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_PUT = do_GET = do_HEAD = do_POST = do_DELETE = answer  # noqa: N815 - the names of the base class
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the signature of the base class
+        """Write nothing."""

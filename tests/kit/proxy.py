@@ -1,0 +1,439 @@
+"""Faults between the program and S3: a TCP proxy that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self, TypeVar, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+Mode = Literal[
+    "pass",
+    "refuse",
+    "rst",
+    "blackhole",
+    "latency",
+    "rst_after_up",
+    "stall_after_up",
+    "swallow_response",
+    "throttle",
+    "corrupt",
+    "portal",
+]
+
+CHUNK = 65536
+PATIENCE_SECONDS = 10.0
+PORTAL_PAGE = b"<html><body>Please accept our terms of use.</body></html>"
+
+_LINGER_NONE = struct.pack("ii", 1, 0)
+_TLS_HEADER = 5
+_TLS_CHANGE_CIPHER, _TLS_HANDSHAKE, _TLS_DATA = 0x14, 0x16, 0x17
+_CONTINUE = b"HTTP/1.1 100"
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What went through the proxy since the counts were last reset."""
+
+    connections: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    round_trips: int = 0
+    swallowed: int = 0
+
+
+class TlsRecords:
+    """Counts the TLS records of the client by type, from the bytes as they pass."""
+
+    def __init__(self) -> None:
+        """Begin before the first byte."""
+        self.seen: list[int] = []
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes; a record counts once it is complete."""
+        self._buffer += data
+        while len(self._buffer) >= _TLS_HEADER:
+            end = _TLS_HEADER + int.from_bytes(self._buffer[3:5])
+            if len(self._buffer) < end:
+                return
+            self.seen.append(self._buffer[0])
+            self._buffer = self._buffer[end:]
+
+    @property
+    def requested(self) -> bool:
+        """Tell whether the client has begun a request: in TLS 1.3 its first data record ends the handshake."""
+        tls_1_2 = self.seen.count(_TLS_HANDSHAKE) > 1
+        return self.seen.count(_TLS_DATA) + bool(self._buffer) > (0 if tls_1_2 else 1)
+
+    @property
+    def only_finished(self) -> bool:
+        """Tell whether the client has just ended a TLS 1.3 handshake, which awaits no answer."""
+        return not self._buffer and self.seen == [_TLS_HANDSHAKE, _TLS_CHANGE_CIPHER, _TLS_DATA]
+
+
+class BitFlipper:
+    """Flips one bit in the middle of each HTTP request body, and leaves the headers alone."""
+
+    def __init__(self) -> None:
+        """Begin before the first request of a connection."""
+        self._head = b""
+        self._body = bytearray()
+        self._missing = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes and return those that are due: headers at once, a body when it is complete."""
+        due = b""
+        while data:
+            if self._missing:
+                self._body += data[: self._missing]
+                data, self._missing = data[self._missing :], self._missing - len(data[: self._missing])
+                due += b"" if self._missing else self._flipped()
+                continue
+            before = len(self._head)
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end < 0:
+                return due + data
+            head, self._head = self._head[: end + 4], b""
+            due += head[before:]
+            data = data[len(head) - before :]
+            self._missing = content_length(head)
+        return due
+
+    def _flipped(self) -> bytes:
+        """Return the collected body with its bit flipped."""
+        self._body[len(self._body) // 2] ^= 1
+        body, self._body = bytes(self._body), bytearray()
+        return body
+
+
+def content_length(head: bytes) -> int:
+    """Return the length of the body that follows these HTTP headers."""
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return int(line.partition(b":")[2])
+    return 0
+
+
+class _Connection:
+    """One client's connection and its counterpart to the server, in the mode of the moment of its acceptance."""
+
+    def __init__(self, proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.proxy = proxy
+        self.mode: Mode = proxy.mode
+        self.settings = proxy.settings
+        self.reader = reader
+        self.writers = [writer]
+        writer.transport.set_write_buffer_limits(0)
+        self.frozen = False
+        self.opened = asyncio.get_running_loop().time()
+        self.tls: TlsRecords | None = None
+        self.asked = False
+        self.up_bytes = 0
+
+    async def serve(self) -> None:
+        """Do what the mode says until either side ends the connection."""
+        if self.mode == "rst":
+            await self.reject()
+        elif self.mode == "blackhole":
+            while data := await self.reader.read(CHUNK):
+                self.note_up(data)
+        elif self.mode == "portal":
+            await self.portal()
+        else:
+            await self.forward()
+
+    async def forward(self) -> None:
+        """Pass the bytes of both directions, with the fault of the mode."""
+        try:
+            reader, writer = await asyncio.open_connection(*self.proxy.upstream)
+        except OSError:
+            await self.reject()
+            return
+        writer.transport.set_write_buffer_limits(0)
+        self.writers.append(writer)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.direction(self.reader, writer, upward=True))
+            group.create_task(self.direction(reader, self.writers[0], upward=False))
+
+    async def direction(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool) -> None:
+        """Pass the bytes of one direction; the delay of the mode holds them back without slowing them down."""
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        up, down = self.settings.get("up", 0.0), self.settings.get("down", 0.0)
+        delay = up if upward else down
+        established = self.opened + up + down
+
+        async def deliver() -> None:
+            while True:
+                due, data = await queue.get()
+                await asyncio.sleep(due - loop.time())
+                if not data:
+                    break
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(deliver())
+            transform = self.upward if upward else self.downward
+            flipper = BitFlipper()
+            step = max(1, min(CHUNK, int(self.settings.get("bps", CHUNK * 20)) // 20))
+            while data := await reader.read(step):
+                passed = await transform(data)
+                if upward and self.mode == "corrupt":
+                    passed = flipper.feed(passed)
+                if self.mode == "throttle":
+                    await asyncio.sleep(len(data) / self.settings["bps"])
+                if passed:
+                    queue.put_nowait((max(loop.time(), established) + delay, passed))
+            queue.put_nowait((loop.time() + delay, b""))
+
+    async def upward(self, data: bytes) -> bytes:
+        """Take bytes from the client and return what the server gets of them."""
+        before = self.up_bytes
+        self.note_up(data)
+        if self.frozen:
+            return b""
+        if self.mode not in ("rst_after_up", "stall_after_up"):
+            return data
+        passed = data[: max(0, int(self.settings["n"]) - before)]
+        if self.mode == "rst_after_up" and self.up_bytes >= self.settings["n"]:
+            self.writers[1].write(passed)
+            await self.writers[1].drain()
+            self.reset()
+            return b""
+        return passed
+
+    async def downward(self, data: bytes) -> bytes:
+        """Take bytes from the server and return what the client gets of them."""
+        if self.frozen or (self.mode == "swallow_response" and self.is_response(data)):
+            self.proxy.count(swallowed=len(data))
+            return b""
+        self.note_down(data)
+        return data
+
+    def is_response(self, data: bytes) -> bool:
+        """Tell whether the bytes answer a request, rather than belong to a handshake or an interim answer."""
+        return self.tls.requested if self.tls else not data.startswith(_CONTINUE)
+
+    async def reject(self) -> None:
+        """Reset the connection at its first bytes; an earlier reset is seen by some clients only half-way."""
+        self.note_up(await self.reader.read(CHUNK))
+        self.reset()
+
+    async def portal(self) -> None:
+        """Answer each request as the log-in page of a hotel does."""
+        writer = self.writers[0]
+        etag = b'ETag: "5eb63bbbe01eeed093cb22bb8f5acdc3"\r\n' if self.settings.get("etag") else b""
+        while True:
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            self.note_up(head)
+            if b"100-continue" in head.lower():
+                writer.write(_CONTINUE + b" Continue\r\n\r\n")
+            self.note_up(await self.reader.readexactly(content_length(head)))
+            length = b"Content-Length: %d\r\n" % len(PORTAL_PAGE)
+            answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n" + etag + length + b"\r\n" + PORTAL_PAGE
+            self.note_down(answer)
+            writer.write(answer)
+            await writer.drain()
+
+    def note_up(self, data: bytes) -> None:
+        """Count bytes from the client, which as a rule await an answer."""
+        if not data:
+            return
+        if not self.up_bytes and data[0] == _TLS_HANDSHAKE:
+            self.tls = TlsRecords()
+        if self.tls:
+            self.tls.feed(data)
+        self.up_bytes += len(data)
+        self.asked = not (self.tls and self.tls.only_finished)
+        self.proxy.count(bytes_up=len(data))
+
+    def note_down(self, data: bytes) -> None:
+        """Count bytes for the client, and a round trip if it was waiting for them."""
+        self.proxy.count(bytes_down=len(data), round_trips=int(self.asked))
+        self.asked = False
+
+    def reset(self) -> None:
+        """Cut the connection hard, so that both sides see a reset."""
+        for writer in self.writers:
+            if not writer.transport.is_closing():
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+                writer.transport.abort()
+
+
+class FaultProxy:
+    """A TCP proxy on the loopback address whose mode decides what becomes of each new connection.
+
+    - `pass`: nothing happens;
+    - `refuse`: nobody listens; `rst`: reset at the first byte; `blackhole`: accepted, never answered;
+    - `latency(up, down)`: a line with these delays in seconds, handshake included, of any throughput;
+    - `throttle(bps)`: a line of so many bytes per second each way;
+    - `rst_after_up(n)`, `stall_after_up(n)`: the server gets the first n bytes, then a reset, or nothing more;
+    - `swallow_response`: the server gets everything, the client never hears;
+    - `corrupt`: one bit of each HTTP body is flipped;
+    - `portal(etag)`: every HTTP request is answered by a log-in page, with an ETag or without.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        """Prepare a proxy before that server; it runs inside `with`."""
+        self.upstream = (host, port)
+        self.mode: Mode = "pass"
+        self.settings: dict[str, float] = {}
+        self.port = 0
+        self._counts = Counts()
+        self._changed = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy")
+        self._server: asyncio.Server | None = None
+        self._placeholder: socket.socket | None = None
+        self._connections: dict[asyncio.Task[None], _Connection] = {}
+
+    def __enter__(self) -> Self:
+        """Start listening."""
+        self._thread.start()
+        self._call(self._listen())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Cut every connection and end the thread."""
+        self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def counts(self) -> Counts:
+        """Return the counts of this moment."""
+        with self._changed:
+            return self._counts
+
+    def endpoint(self, scheme: str = "http") -> str:
+        """Return the URL under which the server is reached through the proxy."""
+        return f"{scheme}://127.0.0.1:{self.port}"
+
+    def set(self, mode: Mode, *, cut: bool = False, **settings: float) -> None:
+        """Treat new connections in this way from now on, and on request cut those that there are."""
+        if mode not in get_args(Mode):
+            raise ValueError(f"unknown mode {mode!r}")
+        self._call(self._set(mode, settings))
+        if cut:
+            self.cut_all()
+
+    def cut_all(self) -> None:
+        """Reset every open connection."""
+        self._call(self._each(_Connection.reset))
+
+    def freeze_all(self) -> None:
+        """Let every open connection go silent for good, as a router does that has forgotten it."""
+        self._call(self._each(lambda connection: setattr(connection, "frozen", True)))
+
+    def reset_counts(self) -> None:
+        """Count from zero again."""
+        with self._changed:
+            self._counts = Counts()
+
+    def wait_until(self, predicate: Callable[[Counts], bool], timeout: float = PATIENCE_SECONDS) -> Counts:
+        """Block until the counts fulfil the predicate, and return them."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: predicate(self._counts), timeout):
+                raise AssertionError(f"the proxy did not get there: {self._counts}")
+            return self._counts
+
+    def count(self, **more: int) -> None:
+        """Add to the counts; for the connections."""
+        with self._changed:
+            self._counts = replace(
+                self._counts, **{name: getattr(self._counts, name) + number for name, number in more.items()}
+            )
+            self._changed.notify_all()
+
+    def _call(self, coroutine: Coroutine[None, None, _Result]) -> _Result:
+        """Run a coroutine in the proxy's loop and wait for its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_SECONDS)
+
+    def _bind(self) -> socket.socket:
+        """Return a socket bound to the proxy's port, always the same one."""
+        bound = socket.socket()
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", self.port))
+        self.port = bound.getsockname()[1]
+        return bound
+
+    async def _listen(self) -> None:
+        """Accept connections."""
+        if self._placeholder:
+            self._placeholder.close()
+            self._placeholder = None
+        if self._server is None:
+            self._server = await asyncio.start_server(self._accept, sock=self._bind(), limit=CHUNK)
+
+    async def _set(self, mode: Mode, settings: dict[str, float]) -> None:
+        """Take over the mode; to refuse connections the port is kept, but not listened at."""
+        self.mode, self.settings = mode, settings
+        if mode != "refuse":
+            await self._listen()
+        elif self._server:
+            self._server.close()
+            self._server = None
+            self._placeholder = self._bind()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection to its end, however it ends."""
+        task: asyncio.Task[None] | None = asyncio.current_task()
+        if task is None:
+            return
+        self.count(connections=1, round_trips=1)
+        connection = self._connections[task] = _Connection(self, reader, writer)
+        expected = (OSError, EOFError, asyncio.CancelledError)
+        try:
+            with contextlib.suppress(*expected):
+                await _unwrapped(connection.serve())
+        finally:
+            await _abort(connection.writers)
+            del self._connections[task]
+
+    async def _each(self, action: Callable[[_Connection], None]) -> None:
+        """Do something to every open connection."""
+        for connection in list(self._connections.values()):
+            action(connection)
+
+    async def _close(self) -> None:
+        """Stop listening and end every connection."""
+        if self._server:
+            self._server.close()
+        if self._placeholder:
+            self._placeholder.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _unwrapped(work: Awaitable[None]) -> None:
+    """Turn the group in which a task group wraps an error back into the error."""
+    try:
+        await work
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+
+
+async def _abort(writers: list[asyncio.StreamWriter]) -> None:
+    """Close the connections at once, and wait until their sockets are closed."""
+    for writer in writers:
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()

@@ -1,0 +1,394 @@
+"""An S3 server that checks signatures, permissions and checksums: ministack on the loopback address."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import uuid
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
+
+import botocore.session
+import trustme
+from botocore.config import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import datetime
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+REGION = "us-east-1"
+ACCOUNT = "000000000000"
+START_SECONDS = 30.0
+GRACE_SECONDS = 0.2
+
+# Run by the Python of ministack's own environment. Its command would also take port 443. No session tickets: they
+# come unasked and would be counted as an answer by the proxy. The end of stdin, that of whoever started it, is its end.
+_LAUNCH = """
+import asyncio, os, sys, threading
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+from ministack.app import app
+
+class KitConfig(Config):
+    def create_ssl_context(self):
+        context = super().create_ssl_context()
+        if context is not None:
+            context.num_tickets = 0
+        return context
+
+config = KitConfig()
+descriptor, grace, config.certfile, config.keyfile = sys.argv[1], float(sys.argv[2]), *(sys.argv[3:] or (None, None))
+config.bind, config.keep_alive_timeout = ["fd://" + descriptor], 75
+config.graceful_timeout = config.shutdown_timeout = grace
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+asyncio.run(serve(app, config))
+"""
+
+_environment_lock = threading.Lock()
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """An access key and its secret."""
+
+    access_key: str
+    secret_key: str
+
+
+@dataclass(frozen=True, repr=False)
+class StoredObject:
+    """One object as the bucket holds it."""
+
+    key: str
+    data: bytes
+    metadata: dict[str, str]
+    last_modified: datetime
+    etag: str
+
+    def __repr__(self) -> str:
+        """Name the object without its bytes, to keep failure messages readable."""
+        return f"<{self.key}, {len(self.data)} bytes, stored {self.last_modified:%H:%M:%S}>"
+
+
+ROOT = Credentials("test", "test")
+
+
+def foreign_settings() -> list[str]:
+    """Return the environment variables of the caller that would reach into an AWS client."""
+    return [name for name in os.environ if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY")]
+
+
+@contextlib.contextmanager
+def clean_environment() -> Iterator[None]:
+    """Hide the caller's AWS settings, AWS files and proxies from what is built inside."""
+    with _environment_lock, mock.patch.dict(os.environ):
+        for name in foreign_settings():
+            del os.environ[name]
+        os.environ |= {
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        yield
+
+
+@cache
+def _session() -> Any:  # noqa: ANN401 - botocore is not typed
+    """Return the one botocore session that all clients share; making one is slow."""
+    return botocore.session.Session()
+
+
+def make_client(service: str, endpoint: str, credentials: Credentials, ca_file: Path | None = None) -> Any:  # noqa: ANN401 - botocore's clients are made at run time
+    """Return a client that takes nothing from the environment and tries each call once."""
+    with clean_environment():
+        return _session().create_client(
+            service,
+            region_name=REGION,
+            endpoint_url=endpoint,
+            verify=str(ca_file) if ca_file else None,
+            aws_access_key_id=credentials.access_key,
+            aws_secret_access_key=credentials.secret_key,
+            config=Config(
+                s3={"addressing_style": "path"},
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                connect_timeout=5,
+                read_timeout=10,
+            ),
+        )
+
+
+def allow(actions: str | list[str], *resources: str) -> dict[str, Any]:
+    """Return the IAM statement that allows the actions on the resources, which are given without `arn:aws:s3:::`."""
+    return {
+        "Effect": "Allow",
+        "Action": actions,
+        "Resource": [f"arn:aws:s3:::{resource}" for resource in resources],
+    }
+
+
+class S3Server:
+    """ministack with AUTH=true over http or https, with its state on disk and its port kept across restarts."""
+
+    def __init__(self, directory: Path, *, tls: bool = False) -> None:
+        """Prepare a server that keeps everything below the directory; nothing runs yet."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.scheme = "https" if tls else "http"
+        self.host = "127.0.0.1"
+        self.port = 0
+        self.ca_file: Path | None = None
+        self.log_file = directory / "ministack.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._clients: dict[tuple[str, Credentials], Any] = {}
+        self._users: dict[str, tuple[Credentials, str]] = {}
+        self._buckets: dict[str, dict[str, Any]] = {}
+        if tls:
+            self._make_certificate()
+
+    def __enter__(self) -> Self:
+        """Start the server."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the server at once; its state is of no further use."""
+        self.kill()
+
+    @property
+    def endpoint(self) -> str:
+        """Return the URL of the server."""
+        return f"{self.scheme}://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Return the process id of the running server."""
+        return self._running().pid
+
+    @property
+    def admin(self) -> Any:  # noqa: ANN401 - botocore's clients are made at run time
+        """Return the S3 client that may do everything."""
+        return self.client()
+
+    def client(self, credentials: Credentials = ROOT, service: str = "s3") -> Any:  # noqa: ANN401 - see above
+        """Return a client for the server, the same one for the same credentials."""
+        key = (service, credentials)
+        if key not in self._clients:
+            self._clients[key] = make_client(service, self.endpoint, credentials, self.ca_file)
+        return self._clients[key]
+
+    def start(self) -> None:
+        """Start the server and return when it answers; buckets and users of an earlier run are there again."""
+        if self._process is not None:
+            return
+        listener = self._listen()
+        with listener, self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [_python(), "-c", _LAUNCH, str(listener.fileno()), str(GRACE_SECONDS), *self._certificate()],
+                env=self._environment(),
+                cwd=self.directory,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[listener.fileno()],
+            )
+        try:
+            self._wait_until_ready()
+        except (OSError, http.client.HTTPException) as error:
+            self.kill()
+            text = self.log_file.read_text(errors="replace")[-4000:]
+            raise RuntimeError(f"ministack did not start: {error!r}\n{text}") from error
+        self._restore_buckets()
+
+    def stop(self) -> None:
+        """End the server in order; state is kept and `start` brings it back."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the server as a crash would; the objects are kept and `start` brings buckets and users back."""
+        self._end(signal.SIGKILL)
+        self._save_users()
+
+    def suspend(self) -> None:
+        """Freeze the server: the kernel accepts connections and data, and nobody answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a frozen server go on with all that has arrived meanwhile."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def create_bucket(self, name: str | None = None, **kwargs: Any) -> str:  # noqa: ANN401 - passed to the client
+        """Create a bucket, by default under a name that was never used, and return its name."""
+        bucket = name or f"bucket-{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+        self.admin.create_bucket(Bucket=bucket, **kwargs)
+        self._buckets[bucket] = kwargs
+        return bucket
+
+    def user(self, *statements: dict[str, Any], name: str | None = None) -> Credentials:
+        """Create a user with these IAM statements and nothing else, and return its key."""
+        user = name or f"user-{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+        iam = self.client(service="iam")
+        policy = json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+        iam.create_user(UserName=user)
+        if statements:
+            iam.put_user_policy(UserName=user, PolicyName="kit", PolicyDocument=policy)
+        key = iam.create_access_key(UserName=user)["AccessKey"]
+        credentials = Credentials(key["AccessKeyId"], key["SecretAccessKey"])
+        self._users[user] = (credentials, policy)
+        return credentials
+
+    def put_only_user(self, bucket: str, prefix: str = "") -> Credentials:
+        """Create the user that the program is meant to have: put below the prefix, and nothing else."""
+        return self.user(allow("s3:PutObject", f"{bucket}/{prefix}*"))
+
+    def reader_user(self, bucket: str) -> Credentials:
+        """Create a user that may list and get, for restoring."""
+        return self.user(allow("s3:GetObject", f"{bucket}/*"), allow("s3:ListBucket", bucket))
+
+    def read_write_user(self, bucket: str) -> Credentials:
+        """Create a user that may put, list and get, but not delete."""
+        return self.user(allow(["s3:PutObject", "s3:GetObject"], f"{bucket}/*"), allow("s3:ListBucket", bucket))
+
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
+        """Return every object below the prefix by key, read from the server."""
+        pages = self.admin.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+        return {key: self._object(bucket, key) for key in keys}
+
+    def _object(self, bucket: str, key: str) -> StoredObject:
+        """Read one object."""
+        answer = self.admin.get_object(Bucket=bucket, Key=key)
+        with contextlib.closing(answer["Body"]) as body:
+            return StoredObject(key, body.read(), answer["Metadata"], answer["LastModified"], answer["ETag"])
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """Return the process, which must be there."""
+        if self._process is None:
+            raise RuntimeError("the server is not running")
+        return self._process
+
+    def _end(self, how: signal.Signals) -> None:
+        """Signal the process, also if it is suspended, and wait for its end."""
+        for client in self._clients.values():
+            client.close()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(how)
+        process.send_signal(signal.SIGCONT)
+        process.wait()
+        if process.stdin:
+            process.stdin.close()
+
+    def _listen(self) -> socket.socket:
+        """Return a listening socket for the server to inherit: connections queue in it until the server is ready."""
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((self.host, self.port))
+        listener.listen(128)
+        self.port = listener.getsockname()[1]
+        return listener
+
+    def _environment(self) -> dict[str, str]:
+        """Return ministack's settings: authorisation on, state on disk, no listener beside the one it inherits."""
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.directory),
+            "TMPDIR": str(self.directory),
+            "GATEWAY_PORT": str(self.port),
+            "AUTH": "true",
+            "SERVICES": "s3,iam,sts",
+            "S3_PERSIST": "1",
+            "S3_DATA_DIR": str(self.directory / "s3"),
+            "PERSIST_STATE": "1",
+            "STATE_DIR": str(self.directory / "state"),
+            "IOT_MTLS_ENABLED": "0",
+            "SFTP_ENABLED": "0",
+            "DOCKER_HOST": f"unix://{self.directory}/no-docker",
+        }
+
+    def _make_certificate(self) -> None:
+        """Make an authority and a certificate for the loopback address."""
+        authority = trustme.CA()
+        certificate = authority.issue_cert(self.host, "localhost")
+        self.ca_file = self.directory / "ca.pem"
+        authority.cert_pem.write_to_path(str(self.ca_file))
+        certificate.private_key_pem.write_to_path(str(self.directory / "key.pem"))
+        for part in certificate.cert_chain_pems:
+            part.write_to_path(str(self.directory / "cert.pem"), append=True)
+
+    def _certificate(self) -> list[str]:
+        """Return the paths of the certificate and its key, none for http."""
+        return [str(self.directory / name) for name in ("cert.pem", "key.pem")] if self.ca_file else []
+
+    def _wait_until_ready(self) -> None:
+        """Ask one question and wait for the answer; the question fails at once if the server dies."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=START_SECONDS)
+        if self.ca_file:
+            context = ssl.create_default_context(cafile=self.ca_file)
+            connection = http.client.HTTPSConnection(self.host, self.port, timeout=START_SECONDS, context=context)
+        with contextlib.closing(connection):
+            connection.request("GET", "/_ministack/ready")
+            answer = connection.getresponse()
+            if answer.status != http.HTTPStatus.OK:
+                raise OSError(f"status {answer.status}")
+            answer.read()
+
+    def _save_users(self) -> None:
+        """Write the users into ministack's state: it keeps them in memory until an orderly end."""
+        made = "2026-01-01T00:00:00Z"
+        users, keys, policies = {}, {}, {}
+        for number, (name, (credentials, policy)) in enumerate(self._users.items()):
+            scoped = f"{ACCOUNT}\0{name!r}"
+            users[scoped] = {
+                "UserName": name,
+                "Arn": f"arn:aws:iam::{ACCOUNT}:user/{name}",
+                "UserId": f"AIDA{number:017}",
+                "CreateDate": made,
+                "Path": "/",
+                "PermissionsBoundary": "",
+                "AttachedPolicies": [],
+                "Tags": [],
+            }
+            keys[f"{ACCOUNT}\0{credentials.access_key!r}"] = {
+                "UserName": name,
+                "AccessKeyId": credentials.access_key,
+                "SecretAccessKey": credentials.secret_key,
+                "Status": "Active",
+                "CreateDate": made,
+            }
+            policies[scoped] = {"kit": policy}
+        stores = {"users": users, "access_keys": keys, "user_inline_policies": policies}
+        payload = {name: {"__scoped__": True, "data": data} for name, data in stores.items()}
+        state = self.directory / "state"
+        state.mkdir(exist_ok=True)
+        (state / "iam.json").write_text(json.dumps({"__ministack_format__": 2, "payload": payload}))
+
+    def _restore_buckets(self) -> None:
+        """Create those buckets anew that a crash took, which are the ones without an object."""
+        if not self._buckets:
+            return
+        present = {bucket["Name"] for bucket in self.admin.list_buckets()["Buckets"]}
+        for bucket, kwargs in self._buckets.items():
+            if bucket not in present:
+                self.admin.create_bucket(Bucket=bucket, **kwargs)
+
+
+def _python() -> str:
+    """Return the Python of ministack's environment, which lies beside the command."""
+    command = Path(os.environ.get("MINISTACK_BIN") or CHECKOUT / ".venv-s3/bin/ministack")
+    if not command.is_file():
+        raise RuntimeError(f"{command} is not there: install ministack in a venv of its own, or set MINISTACK_BIN")
+    return str(command.parent / "python")

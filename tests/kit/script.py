@@ -1,0 +1,335 @@
+"""Runs the program as users do: as a process of its own, with nothing of the caller's environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Self
+
+from .invariant import normalised_prefix
+from .s3 import CHECKOUT, REGION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .lnd import Lnd, Written
+    from .s3 import Credentials, S3Server
+
+SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
+PATIENCE_SECONDS = 10.0
+STUCK_SECONDS = 90.0
+
+_COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_FILE", "COVERAGE_CORE")
+
+
+def reader_settings(server: S3Server, bucket: str, prefix: str, user: Credentials) -> dict[str, str]:
+    """Return the bucket's settings and nothing else, as on a machine that never saw the node."""
+    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
+    return tls | {
+        "S3_BUCKET_NAME": bucket,
+        "S3_BACKUP_PREFIX": prefix,
+        "AWS_ACCESS_KEY_ID": user.access_key,
+        "AWS_SECRET_ACCESS_KEY": user.secret_key,
+        "AWS_ENDPOINT_URL_S3": server.endpoint,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+def settings_for(
+    server: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path, *, endpoint: str | None = None
+) -> dict[str, str]:
+    """Return the program's settings, with a new key that may put below the prefix and nothing else."""
+    user = server.put_only_user(bucket, normalised_prefix(prefix))
+    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
+    return tls | {
+        "MONITOR_FILE_PATH": str(lnd.path),
+        "BACKUP_DIRECTORY": str(staging),
+        "S3_BUCKET_NAME": bucket,
+        "S3_BACKUP_PREFIX": prefix,
+        "AWS_ACCESS_KEY_ID": user.access_key,
+        "AWS_SECRET_ACCESS_KEY": user.secret_key,
+        "AWS_ENDPOINT_URL_S3": endpoint or server.endpoint,
+        "AWS_REGION": REGION,
+    }
+
+
+def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
+    """Return the whole environment of the program: the settings, the bare minimum, and what coverage needs."""
+    minimum = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "HOME": home,
+        "LANG": "C.UTF-8",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    return minimum | {name: os.environ[name] for name in _COVERAGE if name in os.environ} | env
+
+
+def run_script(
+    env: dict[str, str],
+    *args: str,
+    timeout: float = STUCK_SECONDS,
+    input: str | None = None,  # noqa: A002 - the name that subprocess.run uses
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end, and return its exit code and output."""
+    with tempfile.TemporaryDirectory() as home:
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), *args],
+            env=script_environment(env, home),
+            cwd=cwd or home,
+            input="" if input is None else input,
+            timeout=timeout,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+
+
+class _Text:
+    """Text that one thread appends to and others wait for."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._text = ""
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def __str__(self) -> str:
+        """Return everything up to now."""
+        with self._changed:
+            return self._text
+
+    def append(self, text: str) -> None:
+        """Add text and wake those who wait."""
+        with self._changed:
+            self._text += text
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Tell those who wait that nothing will follow."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait_for(self, pattern: str, timeout: float, count: int) -> re.Match[str]:
+        """Block until the pattern has occurred so many times, and return that occurrence."""
+        expression = re.compile(pattern, re.MULTILINE)
+        found: list[re.Match[str]] = []
+
+        def occurred() -> bool:
+            found[:] = expression.finditer(self._text)
+            return len(found) >= count or self._ended
+
+        with self._changed:
+            self._changed.wait_for(occurred, timeout)
+            if len(found) < count:
+                why = "it ended" if self._ended else f"{timeout} s passed"
+                raise AssertionError(
+                    f"{pattern!r} came {len(found)} of {count} times in {self._what} until {why}:\n{self._text}"
+                )
+            return found[count - 1]
+
+
+class Script:
+    """The program, running; leaving the `with` block kills what is left of it."""
+
+    def __init__(self, env: dict[str, str], *args: str, cwd: Path | None = None) -> None:
+        """Start it with these settings and arguments, by default in an empty directory."""
+        self._home = tempfile.mkdtemp(prefix="kit-home-")
+        self._log = _Text("the log")
+        self._stdout = _Text("stdout")
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *args],
+            env=script_environment(env, self._home),
+            cwd=cwd or self._home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self._readers = [
+            _start(lambda: _copy(self.process.stderr, self._log)),
+            _start(lambda: _copy(self.process.stdout, self._stdout)),
+        ]
+
+    def __enter__(self) -> Self:
+        """Return the running program."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill it if it still runs, and clean up."""
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Return the process id."""
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        return self.process.poll()
+
+    @property
+    def log(self) -> str:
+        """Return what it wrote to stderr until now."""
+        return str(self._log)
+
+    @property
+    def stdout(self) -> str:
+        """Return what it wrote to stdout until now."""
+        return str(self._stdout)
+
+    def wait_for_log(self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1) -> re.Match[str]:
+        """Block until the pattern is so many times in the log; `^` and `$` match at lines."""
+        return self._log.wait_for(pattern, timeout, count)
+
+    def signal(self, sig: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(sig)
+
+    def wait(self, timeout: float = STUCK_SECONDS) -> int:
+        """Wait until it has ended and its output is complete, and return the exit code."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the program did not end within {timeout} s:\n{self.log}") from None
+        for reader in self._readers:
+            reader.join(timeout)
+        return code
+
+    def stop(self, timeout: float = STUCK_SECONDS) -> int:
+        """Ask it to end as systemd does, and return the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait(timeout)
+
+    def close(self) -> None:
+        """Kill it if it still runs, and clean up."""
+        self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.close()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+
+class NotifySocket:
+    """The socket on which systemd listens for the state of a service."""
+
+    def __init__(self) -> None:
+        """Listen below /tmp, since the path of a socket is limited to 107 bytes."""
+        self._directory = tempfile.mkdtemp(prefix="kit-", dir="/tmp")
+        self.path = str(Path(self._directory, "notify"))
+        self.messages: list[str] = []
+        self._text = _Text("the messages to systemd")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._reader = _start(self._receive)
+
+    def __enter__(self) -> Self:
+        """Return the listening socket."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening and remove the socket."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+        self._reader.join()
+        self._socket.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def wait_for(self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1) -> re.Match[str]:
+        """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at lines."""
+        return self._text.wait_for(pattern, timeout, count)
+
+    def _receive(self) -> None:
+        """Record every message until the socket is shut down."""
+        while data := self._socket.recv(65536):
+            message = data.decode(errors="replace")
+            self.messages.append(message)
+            self._text.append(message.rstrip("\n") + "\n")
+        self._text.end()
+
+
+def _start(work: Callable[[], None]) -> threading.Thread:
+    """Run work in a thread."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def _copy(stream: IO[str] | None, text: _Text) -> None:
+    """Append a stream to a text, line by line."""
+    for line in stream or ():
+        text.append(line)
+    text.end()
+
+
+class Daemon(Script):
+    """The running daemon, and systemd, to which it tells of every look at the file."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        """Start it."""
+        self.systemd = NotifySocket()
+        super().__init__(env | {"NOTIFY_SOCKET": self.systemd.path, "WATCHDOG_USEC": "3000000000"})
+
+    def __enter__(self) -> Self:
+        """Return it when it has tried to watch."""
+        try:
+            self.systemd.wait_for("READY=1")
+        except AssertionError:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Kill what is left of it."""
+        super().close()
+        self.systemd.__exit__()
+
+    def wait_for_captured(self, version: Written, count: int = 1) -> None:
+        """Block until these bytes have got so many names."""
+        self.wait_for_log(rf"captured \S+-{version.sha256[-6:]}\b", count=count)
+
+    def wait_for_stored(self, version: Written, count: int = 1) -> None:
+        """Block until S3 has given so many receipts for these bytes."""
+        self.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b", count=count)
+
+    def wait_for_looks(self, more: int = 3) -> None:
+        """Block until it has looked at the file so many times more; the first of them may have begun before."""
+        looked = "\n".join(self.systemd.messages).count("WATCHDOG=1")
+        self.systemd.wait_for("WATCHDOG=1", count=looked + more)
+
+    def begin_to_stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
+        """Send the first signal, and return when another one would be the second."""
+        self.signal(sig)
+        self.systemd.wait_for("STOPPING=1")
+
+    def stored_names(self) -> list[str]:
+        """Return the names of the versions in the order of their receipts."""
+        return re.findall(r"stored s3://\S+/(\S+-[0-9a-f]{6})\b", self.log)
+
+    def watched_inodes(self) -> list[int]:
+        """Return the inode number of each watch that the kernel keeps for it."""
+        inodes = []
+        for entry in Path(f"/proc/{self.pid}/fdinfo").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                inodes += re.findall(r"^inotify wd:\S+ ino:(\S+)", entry.read_text(), re.MULTILINE)
+        return [int(inode, 16) for inode in inodes]
+
+    def assert_watches_only(self, directory: Path) -> None:
+        """Fail unless it has one watch, on this directory; call it when the new directory's version is stored."""
+        assert self.watched_inodes() == [directory.stat().st_ino]

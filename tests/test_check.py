@@ -1,0 +1,495 @@
+"""What `check` answers: is the version on disk now in the bucket, byte for byte, and how is that known?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kit import (
+    SCRIPT,
+    Credentials,
+    FakeS3,
+    Lnd,
+    S3Server,
+    Script,
+    allow,
+    run_script,
+    script_environment,
+    settings_for,
+)
+from kit import fake_s3 as answers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FIELDS = {"current", "proof", "key", "captured_at", "stored_at", "staged", "reason"}
+FIVE_HOURS = 5 * 3600
+AWAY = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def s3(s3_http: S3Server) -> S3Server:
+    """Return the session's server over http."""
+    return s3_http
+
+
+def with_key(env: dict[str, str], user: Credentials) -> dict[str, str]:
+    """Return the settings with another access key."""
+    return env | {"AWS_ACCESS_KEY_ID": user.access_key, "AWS_SECRET_ACCESS_KEY": user.secret_key}
+
+
+@pytest.fixture
+def reader(s3: S3Server, bucket: str, env: dict[str, str]) -> dict[str, str]:
+    """Return the settings with a key that may list and get."""
+    return with_key(env, s3.reader_user(bucket))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `check --json` printed, and its exit code."""
+
+    code: int
+    fields: dict[str, Any]
+    stderr: str
+
+    @property
+    def reason(self) -> str:
+        """Return the reason in words."""
+        return str(self.fields["reason"])
+
+
+def check(env: dict[str, str]) -> Answer:
+    """Run `check --json`, expect all its fields, and an exit code that agrees with them."""
+    done = run_script(env, "check", "--json")
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1), done.stderr
+    fields: dict[str, Any] = json.loads(done.stdout)
+    assert fields.keys() >= FIELDS
+    assert fields["current"] is (done.returncode == 0)
+    return Answer(done.returncode, fields, done.stderr)
+
+
+def line(env: dict[str, str], code: int) -> str:
+    """Run `check` as people do, and return its one line."""
+    done = run_script(env, "check")
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    (only,) = done.stdout.splitlines()
+    return only
+
+
+def back_up(env: dict[str, str]) -> None:
+    """Let the program store the version on disk."""
+    assert run_script(env, "once").returncode == 0
+
+
+def age(lnd: Lnd, seconds: float) -> None:
+    """Let the file be as old as that."""
+    os.utime(lnd.path, (time.time() - seconds, time.time() - seconds))
+
+
+def newest_key(server: S3Server, bucket: str) -> str:
+    """Return the newest key."""
+    return max(server.objects(bucket))
+
+
+# --- By the bucket ---
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_stored(request: pytest.FixtureRequest, prefix: str, lnd: Lnd, staging: Path, scheme: str) -> None:
+    """When the bucket holds the version on disk it is exit 0, "stored", proved by the bucket."""
+    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
+    bucket = server.create_bucket()
+    env = settings_for(server, bucket, prefix, lnd, staging)
+    lnd.write()
+    back_up(env)
+    env = with_key(env, server.reader_user(bucket))
+    answer, key = check(env), newest_key(server, bucket)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (0, "bucket", key)
+    assert answer.fields["staged"] == 0
+    assert "stored" in answer.reason
+    captured, stored = (datetime.fromisoformat(answer.fields[field]) for field in ("captured_at", "stored_at"))
+    assert (captured.utcoffset(), stored.utcoffset()) == (timedelta(0), timedelta(0))
+    assert f"{captured:%Y%m%dT%H%M%S}" in key
+    assert abs(stored - captured) < timedelta(minutes=1)
+    only = line(env, 0)
+    assert "stored" in only
+    assert key in only
+    assert "bucket" in only
+
+
+def test_a_version_put_again_is_stored(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+    """A version that lies under several keys, as after restarts, is stored."""
+    lnd.write()
+    back_up(env)
+    back_up(env)
+    assert check(reader).code == 0
+
+
+def test_lnd_has_written_since(
+    s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """A version written a moment ago that is not in the bucket is told as that, with the newest that is there."""
+    lnd.write()
+    back_up(env)
+    lnd.write()
+    answer = check(reader)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "bucket", newest_key(s3, bucket))
+    assert "LND has written since" in answer.reason
+    assert newest_key(s3, bucket) in line(reader, 1)
+
+
+def test_behind_for_hours(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+    """A version that has waited for hours is told as that, with the hours."""
+    lnd.write()
+    back_up(env)
+    lnd.write()
+    age(lnd, FIVE_HOURS)
+    answer = check(reader)
+    assert answer.code == 1
+    assert "behind" in answer.reason
+    assert "5 hours" in answer.reason
+    assert "behind" in line(reader, 1)
+
+
+def test_a_file_from_the_future(reader: dict[str, str], lnd: Lnd) -> None:
+    """A file whose time is ahead, as after a clock was set back, is reported without a negative age."""
+    lnd.write()
+    age(lnd, -FIVE_HOURS)
+    answer = check(reader)
+    assert answer.code == 1
+    assert "-" not in answer.reason
+
+
+def test_an_empty_bucket(reader: dict[str, str], lnd: Lnd) -> None:
+    """With nothing in the bucket it is exit 1, and the fields that need an object are null."""
+    lnd.write()
+    age(lnd, FIVE_HOURS)
+    answer = check(reader)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "bucket", None)
+    assert (answer.fields["captured_at"], answer.fields["stored_at"]) == (None, None)
+    assert "behind" in line(reader, 1)
+
+
+@pytest.mark.parametrize("damage", ["bytes", "metadata", "truncated"])
+def test_a_damaged_object(
+    s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd, damage: str
+) -> None:
+    """An object that does not hold the bytes of its name, or bears other metadata, is told as damaged."""
+    data = lnd.write().data
+    back_up(env)
+    key = newest_key(s3, bucket)
+    digest = hashlib.sha256(b"" if damage == "metadata" else data).hexdigest()
+    body = {"bytes": bytes([data[0] ^ 1]) + data[1:], "metadata": data, "truncated": data[:-1]}[damage]
+    s3.admin.put_object(Bucket=bucket, Key=key, Body=body, Metadata={"sha256": digest})
+    answer = check(reader)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "bucket", key)
+    assert "damaged" in answer.reason
+    assert "damaged" in line(reader, 1)
+
+
+def test_a_receipt_does_not_outweigh_the_bucket(
+    s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """An object that was deleted after its receipt is missed where the key may look."""
+    lnd.write()
+    back_up(env)
+    s3.admin.delete_object(Bucket=bucket, Key=newest_key(s3, bucket))
+    answer = check(reader)
+    assert (answer.code, answer.fields["proof"]) == (1, "bucket")
+
+
+def test_one_damaged_copy_of_two(
+    s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """The bucket holds the version when one of two keys does."""
+    lnd.write()
+    back_up(env)
+    back_up(env)
+    s3.admin.put_object(Bucket=bucket, Key=newest_key(s3, bucket), Body=b"damaged", Metadata={"sha256": "0" * 64})
+    assert check(reader).code == 0
+
+
+def test_other_nodes_do_not_count(
+    s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """The same bytes under another prefix are no backup of this node's."""
+    lnd.write()
+    back_up(env | with_key(env, s3.read_write_user(bucket)) | {"S3_BACKUP_PREFIX": "alice/other/"})
+    answer = check(reader)
+    assert (answer.code, answer.fields["key"]) == (1, None)
+
+
+# --- By the last receipt ---
+
+
+def test_a_put_only_key(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd) -> None:
+    """With a key that may only put, the last receipt decides, both ways, and the answer says so."""
+    lnd.write()
+    back_up(env)
+    key = newest_key(s3, bucket)
+    answer = check(env)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (0, "receipt", key)
+    assert answer.fields["staged"] == 0
+    for field in ("captured_at", "stored_at"):
+        assert datetime.fromisoformat(answer.fields[field]).utcoffset() == timedelta(0)
+    assert "receipt" in line(env, 0)
+    lnd.write()
+    answer = check(env)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "receipt", key)
+    assert "LND has written since" in answer.reason
+    age(lnd, FIVE_HOURS)
+    assert "5 hours" in check(env).reason
+    assert "receipt" in line(env, 1)
+
+
+@pytest.mark.parametrize("other", ["S3_BACKUP_PREFIX", "S3_BUCKET_NAME"])
+def test_a_receipt_of_another_place_proves_nothing(env: dict[str, str], lnd: Lnd, other: str) -> None:
+    """A receipt counts for the bucket and the prefix that are set now, and for no other."""
+    lnd.write()
+    back_up(env)
+    assert check(env).code == 0
+    answer = check(env | {other: "another-one"})
+    assert (answer.code, answer.fields["proof"]) == (1, "receipt")
+
+
+def test_an_old_receipt_proves_nothing(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
+    """A receipt that is older than twice the refresh says that nothing refreshes it, unless there is no refresh."""
+    lnd.write()
+    back_up(env)
+    receipt = staging / ".receipt"
+    long_ago = {"stored_at": "2026-01-01T00:00:00+00:00"}
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | long_ago))
+    answer = check(env)
+    assert (answer.code, answer.fields["proof"]) == (1, "receipt")
+    assert "receipt is old" in answer.reason
+    assert check(env | {"REFRESH_SECONDS": "0"}).code == 0
+
+
+def test_a_version_that_waited_long_has_a_new_receipt(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
+    """A receipt is as old as the storing it proves, also when the version was captured long before."""
+    lnd.write()
+    back_up(env)
+    receipt = staging / ".receipt"
+    fields = json.loads(receipt.read_text())
+    name = "20260101T000000.000000Z" + fields["name"][-7:]
+    receipt.write_text(json.dumps(fields | {"name": name, "key": fields["key"].replace(fields["name"], name)}))
+    assert check(env).code == 0
+
+
+def test_a_put_only_key_without_a_receipt(env: dict[str, str], lnd: Lnd) -> None:
+    """With a key that may only put and no receipt it is exit 1, and not the bucket's fault."""
+    lnd.write()
+    age(lnd, FIVE_HOURS)
+    answer = check(env)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "receipt", None)
+    assert "receipt" in answer.reason
+
+
+def test_a_put_only_key_without_a_staging_directory(env: dict[str, str], lnd: Lnd) -> None:
+    """Without BACKUP_DIRECTORY there is no receipt to judge by: exit 1, saying what is missing, not a made-up path."""
+    lnd.write()
+    back_up(env)
+    del env["BACKUP_DIRECTORY"]
+    answer = check(env)
+    assert (answer.code, answer.fields["proof"], answer.fields["staged"]) == (1, "receipt", None)
+    seen = answer.stderr + answer.reason + line(env, 1)
+    assert "/dev/null" not in seen
+    assert "BACKUP_DIRECTORY" in seen
+
+
+def test_list_without_get(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd) -> None:
+    """With a key that may list but not get, the last receipt decides."""
+    lister = with_key(env, s3.user(allow("s3:ListBucket", bucket)))
+    lnd.write()
+    back_up(env)
+    answer = check(lister)
+    assert (answer.code, answer.fields["proof"]) == (0, "receipt")
+    assert answer.fields["key"] == newest_key(s3, bucket)
+    lnd.write()
+    assert check(lister).code == 1
+
+
+def test_get_without_list(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd) -> None:
+    """With a key that may get but not list, the last receipt decides."""
+    getter = with_key(env, s3.user(allow("s3:GetObject", f"{bucket}/*")))
+    lnd.write()
+    back_up(env)
+    assert check(getter).fields["proof"] == "receipt"
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b'{"name": 1}', b"[" * 100_000, b"\xff"])
+def test_a_broken_receipt(env: dict[str, str], staging: Path, lnd: Lnd, content: bytes) -> None:
+    """A receipt that cannot be read proves nothing, and is no traceback."""
+    lnd.write()
+    (staging / ".receipt").write_bytes(content)
+    answer = check(env)
+    assert (answer.code, answer.fields["key"]) == (1, None)
+
+
+@pytest.mark.parametrize("field", ["stored_at", "sha256", "key"])
+def test_a_receipt_with_a_wrong_field(env: dict[str, str], staging: Path, lnd: Lnd, field: str) -> None:
+    """A receipt of which one field is wrong is no traceback."""
+    lnd.write()
+    back_up(env)
+    receipt = staging / ".receipt"
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {field: 7}))
+    check(env)
+
+
+def test_a_staging_directory_of_somebody_else(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+    """A staging directory that may not be read does not stop the check: the number staged is unknown."""
+    lnd.write()
+    back_up(env)
+    ordinary = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    os.chmod(env["BACKUP_DIRECTORY"], 0)
+    try:
+        done = subprocess.run(
+            [*ordinary, sys.executable, str(SCRIPT), "check", "--json"],
+            env=script_environment(reader, "/nonexistent"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.chmod(env["BACKUP_DIRECTORY"], 0o700)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["staged"] is None
+
+
+# --- What is staged, and the daemon beside it ---
+
+
+def test_staged_versions_are_counted(reader: dict[str, str], env: dict[str, str], staging: Path, lnd: Lnd) -> None:
+    """Versions that still wait to be sent are counted, and files of others are not."""
+    lnd.write()
+    assert run_script(env | {"AWS_SECRET_ACCESS_KEY": "wrong"}, "once").returncode == 1
+    lnd.write()
+    assert run_script(env | {"AWS_SECRET_ACCESS_KEY": "wrong"}, "once").returncode == 1
+    (staging / "notes.txt").touch()
+    answer = check(reader)
+    assert (answer.code, answer.fields["staged"]) == (1, 2)
+    assert "2" in line(reader, 1).rpartition("staged")[2]
+
+
+def test_beside_the_daemon(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+    """It takes no lock: it answers while the daemon runs, and the daemon goes on."""
+    lnd.write()
+    with Script(env) as daemon:
+        daemon.wait_for_log("stored s3://")
+        assert check(reader).code == 0
+        assert check(env).fields["proof"] == "receipt"
+        lnd.write()
+        daemon.wait_for_log("stored s3://", count=2)
+        assert check(reader).code == 0
+        assert check(env).code == 0
+        assert daemon.stop() == 0
+
+
+def test_nothing_is_written(
+    reader: dict[str, str], env: dict[str, str], staging: Path, lnd: Lnd, tmp_path: Path
+) -> None:
+    """It writes nothing anywhere: not in LND's directory, not in staging, not in the home."""
+    lnd.leave_decoys()
+    lnd.write()
+    back_up(env)
+    home = tmp_path / "home"
+    home.mkdir()
+    places = [lnd, Lnd(staging), Lnd(home)]
+    before = [place.fingerprint() for place in places]
+    for settings in (reader, env, reader | {"AWS_ENDPOINT_URL_S3": AWAY}):
+        run_script(settings, "check", cwd=home)
+    assert [place.fingerprint() for place in places] == before
+
+
+def test_a_staging_directory_is_not_made(reader: dict[str, str], staging: Path, lnd: Lnd) -> None:
+    """A staging directory that is not there stays so."""
+    staging.rmdir()
+    lnd.write()
+    assert check(reader).code == 1
+    assert not staging.exists()
+
+
+# --- What keeps it from an answer ---
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"S3_BUCKET_NAME": ""}, {"MONITOR_FILE_PATH": ""}, {"MONITOR_FILE_PATH": "/x/wallet.db"}],
+    ids=["bucket", "file", "forbidden"],
+)
+def test_wrong_configuration(reader: dict[str, str], lnd: Lnd, wrong: dict[str, str]) -> None:
+    """A wrong configuration is exit 78, with the variable."""
+    lnd.write()
+    done = run_script(reader | wrong, "check")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert next(iter(wrong)) in done.stderr
+
+
+def test_s3_refuses_connections(reader: dict[str, str], lnd: Lnd) -> None:
+    """When S3 is out of reach it is exit 75, not a verdict."""
+    lnd.write()
+    done = run_script(reader | {"AWS_ENDPOINT_URL_S3": AWAY}, "check", "--json")
+    assert (done.returncode, done.stdout) == (75, "")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [(answers.PORTAL, 75), (answers.INTERNAL_ERROR, 75), (answers.CLOCK_SKEW, 75), (answers.NO_SUCH_BUCKET, 1)],
+    ids=["portal", "internal", "clock", "bucket"],
+)
+def test_errors_of_s3(reader: dict[str, str], lnd: Lnd, answer: answers.Answer, code: int) -> None:
+    """What trying again may help is exit 75 and no verdict on the bucket, the page of a captive portal included."""
+    lnd.write()
+    with FakeS3(defaults={"GET": answer}) as fake:
+        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "check")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_key(env: dict[str, str], lnd: Lnd) -> None:
+    """A key that S3 does not know is exit 1, and no matter of receipts."""
+    lnd.write()
+    back_up(env)
+    done = run_script(env | {"AWS_SECRET_ACCESS_KEY": "wr0ng-s3cr3t"}, "check")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "access_key" in done.stderr.lower().replace(" ", "_")
+    assert "wr0ng-s3cr3t" not in done.stderr
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short"])
+def test_no_version_on_disk(reader: dict[str, str], lnd: Lnd, content: bytes | None) -> None:
+    """Without a file that can be a channel backup it is exit 1, with the path."""
+    if content is not None:
+        lnd.place(content)
+    done = run_script(reader, "check")
+    assert done.returncode == 1
+    assert str(lnd.path) in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_are_escaped(reader: dict[str, str], lnd: Lnd, tmp_path: Path) -> None:
+    """A path with control characters is escaped before it is shown."""
+    lnd.write()
+    done = run_script(reader | {"MONITOR_FILE_PATH": str(tmp_path / "a\x1b[31mb")}, "check")
+    assert all(character.isprintable() for character in done.stdout + done.stderr if character != "\n")
+
+
+def test_a_receipt_cannot_forge_lines(env: dict[str, str], staging: Path, lnd: Lnd) -> None:
+    """What a receipt holds is escaped before it is shown."""
+    lnd.write()
+    back_up(env)
+    receipt = staging / ".receipt"
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"key": "evil\x1b[31m\nstored"}))
+    assert line(env, 1).isprintable()

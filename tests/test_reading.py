@@ -1,0 +1,358 @@
+"""How LND's channel.backup is read: whole or not at all, nothing else in its place, and without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import stat
+import tempfile
+import tracemalloc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import FakeS3, Lnd, Script, channel_backup, run_script
+
+import s3_backup_lnd_channels as program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MIB = 1 << 20
+NOBODY = 65534
+
+
+def refusal(path: Path) -> program.Failure:
+    """Return why this path is not read; it names the path and says what to do."""
+    with pytest.raises(program.Failure) as caught:
+        program.read_channel_backup(path)
+    failure = caught.value
+    assert str(path) in str(failure)
+    assert failure.hint
+    return failure
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be a user without privileges, unless that is what runs the tests anyway."""
+    if os.geteuid() != 0:
+        yield
+        return
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, 0)
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups(groups)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Return a directory with a short path that every user can reach."""
+    directory = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize("size", [45, 46, 415, 416, 100_000])
+def test_file_of_a_possible_size_is_read_as_it_is(size: int, lnd: Lnd) -> None:
+    """A file of 45 bytes or more is returned byte for byte."""
+    data = os.urandom(size)
+    lnd.place(data)
+    assert program.read_channel_backup(lnd.path) == data
+
+
+@pytest.mark.parametrize("size", [0, 1, 44])
+def test_file_under_45_bytes_is_refused(size: int, lnd: Lnd) -> None:
+    """A file too small for any channel backup is refused with its size, for good."""
+    lnd.place(os.urandom(size))
+    failure = refusal(lnd.path)
+    assert f"{size} bytes" in str(failure)
+    assert failure.cause.exit_code == 1
+    assert failure.cause is not program.Cause.ABSENT
+
+
+def test_file_of_64_mib_is_read(lnd: Lnd) -> None:
+    """A file of 64 MiB, the largest there may be, is returned whole."""
+    lnd.place(b"")
+    os.truncate(lnd.path, 64 * MIB)
+    assert len(program.read_channel_backup(lnd.path)) == 64 * MIB
+
+
+@pytest.mark.parametrize("size", [64 * MIB + 1, 1 << 40])
+def test_larger_file_is_refused_without_being_read_whole(size: int, lnd: Lnd) -> None:
+    """A file over 64 MiB is refused with its size, and never takes more memory than the largest there may be."""
+    lnd.place(b"")
+    try:
+        os.truncate(lnd.path, size)
+    except OSError as error:
+        pytest.skip(f"this file system has no files of {size} bytes: {error}")
+    tracemalloc.start()
+    try:
+        failure = refusal(lnd.path)
+        assert tracemalloc.get_traced_memory()[1] < 65 * MIB
+    finally:
+        tracemalloc.stop()
+    assert str(size) in str(failure)
+    assert failure.cause.exit_code == 1
+
+
+# --- what stands at the path ---
+
+
+def test_absent_file_may_come_later(lnd: Lnd) -> None:
+    """A file that is not there is told apart from all other faults, since LND makes it."""
+    assert refusal(lnd.path).cause is program.Cause.ABSENT
+
+
+def test_absent_directory_may_come_later(lnd: Lnd) -> None:
+    """A directory that is not there is the same as a file that is not there."""
+    assert refusal(lnd.directory / "mainnet" / "channel.backup").cause is program.Cause.ABSENT
+
+
+def test_dangling_link_may_come_alive_later(lnd: Lnd) -> None:
+    """A link to nothing is the same as a file that is not there."""
+    lnd.path.symlink_to(lnd.directory / "elsewhere")
+    assert refusal(lnd.path).cause is program.Cause.ABSENT
+
+
+def test_unreadable_file_is_refused_with_the_rights_that_are_needed(public: Path) -> None:
+    """A file that the user may not read is refused, and the hint says which rights are needed."""
+    path = public / "channel.backup"
+    path.write_bytes(channel_backup(1))
+    path.chmod(0)
+    with as_nobody():
+        failure = refusal(path)
+    assert "Permission denied" in str(failure)
+    assert "this user needs r" in failure.hint
+
+
+def test_file_in_a_closed_directory_is_refused_with_the_rights_that_are_needed(public: Path) -> None:
+    """A file in a directory that the user may not enter is refused, and the hint says which rights are needed."""
+    path = public / "closed" / "channel.backup"
+    path.parent.mkdir()
+    path.write_bytes(channel_backup(1))
+    path.parent.chmod(0)
+    with as_nobody():
+        failure = refusal(path)
+    path.parent.chmod(0o700)
+    assert "Permission denied" in str(failure)
+    assert "x on" in failure.hint
+
+
+def test_link_to_a_backup_is_followed(lnd: Lnd, tmp_path: Path) -> None:
+    """A link to a file is followed, also through another link."""
+    target, between = tmp_path / "target", tmp_path / "between"
+    target.write_bytes(data := channel_backup(1))
+    between.symlink_to(target)
+    lnd.path.symlink_to(between)
+    assert program.read_channel_backup(lnd.path) == data
+
+
+def test_loop_of_links_is_refused(lnd: Lnd) -> None:
+    """Links that lead to each other are refused."""
+    other = lnd.directory / "other"
+    other.symlink_to(lnd.path)
+    lnd.path.symlink_to(other)
+    assert refusal(lnd.path).cause.exit_code == 1
+
+
+def test_directory_is_refused(lnd: Lnd) -> None:
+    """A directory in the file's place is refused."""
+    lnd.path.mkdir()
+    assert "regular file" in str(refusal(lnd.path))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_fifo_is_refused_and_does_not_block(lnd: Lnd, *, linked: bool) -> None:
+    """A FIFO, which nobody writes to, is refused at once."""
+    fifo = lnd.directory / "fifo" if linked else lnd.path
+    os.mkfifo(fifo)
+    if linked:
+        lnd.path.symlink_to(fifo)
+    assert "regular file" in str(refusal(lnd.path))
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "/dev/tty"])
+def test_link_to_a_device_is_refused(device: str, lnd: Lnd) -> None:
+    """A link to a device is refused, and the device is not read."""
+    lnd.path.symlink_to(device)
+    refusal(lnd.path)
+
+
+def test_socket_is_refused(public: Path) -> None:
+    """A socket in the file's place is refused."""
+    path = public / "channel.backup"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(str(path))
+        assert "regular file" in str(refusal(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["channel.db", "wallet.db", "WALLET.DB", "channel.sqlite", "lnd.sqlite-wal", "admin.macaroon", "hsm_secret"],
+)
+def test_link_to_what_must_never_be_copied_is_refused(name: str, lnd: Lnd) -> None:
+    """A link that was switched to one of LND's other files is refused, and names it."""
+    (lnd.directory / name).write_bytes(os.urandom(1000))
+    lnd.path.symlink_to(name)
+    assert name in str(refusal(lnd.path))
+
+
+@pytest.mark.parametrize("what", ["fifo", "link"])
+def test_file_that_is_exchanged_before_it_is_opened_is_refused(
+    what: str, lnd: Lnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes the file's place between the look at it and its opening is neither waited for nor followed."""
+    lnd.write()
+    (lnd.directory / "wallet.db").write_bytes(os.urandom(1000))
+    real_open = os.open
+
+    def exchange(path: str | Path, flags: int, *args: int) -> int:
+        if Path(path) == lnd.path:
+            lnd.path.unlink()
+            if what == "fifo":
+                os.mkfifo(lnd.path)
+            else:
+                lnd.path.symlink_to("wallet.db")
+        return real_open(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", exchange)
+    refusal(lnd.path)
+
+
+# --- a file that changes meanwhile ---
+
+
+def grow(lnd: Lnd) -> None:
+    """Append to the file."""
+    with lnd.path.open("ab") as file:
+        file.write(b"more")
+
+
+def shrink(lnd: Lnd) -> None:
+    """Cut the file."""
+    os.truncate(lnd.path, 100)
+
+
+def rewrite(lnd: Lnd) -> None:
+    """Write other bytes of the same size into the file."""
+    lnd.path.write_bytes(os.urandom(lnd.path.stat().st_size))
+
+
+def during_the_read(lnd: Lnd, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Act after the opened file was looked at for the first time, and before its bytes are read."""
+    real_fstat = os.fstat
+    target = lnd.path.stat().st_ino
+    pending = [act]
+
+    def fstat(descriptor: int) -> os.stat_result:
+        status = real_fstat(descriptor)
+        if status.st_ino == target and stat.S_ISREG(status.st_mode) and pending:
+            pending.pop()()
+        return status
+
+    monkeypatch.setattr(os, "fstat", fstat)
+
+
+@pytest.mark.parametrize("change", [grow, shrink, rewrite])
+def test_file_that_is_written_while_it_is_read_is_read_again(
+    change: Callable[[Lnd], None], lnd: Lnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changed during the read is no version, and is soon looked at again."""
+    lnd.write()
+    os.utime(lnd.path, (1, 1))
+    during_the_read(lnd, lambda: change(lnd), monkeypatch)
+    failure = refusal(lnd.path)
+    assert "changed" in str(failure)
+    assert failure.cause is program.Cause.ABSENT
+    assert program.read_channel_backup(lnd.path) == lnd.path.read_bytes()
+
+
+def test_file_that_is_replaced_while_it_is_read_is_read_whole(lnd: Lnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename during the read leaves the old version whole, and the next read finds the new one."""
+    old = lnd.write(3).data
+
+    def replace() -> None:
+        lnd.write(30)
+
+    during_the_read(lnd, replace, monkeypatch)
+    assert program.read_channel_backup(lnd.path) == old
+    assert program.read_channel_backup(lnd.path) == lnd.written[1].data
+
+
+# --- the commands ---
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeS3]:
+    """Return an S3 that takes everything."""
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def fake_env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
+    """Return settings for the S3 that takes everything."""
+    return {
+        "MONITOR_FILE_PATH": str(lnd.path),
+        "BACKUP_DIRECTORY": str(staging),
+        "S3_BUCKET_NAME": "bucket",
+        "AWS_ENDPOINT_URL_S3": fake.endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "made-up",
+    }
+
+
+def test_once_leaves_no_trace_in_lnds_directory(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
+    """`once` sends the file and changes nothing in LND's directory."""
+    lnd.leave_decoys()
+    version = lnd.write()
+    before = lnd.fingerprint()
+    assert run_script(fake_env, "once").returncode == 0
+    assert [request.body for request in fake.requests] == [version.data]
+    assert lnd.fingerprint() == before
+
+
+def test_run_leaves_no_trace_in_lnds_directory(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
+    """`run` watches, sends each version and stops, and changes nothing in LND's directory."""
+    lnd.leave_decoys()
+    lnd.write()
+    with Script(fake_env, "run") as script:
+        script.wait_for_log("stored s3://")
+        lnd.write()
+        before = lnd.fingerprint()
+        script.wait_for_log("stored s3://", count=2)
+        assert script.stop() == 0
+    assert [request.body for request in fake.requests] == [version.data for version in lnd.written]
+    assert lnd.fingerprint() == before
+
+
+@pytest.mark.parametrize("size", [None, 0, 44, 64 * MIB + 1])
+def test_once_without_a_backup_sends_what_is_staged_and_fails(
+    size: int | None, fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """`once` with no file, or one that is no channel backup, exits 1 and says why, after sending what was staged."""
+    data = channel_backup(2)
+    name = f"20261120T215558.123456Z-{hashlib.sha256(data).hexdigest()[-6:]}"
+    (staging / name).write_bytes(data)
+    if size is not None:
+        lnd.place(b"")
+        os.truncate(lnd.path, size)
+    before = lnd.fingerprint()
+    done = run_script(fake_env, "once")
+    assert done.returncode == 1
+    assert "cannot read channel.backup" in done.stderr
+    assert [(request.path, request.body) for request in fake.requests] == [(f"/bucket/{name}", data)]
+    assert lnd.fingerprint() == before

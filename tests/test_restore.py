@@ -1,0 +1,724 @@
+"""What `restore` does on the worst day: the right version, verified, in a new file, and what to do with it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import (
+    SCRIPT,
+    Answer,
+    FakeS3,
+    FaultProxy,
+    Lnd,
+    S3Server,
+    Script,
+    allow,
+    channel_backup,
+    reader_settings,
+    run_script,
+    script_environment,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+SLOW_BYTES_PER_SECOND = 400_000
+TOO_LARGE = (64 << 20) + 1
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def s3(s3_http: S3Server) -> S3Server:
+    """Return the session's server over http."""
+    return s3_http
+
+
+@pytest.fixture
+def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
+    """Return the bucket's settings with a key that may list and get."""
+    return reader_settings(s3, bucket, prefix, s3.reader_user(bucket))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return the working directory of the one who restores."""
+    directory = tmp_path / "home"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C reach what is started, also where the tests themselves run in the background and are deaf to it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def name_of(data: bytes, at: datetime) -> str:
+    """Return the name of a version."""
+    return f"{at:%Y%m%dT%H%M%S.%f}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
+
+
+def put(
+    server: S3Server,
+    bucket: str,
+    at: datetime,
+    data: bytes,
+    *,
+    name: str = "",
+    metadata: dict[str, str] | None = None,
+) -> str:
+    """Store a version captured at this time, by default under its right name and metadata, and return its key."""
+    key = "alice/" + (name or name_of(data, at))
+    metadata = {"sha256": hashlib.sha256(data).hexdigest()} if metadata is None else metadata
+    server.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
+    return key
+
+
+def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
+    """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
+    before = set(home.iterdir())
+    done = run_script(env, "restore", *args, cwd=home)
+    assert done.returncode == code, done.stderr
+    expect_tidy(home, done, before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()))
+    return done
+
+
+def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
+    """Expect no traceback, nothing on stdout after a failure, and no file but those expected."""
+    assert "Traceback" not in done.stderr
+    assert (done.stdout == "") == (done.returncode != 0)
+    left = set(home.iterdir()) - expected
+    assert not {path for path in left if path.name.startswith(".")}
+    assert done.returncode == 0 or not left
+
+
+def wrapped(env: dict[str, str], home: Path, wrapper: Sequence[str], *args: str) -> Done:
+    """Run the program by another command, in that directory."""
+    return subprocess.run(
+        [*wrapper, sys.executable, str(SCRIPT), *args],
+        env=script_environment(env, str(home)),
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def printed_command(done: Done, words: str) -> list[str]:
+    """Return the words of the printed line that holds these words, as a shell splits them."""
+    (line,) = (line for line in done.stdout.splitlines() if words in line)
+    python, *command = shlex.split(line)
+    if Path(python) == Path(sys.executable):  # as it can be pasted: with the Python of the venv
+        return command
+    return [python, *command]
+
+
+# --- Which version ---
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_trap(request: pytest.FixtureRequest, prefix: str, home: Path, scheme: str) -> None:
+    """Of a newest version without channels and one with, the latter is restored, and what was passed over is told."""
+    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
+    bucket = server.create_bucket()
+    put(server, bucket, NOON, channel_backup(3))
+    wanted = channel_backup(12)
+    key = put(server, bucket, NOON + HOUR, wanted)
+    empty = [put(server, bucket, NOON + HOUR * hours, channel_backup(0)) for hours in (2, 3)]
+    done = restore(reader_settings(server, bucket, prefix, server.reader_user(bucket)), home)
+    assert (home / "channel.backup").read_bytes() == wanted
+    assert f"restored {key}" in done.stdout
+    assert str(len(wanted)) in done.stdout
+    assert hashlib.sha256(wanted).hexdigest() in done.stdout
+    for passed_over in empty:
+        assert any(passed_over in line and "no channels" in line for line in done.stderr.splitlines())
+
+
+def test_newest_is_not_what_is_named_newest(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """A version that a thief named ahead after the fact is newest only for as long as nothing was stored later."""
+    old, ahead, latest = channel_backup(1), channel_backup(2), channel_backup(3)
+    put(s3, bucket, NOON, old)
+    put(s3, bucket, datetime.now(UTC) + timedelta(days=365), ahead)
+    time.sleep(1.1)  # S3's own time is told in seconds
+    put(s3, bucket, datetime.now(UTC), latest)
+    restore(reader, home)
+    assert (home / "channel.backup").read_bytes() == latest
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["key", "name"])
+@pytest.mark.parametrize("prefix", ["alice/"])
+def test_a_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, *, whole: bool) -> None:
+    """`--key` takes the whole key, and the name alone."""
+    wanted = channel_backup(5)
+    key = put(s3, bucket, NOON, wanted)
+    put(s3, bucket, NOON + HOUR, channel_backup(6))
+    restore(reader, home, "--key", key if whole else key.removeprefix("alice/"))
+    assert (home / "channel.backup").read_bytes() == wanted
+
+
+def test_a_key_of_another_prefix(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """A whole key need not lie under the prefix."""
+    wanted = channel_backup(5)
+    key = put(s3, bucket, NOON, wanted)
+    restore(reader | {"S3_BACKUP_PREFIX": "bob/"}, home, "--key", key)
+    assert (home / "channel.backup").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("key", ["alice/20260301T120000.000000Z-a1b2c3", "20260301T120000.000000Z-a1b2c3", "no such"])
+def test_an_unknown_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, key: str) -> None:
+    """A key that is not there is exit 1, and is named."""
+    put(s3, bucket, NOON, channel_backup(5))
+    assert key in restore(reader, home, "--key", key, code=1).stderr
+
+
+def test_an_empty_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """An empty key, as from a variable that is not set, is no order to take the newest."""
+    put(s3, bucket, NOON, channel_backup(5))
+    done = run_script(reader, "restore", "--key", "", cwd=home)
+    assert done.returncode in (1, 2)
+    assert not list(home.iterdir())
+
+
+def test_a_key_cannot_forge_lines(reader: dict[str, str], home: Path) -> None:
+    """A key with control characters is escaped before it is shown."""
+    done = restore(reader, home, "--key", "a\n\x1b[31mb\u202e", code=1)
+    assert all(character.isprintable() for character in done.stderr if character != "\n")
+
+
+@pytest.mark.parametrize(
+    ("before", "zone", "expected"),
+    [
+        ("2026-03-03", "UTC", 2),
+        ("2026-03-03T00:00", "UTC", 2),
+        ("2026-03-03T00:00", "XST+05", 3),
+        ("2026-03-03T00:00", "XST-05", 1),
+        ("2026-03-03", "XST-05", 1),
+        ("2026-03-02T21:00Z", "XST-05", 1),
+        ("2026-03-02T21:00:00.000001Z", "UTC", 2),
+        ("2026-03-02T21:00:00.000001+00:00", "XST-05", 2),
+        ("2026-03-02T16:00:00.000001-05:00", "UTC", 2),
+        ("2026-03-03 02:00+05:00", "UTC", 1),
+        ("20260303T000000Z", "UTC", 2),
+        ("2099-01-01", "UTC", 3),
+    ],
+)
+def test_before(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, before: str, zone: str, expected: int
+) -> None:
+    """`--before` takes a date or a time, local or with its offset, and means strictly before."""
+    data = {count: channel_backup(count) for count in (1, 2, 3)}
+    put(s3, bucket, datetime(2026, 3, 1, 12, tzinfo=UTC), data[1])
+    put(s3, bucket, datetime(2026, 3, 2, 21, tzinfo=UTC), data[2])
+    put(s3, bucket, datetime(2026, 3, 3, 3, tzinfo=UTC), data[3])
+    restore(reader | {"TZ": zone}, home, "--before", before)
+    assert (home / "channel.backup").read_bytes() == data[expected]
+
+
+def test_before_the_first(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """When there is no version before that time it is exit 1."""
+    put(s3, bucket, NOON, channel_backup(5))
+    assert "no version" in restore(reader, home, "--before", NOON.isoformat(), code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--before", "yesterday"),
+        ("--before", ""),
+        ("--before", "2026-13-01"),
+        ("--before", "0001-01-01T00:00+05:00"),
+        ("--before", "9999-12-31T23:59-05:00"),
+        ("--before", "2026-03-01", "--key", "x"),
+        ("--no-such-option",),
+        ("surplus",),
+    ],
+)
+def test_wrong_usage(reader: dict[str, str], home: Path, args: tuple[str, ...]) -> None:
+    """A time that cannot be read or reckoned with, and options that exclude each other, are wrong usage."""
+    assert "usage:" in restore(reader, home, *args, code=2).stderr
+
+
+def test_no_version_has_channels(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """When no version holds channels it is exit 1 with the key to ask for, and asking for it restores it."""
+    put(s3, bucket, NOON, channel_backup(0))
+    wanted = channel_backup(0)
+    key = put(s3, bucket, NOON + HOUR, wanted)
+    done = restore(reader, home, code=1)
+    assert f"--key {key}" in done.stderr
+    restore(reader, home, "--key", key)
+    assert (home / "channel.backup").read_bytes() == wanted
+
+
+def test_an_empty_bucket(reader: dict[str, str], home: Path) -> None:
+    """When there is no version at all it is exit 1, and the prefix is what to look at."""
+    assert "alice/" in restore(reader, home, code=1).stderr
+
+
+def test_others_are_left_alone(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """Other nodes' versions and foreign files are not restored."""
+    put(s3, bucket, NOON, channel_backup(5), name="regtest/" + name_of(b"", NOON))
+    put(s3, bucket, NOON, channel_backup(5), name="channel.backup")
+    assert "no version" in restore(reader, home, code=1).stderr
+
+
+# --- Only what is verified ---
+
+
+DAMAGES = ["bytes", "size", "metadata", "name", "short"]
+
+
+def put_damaged(server: S3Server, bucket: str, at: datetime, damage: str) -> str:
+    """Store a version that disagrees with itself, and return its key."""
+    data = channel_backup(7)
+    digest = {"sha256": hashlib.sha256(data).hexdigest()}
+    name = name_of(data, at)
+    if damage == "metadata":
+        return put(server, bucket, at, data, metadata={"sha256": hashlib.sha256(b"").hexdigest()})
+    if damage == "name":
+        return put(server, bucket, at, data, name=name[:-6] + f"{int(name[-6:], 16) ^ 1:06x}")
+    if damage == "short":
+        return put(server, bucket, at, os.urandom(46 - 2))
+    wrong = bytes([data[0] ^ 1]) + data[1:] if damage == "bytes" else data[:-1]
+    return put(server, bucket, at, wrong, name=name, metadata=digest)
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage != "short"])
+def test_a_damaged_version(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, damage: str) -> None:
+    """When bytes, size, metadata or name disagree nothing is written, and the next good version is named."""
+    wanted = channel_backup(5)
+    good = put(s3, bucket, NOON, wanted)
+    bad = [put_damaged(s3, bucket, NOON + HOUR * hours, damage) for hours in (1, 2)]
+    done = restore(reader, home, code=1)
+    assert bad[1] in done.stderr
+    assert f"--key {good}" in done.stderr
+    restore(reader, home, "--key", good)
+    assert (home / "channel.backup").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_version_by_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, damage: str) -> None:
+    """A damaged version is not restored for being asked for by key."""
+    bad = put_damaged(s3, bucket, NOON, damage)
+    assert bad in restore(reader, home, "--key", bad, code=1).stderr
+
+
+def test_all_are_damaged(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """When no good version is left it is exit 1, and none is named as good."""
+    for hours in (1, 2):
+        put_damaged(s3, bucket, NOON + HOUR * hours, "bytes")
+    assert "next good" not in restore(reader, home, code=1).stderr
+
+
+def test_too_short_to_be_a_version(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """An object under 45 bytes is not restored, and is not what the hint names."""
+    bad = put_damaged(s3, bucket, NOON, "short")
+    assert f"--key {bad}" not in restore(reader, home, code=1).stderr
+
+
+def test_a_bit_flipped_on_the_way(reader: dict[str, str], home: Path) -> None:
+    """Bytes that change on the way are refused."""
+    data = channel_backup(7)
+    digest = hashlib.sha256(data).hexdigest()
+    flipped = data[:99] + bytes([data[99] ^ 4]) + data[100:]
+    headers = {
+        "x-amz-meta-sha256": digest,
+        "Last-Modified": "Sun, 01 Mar 2026 12:00:00 GMT",
+        "x-amz-checksum-sha256": base64.b64encode(bytes.fromhex(digest)).decode(),
+    }
+    key = f"alice/{name_of(data, NOON)}"
+    with FakeS3(defaults={"GET": Answer(headers=headers, body=flipped)}) as fake:
+        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
+        assert "damaged" in restore(env, home, "--key", key, code=1).stderr
+        fake.set_default(Answer(headers=headers, body=data), "GET")
+        restore(env, home, "--key", key)
+    assert (home / "channel.backup").read_bytes() == data
+
+
+def test_too_large(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """An object over 64 MiB is not downloaded, neither by choice nor by key, and the next good one is named."""
+    good = put(s3, bucket, NOON, channel_backup(5))
+    large = put(s3, bucket, NOON + HOUR, bytes(TOO_LARGE))
+    with FaultProxy(s3.host, s3.port) as proxy:
+        proxy.set("throttle", bps=10 * SLOW_BYTES_PER_SECOND)
+        env = reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}
+        assert f"--key {good}" in restore(env, home, code=1).stderr
+        assert large in restore(env, home, "--key", large, code=1).stderr
+        assert proxy.counts.bytes_down < TOO_LARGE // 8  # what the sockets' buffers take
+    s3.admin.delete_object(Bucket=bucket, Key=large)
+
+
+def test_without_our_metadata(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """What bears a version's name alone is restored only by key, with a warning, and never chosen silently."""
+    good, wanted = put(s3, bucket, NOON, channel_backup(5)), channel_backup(6)
+    foreign = put(s3, bucket, NOON + HOUR, wanted, metadata={})
+    done = restore(reader, home, code=1)
+    assert foreign in done.stderr
+    assert f"--key {good}" in done.stderr
+    done = restore(reader, home, "--key", foreign)
+    assert (home / "channel.backup").read_bytes() == wanted
+    assert any(foreign in line and "only" in line and "name" in line for line in done.stderr.splitlines())
+
+
+def test_overwritten_in_a_bucket_with_versioning(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """A version that was overwritten in a bucket with versioning is refused as damaged."""
+    s3.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    data = channel_backup(7)
+    key = put(s3, bucket, NOON, data)
+    put(s3, bucket, NOON, channel_backup(7), name=name_of(data, NOON))
+    assert "damaged" in restore(reader, home, "--key", key, code=1).stderr
+
+
+# --- Where it is written ---
+
+
+def test_the_output(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """`--output` names the file, and nothing else appears beside it."""
+    wanted = channel_backup(5)
+    put(s3, bucket, NOON, wanted)
+    restore(reader, home, "--output", "sub.backup")
+    assert [path.name for path in home.iterdir()] == ["sub.backup"]
+    assert (home / "sub.backup").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("what", ["file", "empty", "directory", "dangling", "fifo"])
+def test_the_output_exists(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, what: str) -> None:
+    """What exists is never overwritten, followed or written into."""
+    put(s3, bucket, NOON, channel_backup(5))
+    output = home / "channel.backup"
+    if what == "directory":
+        output.mkdir()
+    elif what == "dangling":
+        output.symlink_to(home / "elsewhere")
+    elif what == "fifo":
+        os.mkfifo(output)
+    else:
+        output.write_bytes(b"mine" if what == "file" else b"")
+    before = Lnd(home).fingerprint()
+    assert str(output) in restore(reader, home, code=1).stderr
+    restore(reader, home, "--output", str(output), code=1)
+    assert Lnd(home).fingerprint() == before
+
+
+def test_the_output_appears_meanwhile(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """A file that appears while the version is being downloaded is not overwritten, either."""
+    put(s3, bucket, NOON, os.urandom(1 << 20))
+    with FaultProxy(s3.host, s3.port) as proxy:
+        proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
+        with Script(reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}, "restore", cwd=home) as script:
+            proxy.wait_until(lambda counts: counts.bytes_down > SLOW_BYTES_PER_SECOND // 2)
+            (home / "channel.backup").write_bytes(b"mine")
+            assert script.wait() == 1
+            assert "Traceback" not in script.log
+    assert [(path.name, path.read_bytes()) for path in home.iterdir()] == [("channel.backup", b"mine")]
+
+
+@pytest.mark.parametrize("mark", ["wallet.db", "channel.db", "readonly.macaroon", "chan-backup-archives"])
+@pytest.mark.parametrize("way", ["direct", "link", "working directory"])
+def test_the_output_in_lnds_directory(
+    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, mark: str, way: str
+) -> None:
+    """Nothing is written into a directory that looks like LND's, by whatever way it is named."""
+    put(s3, bucket, NOON, channel_backup(5))
+    directory = tmp_path / "data"
+    directory.mkdir()
+    (directory / mark).touch()
+    (tmp_path / "link").symlink_to(directory)
+    before = Lnd(directory).fingerprint()
+    output = {"direct": directory, "link": tmp_path / "link", "working directory": Path()}[way] / "restored"
+    done = run_script(reader, "restore", "--output", str(output), cwd=directory)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "LND" in done.stderr
+    assert Lnd(directory).fingerprint() == before
+
+
+@pytest.mark.parametrize("way", ["direct", "link", "monitored by link", "file is a link"])
+def test_the_output_beside_the_monitored_file(
+    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, way: str
+) -> None:
+    """Nothing is written beside the monitored file, also where links hide that it is there."""
+    put(s3, bucket, NOON, channel_backup(5))
+    lnd = Lnd(tmp_path / "lnd")
+    lnd.write()
+    (tmp_path / "link").symlink_to(lnd.directory)
+    (tmp_path / "channel.backup").symlink_to(lnd.path)
+    monitored = {"monitored by link": tmp_path / "link/channel.backup", "file is a link": tmp_path / "channel.backup"}
+    output = (tmp_path / "link" if way == "link" else lnd.directory) / "restored"
+    before = lnd.fingerprint()
+    env = reader | {"MONITOR_FILE_PATH": str(monitored.get(way, lnd.path))}
+    done = run_script(env, "restore", "--output", str(output))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "LND" in done.stderr
+    assert lnd.fingerprint() == before
+
+
+def test_a_missing_directory(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """A directory that is not there is exit 1, and is not made."""
+    put(s3, bucket, NOON, channel_backup(5))
+    assert "nowhere" in restore(reader, home, "--output", "nowhere/channel.backup", code=1).stderr
+
+
+def test_no_permission_to_write(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """Without permission to write it is exit 1 with the path and the reason."""
+    put(s3, bucket, NOON, channel_backup(5))
+    ordinary = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
+    home.chmod(0o500)
+    try:
+        done = wrapped(reader, home, ordinary, "restore")
+    finally:
+        home.chmod(0o700)
+    assert done.returncode == 1
+    assert f"{home / 'channel.backup'}: Permission denied" in done.stderr
+    expect_tidy(home, done, set())
+
+
+def test_a_full_disk(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """When the disk takes only a part it is exit 1 and nothing is left; with room it works."""
+    data = os.urandom(1 << 20)
+    put(s3, bucket, NOON, data)
+    limited = ["/bin/sh", "-c", 'ulimit -f 1024; exec "$@"', "sh"]  # blocks of 512 bytes
+    done = wrapped(reader, home, limited, "restore")
+    assert done.returncode == 1
+    assert str(home / "channel.backup") in done.stderr
+    expect_tidy(home, done, set())
+    restore(reader, home)
+    assert (home / "channel.backup").read_bytes() == data
+
+
+@pytest.mark.parametrize("umask", ["000", "022", "077", "777"])
+def test_the_mode(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, umask: str) -> None:
+    """The file is its owner's alone, whatever the umask."""
+    put(s3, bucket, NOON, channel_backup(5))
+    done = wrapped(reader, home, ["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"], "restore")
+    assert done.returncode == 0, done.stderr
+    assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
+
+
+def test_the_mode_after_a_crash(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """What was left under the temporary name, open to all, neither stops a restore nor becomes the file."""
+    wanted = channel_backup(5)
+    put(s3, bucket, NOON, wanted)
+    left = home / ".partial-channel.backup"
+    left.write_bytes(b"left")
+    left.chmod(0o666)
+    with left.open("rb+") as held:
+        run_script(reader, "restore", cwd=home)
+        held.write(b"forged")
+    assert (home / "channel.backup").read_bytes() == wanted
+    assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
+
+
+# --- Faults on the way ---
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_s3_away_in_the_middle(request: pytest.FixtureRequest, prefix: str, home: Path, scheme: str) -> None:
+    """When the download is cut it is exit 75, nothing is left, and the next try works."""
+    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
+    bucket = server.create_bucket()
+    data = os.urandom(2 << 20)
+    put(server, bucket, NOON, data)
+    env = reader_settings(server, bucket, prefix, server.reader_user(bucket))
+    with FaultProxy(server.host, server.port) as proxy:
+        env["AWS_ENDPOINT_URL_S3"] = proxy.endpoint(scheme)
+        proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
+        with Script(env, "restore", cwd=home) as script:
+            proxy.wait_until(lambda counts: counts.bytes_down > SLOW_BYTES_PER_SECOND // 2)
+            proxy.set("pass", cut=True)
+            assert script.wait() == 75, script.log
+            assert (script.stdout, list(home.iterdir())) == ("", [])
+            assert "Traceback" not in script.log
+        restore(env, home)
+    assert (home / "channel.backup").read_bytes() == data
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """Ctrl-C in the middle of the download leaves nothing behind, and says nothing but exit 130."""
+    put(s3, bucket, NOON, os.urandom(2 << 20))
+    with FaultProxy(s3.host, s3.port) as proxy:
+        proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
+        with Script(reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}, "restore", cwd=home) as script:
+            proxy.wait_until(lambda counts: counts.bytes_down > SLOW_BYTES_PER_SECOND // 2)
+            script.signal(signal.SIGINT)
+            assert script.wait(10) == 130
+            assert (script.stdout, list(home.iterdir())) == ("", [])
+            assert "Traceback" not in script.log
+            assert "fault" not in script.log
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_asking(reader: dict[str, str], home: Path) -> None:
+    """Ctrl-C while S3 keeps one waiting works at once, too."""
+    with FakeS3(hold=True) as fake:
+        with Script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "restore", cwd=home) as script:
+            fake.wait_for_requests(1, method="GET")
+            script.signal(signal.SIGINT)
+            assert script.wait(10) == 130
+            assert "Traceback" not in script.log
+            assert "fault" not in script.log
+        assert not list(home.iterdir())
+
+
+def test_s3_refuses_connections(reader: dict[str, str], home: Path) -> None:
+    """When nobody listens it is exit 75."""
+    restore(reader | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, home, code=75)
+
+
+@pytest.mark.parametrize(
+    ("args", "codes"),
+    [((), {75}), (("--key", "20260301T120000.000000Z-a1b2c3"), {1, 75})],
+    ids=["list", "get"],
+)
+def test_a_captive_portal(reader: dict[str, str], home: Path, args: tuple[str, ...], codes: set[int]) -> None:
+    """The page of a captive portal is not taken for a bucket without versions, nor for a version."""
+    with FakeS3(defaults={"GET": Answer(body=b"<html><body>Please accept.</body></html>")}) as fake:
+        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "restore", *args, cwd=home)
+    assert done.returncode in codes
+    assert "there is no version" not in done.stderr
+    expect_tidy(home, done, set())
+
+
+# --- Permissions ---
+
+
+@pytest.mark.parametrize(
+    ("args", "permission", "resource"),
+    [((), "s3:ListBucket", ""), (("--key", "20260301T120000.000000Z-a1b2c3"), "s3:GetObject", "/alice/*")],
+    ids=["list", "get"],
+)
+def test_a_put_only_key(
+    s3: S3Server, bucket: str, prefix: str, home: Path, args: tuple[str, ...], permission: str, resource: str
+) -> None:
+    """A key that may only put is exit 1 with the permission that is missing and the statement to add."""
+    done = restore(reader_settings(s3, bucket, prefix, s3.put_only_user(bucket, prefix)), home, *args, code=1)
+    statement = json.loads(done.stderr[done.stderr.index("{") : done.stderr.rindex("}") + 1])
+    assert permission in statement["Action"]
+    assert (statement["Effect"], statement["Resource"]) == ("Allow", f"arn:aws:s3:::{bucket}{resource}")
+
+
+def test_a_key_that_may_only_list(s3: S3Server, bucket: str, prefix: str, home: Path) -> None:
+    """A key that may list but not get is told of s3:GetObject."""
+    put(s3, bucket, NOON, channel_backup(5))
+    env = reader_settings(s3, bucket, prefix, s3.user(allow("s3:ListBucket", bucket)))
+    assert "s3:GetObject" in restore(env, home, code=1).stderr
+
+
+def test_the_statements_suffice(s3: S3Server, bucket: str, prefix: str, home: Path) -> None:
+    """With the statements that are asked for, and nothing else, it works."""
+    put(s3, bucket, NOON, channel_backup(5))
+    user = s3.user(allow("s3:ListBucket", bucket), allow("s3:GetObject", f"{bucket}/alice/*"))
+    restore(reader_settings(s3, bucket, prefix, user), home)
+
+
+# --- A machine that never saw the node ---
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {},
+        {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
+        {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
+        {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
+    ],
+    ids=["absent", "tilde", "nowhere", "impossible"],
+)
+def test_the_node_is_not_needed(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, node: dict[str, str]
+) -> None:
+    """The bucket's settings suffice in an empty home; the node's may be absent or wrong."""
+    put(s3, bucket, NOON, channel_backup(5))
+    done = restore(reader | node, home)
+    assert not any(text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere"))
+
+
+def test_an_env_file_is_enough(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, tmp_path: Path) -> None:
+    """With an --env-file the printed command for the version before runs as it is printed, too."""
+    older = channel_backup(4)
+    put(s3, bucket, NOON, older)
+    put(s3, bucket, NOON + HOUR, channel_backup(5))
+    file = tmp_path / "my reader.env"
+    file.write_text("".join(f"{key}={value}\n" for key, value in reader.items()))
+    done = run_script({}, "--env-file", str(file), "restore", cwd=home)
+    assert done.returncode == 0, done.stderr
+    words = printed_command(done, "restore --before")
+    again = run_script({}, *words[1:], cwd=home)
+    assert again.returncode == 0, again.stderr
+    assert Path(words[-1]).read_bytes() == older
+
+
+# --- What to do next ---
+
+
+@pytest.mark.parametrize("output", ["channel.backup", "two words.backup", "it's $HOME;#.backup"])
+def test_the_next_steps(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, output: str) -> None:
+    """What is printed can be pasted: the whole path, quoted, in each of lncli's commands, verifying first."""
+    put(s3, bucket, NOON, channel_backup(5))
+    done = restore(reader, home, "--output", output)
+    path = shlex.quote(str(home / output))
+    steps = ["verifychanbackup", "restorechanbackup", "create"]
+    places = [done.stdout.index(f"lncli {step} --multi_file {path}") for step in steps]
+    assert places[0] == min(places)
+    for never in ("channel.db", "two nodes of one seed", "scbforceclose"):
+        assert never in done.stdout
+    assert done.stdout.count("never") == 3
+
+
+@pytest.mark.parametrize("output", ["channel.backup", "two words.backup"])
+@pytest.mark.parametrize("when", ["in time", "named later than stored", "by key"])
+def test_the_version_before(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, output: str, when: str
+) -> None:
+    """The printed command for the version before, run as it is, restores that version beside the first."""
+    older = channel_backup(4)
+    put(s3, bucket, NOON, older)
+    late = datetime.now(UTC) + timedelta(days=365)
+    key = put(s3, bucket, late if when == "named later than stored" else NOON + HOUR, channel_backup(5))
+    if when == "by key":
+        put(s3, bucket, NOON + 2 * HOUR, channel_backup(6))
+    chosen = ("--key", key) if when == "by key" else ()
+    words = printed_command(restore(reader, home, "--output", output, *chosen), "restore --before")
+    assert Path(words[0]).name == SCRIPT.name
+    again = run_script(reader, *words[1:], cwd=home)
+    assert again.returncode == 0, again.stderr
+    (restored,) = (path for path in home.iterdir() if path.name != output)
+    assert restored.read_bytes() == older
+
+
+def test_lines_for_people_and_scripts(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """What was restored goes to stdout: key, size, SHA-256 and path."""
+    data = channel_backup(5)
+    key = put(s3, bucket, NOON, data)
+    done = restore(reader, home)
+    for fact in (key, str(len(data)), hashlib.sha256(data).hexdigest(), str(home / "channel.backup")):
+        assert fact in done.stdout
+        assert len(done.stdout.splitlines()) < 25
+
+
+def test_below_a_home_of_lnd_nothing_is_written(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """A directory below one with lnd.conf is LND's too, also before there is a wallet."""
+    put(s3, bucket, NOON, channel_backup(5))
+    network = home / ".lnd" / "data" / "chain"
+    network.mkdir(parents=True)
+    (home / ".lnd" / "lnd.conf").touch()
+    done = restore(reader, home, "--output", str(network / "channel.backup"), code=1)
+    assert "directory of LND's" in done.stderr
+    assert list(network.iterdir()) == []

@@ -9,8 +9,8 @@ RESCAN_SECONDS and before leaving. The staging directory is the queue and the on
     channel.backup --look--> version --fsync, rename--> staging directory --put, newest first--> bucket
                                                                '<------ receipt, then delete -----'
 reads     MONITOR_FILE_PATH, --env-file, the AWS SDK's own files; no other file is read unasked
-writes    BACKUP_DIRECTORY; nothing is ever created, locked, renamed or touched in LND's directory
-connects  the S3 endpoint and the SDK's configured source of credentials; nothing else
+writes    BACKUP_DIRECTORY, METRICS_FILE; nothing is ever created, locked, renamed or touched in LND's directory
+connects  the S3 endpoint, the SDK's configured source of credentials, HEARTBEAT_URL; nothing else
 """
 
 from __future__ import annotations
@@ -26,21 +26,26 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
 import shlex
 import signal
 import socket
+import ssl
 import stat
 import sys
 import threading
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 try:
@@ -48,6 +53,7 @@ try:
     import botocore.exceptions as sdk
     from asyncinotify import InitFlags, Inotify, Mask, Watch
     from botocore.config import Config
+    from botocore.utils import get_environ_proxies
     from dotenv import dotenv_values
 except ImportError as missing:  # started with another Python than the venv's: no traceback for that
     sys.stderr.write(f"cannot start: {missing}\nhint: use the Python of the venv that holds requirements.txt\n")
@@ -67,24 +73,32 @@ BACKOFF_FIRST_SECONDS = 1.0
 CONNECTION_IDLE_SECONDS = 5.0  # then it is closed: a NAT drops it in silence, and the next put would hang
 JUST_NOW_SECONDS = 120.0  # for so long `check` says that LND has written, not that the bucket is behind
 REMINDER_SECONDS = 3600.0  # how often a lasting trouble is said again
+ALARM_SECONDS = 600.0  # a trouble that lasts so long is told to the heartbeat
+REPORT_SECONDS = 1.0  # a thousand changes in a second are one report
+HEARTBEAT_SECONDS = 10.0
 
 
 # --- Failures and log: what failed, on what, why, and what to do -----------------------------------------------------
+CHECK_KEY = "check the access key and its secret, or AWS_PROFILE; changed files are read again"
+CHECK_BUCKET = "check the bucket's name, quota and region (AWS_REGION), the endpoint, AWS_CA_BUNDLE"
+AWAY = "what is staged stays staged; if it does not pass by itself, check what is named"
+
+
 class Cause(enum.Enum):
-    """Why something failed: a one-shot's exit code, the longest pause in seconds between attempts, and what to do."""
+    """Why something failed: exit code of a one-shot, longest pause in seconds between attempts, S3's codes, a hint."""
 
-    SETTINGS = WRONG_CONFIGURATION, 300.0, ""
-    LOCKED = TRY_AGAIN, 60.0, "if it is the service, it backs up by itself: see its log"
-    ABSENT = FAILED, 60.0, ""
-    NETWORK = TRY_AGAIN, 60.0, "versions stay staged until it works again; if it does not pass, check what is named"
-    CLOCK = TRY_AGAIN, 60.0, "set the clock (timedatectl; boards without a clock battery need NTP): S3 compares it"
-    CREDENTIALS = FAILED, 300.0, "check the access key and its secret, or AWS_PROFILE; changed files are read again"
-    DENIED = FAILED, 300.0, "add to the policy of this key: {permission}"
-    BUCKET = FAILED, 300.0, "check the bucket's name, quota and region (AWS_REGION), the endpoint, AWS_CA_BUNDLE"
-    OTHER = FAILED, 60.0, "see the message; it is tried again"
+    SETTINGS = WRONG_CONFIGURATION, 300.0, "", ""
+    LOCKED = TRY_AGAIN, 60.0, "", "if it is the service, it backs up by itself: see its log"
+    ABSENT = FAILED, 60.0, "", ""
+    CLOCK = TRY_AGAIN, 60.0, "RequestTimeTooSkewed RequestExpired", "set the clock, as by NTP: S3 compares it"
+    CREDENTIALS = FAILED, 300.0, "ExpiredToken InvalidToken TokenRefreshRequired InvalidAccessKeyId 401 403", CHECK_KEY
+    DENIED = FAILED, 300.0, "AccessDenied", "add to the policy of this key: {permission}"
+    OTHER = FAILED, 60.0, "NoSuchKey InvalidObjectState", "see the message; list shows which versions there are"
+    BUCKET = FAILED, 300.0, "NoSuchBucket QuotaExceeded 301 307 308 400 404 405 501 507", CHECK_BUCKET
+    NETWORK = TRY_AGAIN, 60.0, "RequestTimeout BadDigest XAmzContentSHA256Mismatch Throttling ThrottlingException", AWAY
 
-    def __init__(self, exit_code: int, pause_seconds: float, hint: str) -> None:
-        self.exit_code, self.pause_seconds, self.hint = exit_code, pause_seconds, hint
+    def __init__(self, exit_code: int, pause_seconds: float, codes: str, hint: str) -> None:
+        self.exit_code, self.pause_seconds, self.codes, self.hint = exit_code, pause_seconds, codes.split(), hint
 
 
 class Failure(Exception):
@@ -94,24 +108,26 @@ class Failure(Exception):
         super().__init__(message)
         self.cause, self.hint = cause, hint or cause.hint
 
+    def say(self, suffix: str = "", level: int = logging.ERROR) -> None:
+        """Log it and its hint."""
+        log.log(level, "%s%s", self, suffix, extra={"hint": self.hint})
+
 
 Result = TypeVar("Result")
 log = logging.getLogger("lnd-backup")
-
-
-def say(failure: Failure, suffix: str = "") -> None:
-    """Log a failure and its hint; what passes by itself is a warning."""
-    level = logging.WARNING if failure.cause in (Cause.ABSENT, Cause.NETWORK) else logging.ERROR
-    log.log(level, "%s%s", failure, suffix, extra={"hint": failure.hint})
+SECRET_NAME = re.compile("(SECRET_ACCESS_KEY|TOKEN|HEARTBEAT_URL)$")
 
 
 def shown(text: object) -> str:
-    """Escape what came from outside: no control or format character can forge a line or move a cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    """Escape what came from outside, so that nothing forges a line or moves a cursor, and hide secrets."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    for secret in (value for name, value in os.environ.items() if SECRET_NAME.search(name) and value):
+        line = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", line)  # put there by a library
+    return re.sub(r"(https?://)\S*@", r"\1***@", line)
 
 
 class LineFormatter(logging.Formatter):
-    """One escaped line per fact, its hint on a second; priorities for journald, times for people; secrets masked."""
+    """One line per fact, its hint on a second; priorities for journald, times for people."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's lines, each with a prefix of its own: journald files a bare line as plain information."""
@@ -123,26 +139,27 @@ class LineFormatter(logging.Formatter):
         else:
             prefix = self.formatTime(record, "%Y-%m-%d %H:%M:%S ")
             prefix += f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-        text = "\n".join(prefix + shown(line) for line in lines)
-        for secret in (value for name, value in os.environ.items() if SECRET_NAME.search(name) and value):
-            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)  # put there by a library
-        return re.sub(r"(https?://)\S*@", r"\1***@", text)
+        return "\n".join(prefix + shown(line) for line in lines)
 
 
 class Trouble:
     """Something wrong for a while: logged when it begins or changes, hourly while it lasts, and when it is over."""
+
+    failures: ClassVar[Counter[Cause]] = Counter()  # of all troubles
 
     def __init__(self, over: str) -> None:
         self.over, self.count, self.began_at, self.said_at = over, 0, 0.0, 0.0
         self.failure: Failure | None = None
 
     def begin(self, failure: Failure) -> Failure:
-        """Note a failure, and return it."""
-        now = time.monotonic()
+        """Note a failure, and return it; what passes by itself is a warning."""
+        now, passing = time.monotonic(), failure.cause in (Cause.ABSENT, Cause.NETWORK)
+        self.failures[failure.cause] += 1
         self.began_at, self.count = (self.began_at, self.count + 1) if self.failure else (now, 1)
         if not self.failure or self.failure.hint != failure.hint or now - self.said_at >= REMINDER_SECONDS:
+            suffix = f" ({self.count} times in {now - self.began_at:.0f} s)" if self.count > 1 else ""
+            failure.say(suffix, logging.WARNING if passing else logging.ERROR)
             self.said_at = now
-            say(failure, f" ({self.count} times in {now - self.began_at:.0f} s)" if self.count > 1 else "")
         self.failure = failure
         return failure
 
@@ -154,10 +171,10 @@ class Trouble:
 
 
 # --- Settings: environment variables; all faults are found at once, and nothing is written or connected --------------
-SECRET_NAME = re.compile("(SECRET_ACCESS_KEY|TOKEN|HEARTBEAT_URL)$")
 SECONDS = r"[0-9]{1,9}(\.[0-9]{1,6})?"
-HOST = r"([^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]+)?(/\S*)?"
-BLANKS, URL = "copy it again, without blanks", "write a URL such as https://s3.example.org"
+HOST = r"([^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?(/\S*)?"
+URL, PROXY = "write a URL such as https://s3.example.org", "write http://HOST:PORT; SOCKS is not supported"
+LOCAL_HOST = re.compile(r"localhost|127\..*|10\..*|192\.168\..*|172\.(1[6-9]|2.|3[01])\..*|[^.]*|.*\.(local|lan|onion)")
 # Variable: default (None: required), pattern, what to do. Blanks, quotes, # and ${ would name another bucket: systemd
 # and python-dotenv read them differently. The SDK takes blanks in a key; S3 then refuses every signature.
 VALUES: dict[str, tuple[str | None, str, str]] = {
@@ -168,10 +185,12 @@ VALUES: dict[str, tuple[str | None, str, str]] = {
     "RESCAN_SECONDS": ("60", f"(?=.*[1-9]){SECONDS}", "write a number of seconds, more than 0"),
     "REFRESH_SECONDS": ("86400", SECONDS, "write a number of seconds; 0 turns the refresh off"),
     "SHUTDOWN_GRACE_SECONDS": ("10", SECONDS, "write a number of seconds, 0 or more"),
-    **dict.fromkeys(("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("", rf"https?://{HOST}", URL)),
-    **dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), ("", rf"(https?://)?{HOST}", URL)),
-    **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), ("", r"\S+", BLANKS)),
+    "METRICS_FILE": ("", "/.*[^/]", "write the whole path of a file, outside LND's directories"),
+    **dict.fromkeys(("HEARTBEAT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("", f"https?://{HOST}", URL)),
+    **dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), ("", f"(https?://)?{HOST}", PROXY)),
+    **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), ("", r"\S+", "no blanks")),
 }
+PATH_NAMES = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "METRICS_FILE")
 # Never to be restored from a copy (a stale channel.db is punished with all its money), or never to leave the node.
 FORBIDDEN_NAME = re.compile(r"channel\.db|wallet\.db|.*\.sqlite.*|.*\.macaroon|hsm_secret", re.IGNORECASE)
 LND_NAME = re.compile(r"channel\.db|wallet\.db|.*\.macaroon|chan-backup-archives|lnd\.conf")
@@ -187,84 +206,98 @@ class Settings(NamedTuple):
     rescan_seconds: float
     refresh_seconds: float
     grace_seconds: float
+    metrics: str
+    heartbeat: str
 
 
 def read_env_file(path: Path) -> dict[str, str]:
     """Return the settings in an --env-file; raises Failure if systemd's EnvironmentFile= would read it otherwise."""
+    what = f"cannot read --env-file: {path}"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", "not UTF-8")
-        raise Failure(Cause.SETTINGS, f"cannot read --env-file: {path}: {why}", "check the path") from None
+        raise Failure(Cause.SETTINGS, f"{what}: {getattr(error, 'strerror', 'not UTF-8')}", "check the path") from None
     bare, quoted = r"""[^"'\\#\s]([^"'\\]*[^"'\\\s])?""", r""""[^"\\]*"|'[^'\\]*\'"""
     line = re.compile(rf"\s*(#.*(?<!\\)|(?!export\s)[A-Za-z_]\w*\s*=\s*(?!.*\s#)({bare}|{quoted})?)?\s*", re.ASCII)
     lines = enumerate(text.replace("\t", " ").replace("\r\n", "\n").split("\n"), 1)
     if numbers := [str(number) for number, given in lines if not (line.fullmatch(given) and given.isprintable())]:
         hint = "write KEY=value; export, backslashes and comments behind a value are read differently by systemd"
-        raise Failure(Cause.SETTINGS, f"cannot read --env-file: {path}: line {', '.join(numbers)}", hint)
+        raise Failure(Cause.SETTINGS, f"{what}: line {', '.join(numbers)}", hint)
     return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text), interpolate=False).items()}
 
 
 def is_lnd_directory(directory: Path, monitored: Path | None) -> bool:
     """Tell whether LND keeps its data or the monitored file here; one that cannot be listed is asked for names."""
-    homes = (os.path.realpath(monitored.parent), os.path.dirname(os.path.realpath(monitored))) if monitored else ()
-    if os.path.realpath(directory) in homes:
-        return True
+    homes = {os.path.realpath(monitored.parent), os.path.dirname(os.path.realpath(monitored))} if monitored else set()
     try:
-        return any(map(LND_NAME.fullmatch, os.listdir(directory)))
+        names = os.listdir(directory)
     except OSError:
-        return any(os.path.lexists(directory / name) for name in ("wallet.db", "channel.db", "admin.macaroon"))
+        names = [name for name in ("wallet.db", "admin.macaroon") if os.path.lexists(directory / name)]
+    return os.path.realpath(directory) in homes or any(map(LND_NAME.fullmatch, names))
 
 
-def monitored_fault(path: Path) -> tuple[str, str] | None:
-    """Return what is wrong with MONITOR_FILE_PATH: why, and what to do."""
-    if FORBIDDEN_NAME.fullmatch(path.name) or FORBIDDEN_NAME.fullmatch(Path(os.path.realpath(path)).name):
-        return "must never be copied", "name channel.backup: a copy of a database loses money, a macaroon gives it away"
-    return ("is a directory", f"name the file in it: {path / 'channel.backup'}") if os.path.isdir(path) else None
+def path_fault(name: str, path: Path, monitored: Path | None) -> tuple[str, str] | None:
+    """Return what is wrong with a path of the settings, which may be made later: why, and what to do."""
+    whole, user, status = Path(os.path.realpath(path)), os.geteuid(), os.lstat(path) if os.path.lexists(path) else None
+    make, fault = f"run: sudo install -d -m 0700 -o {user} {shlex.quote(str(path))}", None
+    if name == "MONITOR_FILE_PATH":
+        if FORBIDDEN_NAME.fullmatch(path.name) or FORBIDDEN_NAME.fullmatch(whole.name):
+            fault = "must never be copied", "name channel.backup: a database loses money, a macaroon gives it away"
+        elif whole.is_dir():
+            fault = "is a directory", f"name the file in it: {path / 'channel.backup'}"
+    elif any(is_lnd_directory(each, monitored) for each in (whole, *whole.parents)):
+        fault = "is in a directory of LND's", "name another, such as /var/lib/lnd-backup: LND's are only read"
+    elif name == "METRICS_FILE" or not status:
+        fault = None if os.access(path.parent, os.W_OK | os.X_OK) else ("cannot be made", make)
+    elif not stat.S_ISDIR(status.st_mode):
+        fault = "is a link or no directory", f"name another, or move it away and {make}"
+    elif status.st_uid != user:
+        fault = f"belongs to user #{status.st_uid}, not #{user}", f"run as its owner: sudo -u '#{status.st_uid}' …"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        fault = "must be writable by its owner and nobody else", f"run: chmod 0700 {shlex.quote(str(path))}"
+    return fault
 
 
-def staging_fault(path: Path, monitored: Path | None) -> tuple[str, str] | None:
-    """Return what is wrong with BACKUP_DIRECTORY, which may be made later: why, and what to do."""
-    whole, user = Path(os.path.realpath(path)), os.geteuid()
-    make = f"run: sudo install -d -m 0700 -o {user} {shlex.quote(str(path))}"
-    if any(is_lnd_directory(each, monitored) for each in (whole, *whole.parents)):
-        return "is a directory of LND's", "name another, such as /var/lib/lnd-backup: LND's are only read"
-    if not os.path.lexists(path):
-        return None if os.access(path.parent, os.W_OK | os.X_OK) else ("cannot be made", make)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        return "is a link or no directory", f"name another, or move it away and {make}"
-    if status.st_uid != user:
-        return f"belongs to user #{status.st_uid}, not #{user}", f"run this as its owner: sudo -u '#{status.st_uid}' …"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        return "must be writable by its owner and nobody else", f"run: chmod 0700 {shlex.quote(str(path))}"
-    return None
+def sdk_faults(environ: Mapping[str, str]) -> dict[str, tuple[str, str] | None]:
+    """Return what is wrong with the SDK's variables where the SDK would find it late, or never."""
+    faults: dict[str, tuple[str, str] | None] = {}
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):  # some providers show it so; the bucket is then in the key
+        if environ.get(name, "").rstrip("/").endswith(f"/{environ.get('S3_BUCKET_NAME')}"):
+            faults[name] = "ends with the bucket", "leave the bucket's name out"
+    try:
+        if bundle := environ.get("AWS_CA_BUNDLE"):
+            ssl.create_default_context(cafile=bundle)
+    except OSError as error:
+        faults["AWS_CA_BUNDLE"] = f"cannot be used: {error.strerror}", "name the file that holds the CA's certificate"
+    return faults
 
 
-def load_settings(environ: Mapping[str, str], unneeded: Collection[str] = ()) -> Settings:
-    """Return the settings; raises an ExceptionGroup of all faults. Empty is not set; what is unneeded may be so."""
+def load_settings(environ: Mapping[str, str], unneeded: Collection[str] = (), *more: Failure) -> Settings:
+    """Return the settings; raises an ExceptionGroup of all faults, and more. Empty counts as not set."""
     values = {name: environ.get(name) or default for name, (default, _, _) in VALUES.items()}
     values["BACKUP_DIRECTORY"] = values["BACKUP_DIRECTORY"] or environ.get("STATE_DIRECTORY", "").split(":")[0] or None
-    values |= {name: values[name] or os.devnull for name in unneeded}
     faults: dict[str, tuple[str, str] | None] = dict.fromkeys(unneeded)
     for name, (_, pattern, advice) in VALUES.items():
-        if (value := values[name]) is None or (value and name not in unneeded and not re.fullmatch(pattern, value)):
-            faults[name] = ("cannot be used" if value else "is not set", advice)
-    monitored, staging = (Path(os.path.abspath(values[name] or "")) for name in list(VALUES)[:2])
-    faults.setdefault("MONITOR_FILE_PATH", monitored_fault(monitored))
-    faults.setdefault("BACKUP_DIRECTORY", staging_fault(staging, None if faults["MONITOR_FILE_PATH"] else monitored))
-    if (bundle := environ.get("AWS_CA_BUNDLE")) and not os.path.exists(bundle):
-        faults["AWS_CA_BUNDLE"] = ("is not there", "name the file that holds the CA's certificate")
+        if (value := values[name]) is None or (value and not re.fullmatch(pattern, value)):
+            faults.setdefault(name, ("cannot be used" if value else "is not set", advice))
+    paths = {name: Path(os.path.abspath(values[name] or os.devnull)) for name in PATH_NAMES}
+    monitored = None if faults.get("MONITOR_FILE_PATH") else paths["MONITOR_FILE_PATH"]
+    for name in (name for name in paths if values[name]):
+        faults.setdefault(name, path_fault(name, paths[name], monitored))
+    faults = sdk_faults(environ) | faults
     failures = []
-    for name, fault in faults.items():
+    for name, (why, hint) in ((name, fault) for name, fault in faults.items() if fault):
         value = values.get(name) or environ.get(name, "")
-        value = "***" if "_KEY" in name or "TOKEN" in name or "@" in value else value
-        if fault:
-            failures.append(Failure(Cause.SETTINGS, f"configuration: {name}={value}: {fault[0]}", fault[1]))
+        value = "***" if "_KEY" in name or SECRET_NAME.search(name) or "@" in value else value
+        failures.append(Failure(Cause.SETTINGS, f"configuration: {name}={value}: {why}", hint))
+    if not any(f"{each}".startswith("configuration: AWS_") for each in failures):  # else the SDK says the same
+        failures += more
     if failures:
         raise ExceptionGroup("configuration", failures)
     bucket, prefix, *seconds = [value or "" for value in values.values()][2:7]
-    return Settings(monitored, staging, bucket, prefix and prefix.rstrip("/") + "/", *map(float, seconds))
+    rescan, refresh, grace = map(float, seconds)
+    prefix, outputs = prefix and prefix.rstrip("/") + "/", (values["METRICS_FILE"] or "", values["HEARTBEAT_URL"] or "")
+    return Settings(monitored or Path(), paths["BACKUP_DIRECTORY"], bucket, prefix, rescan, refresh, grace, *outputs)
 
 
 # --- Versions: one content of channel.backup, its name, and how it is read -------------------------------------------
@@ -283,6 +316,29 @@ def version_name(digest: str, now: datetime, newest: str) -> str:
     return f"{now:%Y%m%dT%H%M%S.%f}Z-{digest[-6:]}"
 
 
+def read_channel_backup(path: Path) -> bytes:
+    """Return the version at this path now, read by one descriptor: a rename cannot mix two. Raises Failure."""
+    what, hint = f"cannot read channel.backup: {path}", "let MONITOR_FILE_PATH name LND's channel.backup"
+    try:
+        whole = os.path.realpath(path, strict=True)  # a link may be switched at any time: checked at every read
+        with open(os.open(whole, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            before = os.fstat(file.fileno())
+            allowed = stat.S_ISREG(before.st_mode) and not FORBIDDEN_NAME.fullmatch(os.path.basename(whole))
+            data = file.read(min(before.st_size, LARGEST_SIZE_BYTES) + 1) if allowed else b""
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise node_failure(what, error) from None
+    if not allowed:
+        raise Failure(Cause.OTHER, f"{what}: it is {whole}, no regular file or one that must never be copied", hint)
+    size, unchanged = after.st_size, before.st_mtime_ns == after.st_mtime_ns
+    if size <= LARGEST_SIZE_BYTES and not (len(data) == before.st_size == size and unchanged):
+        raise Failure(Cause.ABSENT, f"{what}: it changed while it was read", "it is read again in a moment")
+    if not EMPTY_SIZE_BYTES <= size <= LARGEST_SIZE_BYTES:
+        why = f"{size} bytes cannot be a channel backup ({EMPTY_SIZE_BYTES} to {LARGEST_SIZE_BYTES})"
+        raise Failure(Cause.OTHER, f"{what}: {why}", "not written by LND; the last good version stays the newest")
+    return data
+
+
 def node_failure(what: str, error: OSError) -> Failure:
     """Return what the system refused on LND's side, as a failure with what to do."""
     hint = {
@@ -292,29 +348,6 @@ def node_failure(what: str, error: OSError) -> Failure:
         errno.EMFILE: "raise it: sysctl fs.inotify.max_user_instances, or the limit of open files",
     }.get(error.errno or 0, "check the path and its file system")
     return Failure(Cause.ABSENT if error.errno == errno.ENOENT else Cause.OTHER, f"{what}: {error.strerror}", hint)
-
-
-def read_channel_backup(path: Path) -> bytes:
-    """Return the version at this path now, read by one descriptor: a rename cannot mix two. Raises Failure."""
-    # A link may be switched at any time, so its target is checked at every read; opening a device can set it going.
-    what, hint = f"cannot read channel.backup: {path}", "let MONITOR_FILE_PATH name LND's channel.backup"
-    try:
-        whole = Path(os.path.realpath(path, strict=True))
-        if FORBIDDEN_NAME.fullmatch(whole.name) or not stat.S_ISREG(whole.stat().st_mode):
-            raise Failure(Cause.OTHER, f"{what}: it is {whole.name}, or no regular file", hint)
-        with open(os.open(whole, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            before = os.fstat(file.fileno())
-            data = file.read(min(before.st_size, LARGEST_SIZE_BYTES) + 1) if stat.S_ISREG(before.st_mode) else b""
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        raise node_failure(what, error) from None
-    size, times = after.st_size, (before.st_mtime_ns, after.st_mtime_ns)
-    if size <= LARGEST_SIZE_BYTES and not (len(data) == before.st_size == size and times[0] == times[1]):
-        raise Failure(Cause.ABSENT, f"{what}: it changed while it was read", "it is read again in a moment")
-    if not EMPTY_SIZE_BYTES <= size <= LARGEST_SIZE_BYTES:
-        why = f"{size} bytes cannot be a channel backup ({EMPTY_SIZE_BYTES} to {LARGEST_SIZE_BYTES})"
-        raise Failure(Cause.OTHER, f"{what}: {why}", "not written by LND; the last good version stays the newest")
-    return data
 
 
 # --- Staging: the directory that is the queue, and what is remembered across restarts --------------------------------
@@ -334,12 +367,24 @@ class Stored(NamedTuple):
         # S3 cuts its times to the second; within one, the name decides.
         return captured if captured and captured < stored_at + timedelta(seconds=1) else stored_at
 
+    def age_seconds(self) -> float:
+        """Return how long ago it was stored, by this machine's clock."""
+        return (datetime.now(UTC) - datetime.fromisoformat(self.stored_at)).total_seconds()
+
     def as_json(self) -> dict[str, Any]:
         """Return the fields that scripts may rely on."""
-        captured, empty = (captured_at(self.name) or self.at()).isoformat(), self.size_bytes == EMPTY_SIZE_BYTES
-        return {"captured_at": captured, "empty": empty} | {
-            k: v for k, v in self._asdict().items() if k not in ("sha256", "bucket")
-        }
+        fields = {"name": self.name, "key": self.key, "size_bytes": self.size_bytes, "stored_at": self.stored_at}
+        captured = captured_at(self.name) or self.at()
+        return fields | {"captured_at": captured.isoformat(), "empty": self.size_bytes == EMPTY_SIZE_BYTES}
+
+    def marks(self, older: Stored | None) -> list[str]:
+        """Return what deserves a look, beside the version before it."""
+        empty, captured = self.size_bytes == EMPTY_SIZE_BYTES, captured_at(self.name) or self.at()
+        shrunk = older is not None and not empty and self.size_bytes * 2 < older.size_bytes
+        late = captured > self.at() + timedelta(minutes=1)
+        return (
+            ["no channels"] * empty + ["much smaller than the one before"] * shrunk + ["named later than stored"] * late
+        )
 
 
 def read_file(path: Path | str, directory: int | None = None) -> bytes:
@@ -386,7 +431,7 @@ class Staging:
     def __init__(self, directory: Path) -> None:
         """Make the directory if need be, lock it until the process ends, recall the newest name; raises Failure."""
         self.directory, self.trouble = directory, Trouble("staging works")
-        self.changed = asyncio.Event()  # the bell: something was staged, or a stop began
+        self.changed, self.news = asyncio.Event(), asyncio.Event()  # bells: something to send (or to stop); to report
         self.held: dict[str, bytes] = {}  # versions that the disk refused, to be sent straight from memory
         self.delivered: set[str] = set()  # versions with a receipt that the disk refused to delete
         try:
@@ -406,7 +451,7 @@ class Staging:
             raise Failure(Cause.SETTINGS, f"cannot use BACKUP_DIRECTORY: {directory}: {error.strerror}", hint) from None
 
     def names(self) -> list[str]:
-        """Return the names of the versions still to be sent, newest first."""
+        """Return the names of the versions still to be sent, newest first; raises OSError."""
         files = (entry.name for entry in os.scandir(self.fd) if entry.is_file(follow_symlinks=False))
         return sorted({name for name in files if captured_at(name)} - self.delivered | self.held.keys(), reverse=True)
 
@@ -419,7 +464,7 @@ class Staging:
             return data
         os.rename(name, f".damaged-{name}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
         hint = "somebody edited it, or the disk is failing; it is not sent, and kept as .damaged-* for a look"
-        say(Failure(Cause.OTHER, f"damaged: {self.directory / name}: its bytes are not those of its name", hint))
+        Failure(Cause.OTHER, f"damaged: {self.directory / name}: its bytes are not those of its name", hint).say()
         return None
 
     def stage(self, data: bytes) -> None:
@@ -456,19 +501,15 @@ class Staging:
         """Remember a receipt, if it is the newest, and delete the version that it proves stored."""
         self.held.pop(receipt.name, None)
         self.delivered.add(receipt.name)
-        remembered = self.receipt is not None and receipt.name < self.receipt.name
-        self.receipt = self.receipt if remembered else receipt
-        text = json.dumps(receipt._asdict()).encode()
+        self.receipt = max(receipt, self.receipt or receipt)  # by name
         try:
-            with contextlib.suppress(OSError):
-                if not remembered:
-                    write_file(self.fd, ".receipt", text)
-                    remembered = True
-            with contextlib.suppress(FileNotFoundError):  # it was never on disk
-                os.unlink(receipt.name, dir_fd=self.fd)
-            if not remembered:  # a full disk may have room for it now
-                write_file(self.fd, ".receipt", text)
-            self.delivered.discard(receipt.name)
+            try:
+                if self.receipt is receipt:
+                    write_file(self.fd, ".receipt", json.dumps(receipt._asdict()).encode())
+            finally:  # a full disk has room again once the version is gone
+                with contextlib.suppress(FileNotFoundError):  # it was never on disk
+                    os.unlink(receipt.name, dir_fd=self.fd)
+                self.delivered.discard(receipt.name)
         except OSError as error:
             self.refused("tidy up", receipt.name, error, "free or repair the disk; this version is in the bucket")
 
@@ -479,15 +520,7 @@ class Staging:
 
 
 # --- S3: one client, one put that proves itself, and every error explained -------------------------------------------
-CODES = {  # of S3's errors; HTTP's status codes count where S3's say nothing
-    Cause.CLOCK: "RequestTimeTooSkewed RequestExpired",
-    Cause.CREDENTIALS: "ExpiredToken InvalidToken TokenRefreshRequired InvalidAccessKeyId 401 403",
-    Cause.DENIED: "AccessDenied",
-    Cause.OTHER: "NoSuchKey InvalidObjectState",
-    Cause.BUCKET: "NoSuchBucket QuotaExceeded 301 307 308 400 404 405 501 507",
-    Cause.NETWORK: "RequestTimeout BadDigest XAmzContentSHA256Mismatch Throttling ThrottlingException SlowDown",
-}
-# Of the SDK's exceptions; a credential program that fails raises neither a ClientError nor a BotoCoreError (1.44).
+# The SDK's exceptions; a credential program that fails raises neither a ClientError nor a BotoCoreError (1.44).
 CLASSES: tuple[tuple[Cause, tuple[type[Exception], ...]], ...] = (
     (Cause.CREDENTIALS, (sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.SSOError, sdk.LoginError)),
     (Cause.NETWORK, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError, sdk.TokenRetrievalError)),
@@ -501,7 +534,7 @@ def explain(what: str, error: Exception, permission: str = "") -> Failure:
     if isinstance(error, sdk.ClientError):
         code, text = (error.response.get("Error", {}).get(part, "") for part in ("Code", "Message"))
         status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-        found = [cause for each in (code, status) for cause, codes in CODES.items() if each in codes.split()]
+        found = [cause for each in (code, status) for cause in Cause if each in cause.codes]  # S3's word comes first
         unknown = Cause.NETWORK if re.fullmatch("408|409|425|429|5..", status) else Cause.OTHER
         cause, why = [*found, unknown][0], f"{code}: {text} (HTTP {status})"
     else:
@@ -509,18 +542,24 @@ def explain(what: str, error: Exception, permission: str = "") -> Failure:
         cause = next((cause for cause, classes in CLASSES if isinstance(error, classes)), Cause.OTHER)
         if "CERTIFICATE_VERIFY_FAILED" in why:
             cause = Cause.CLOCK if "not yet valid" in why or "expired" in why else Cause.BUCKET
-        if reason := getattr(error, "kwargs", {}).get("error"):  # botocore keeps the reason to itself
-            why += f" ({str(reason).rpartition(': ')[2]})"
+        reason = str(getattr(error, "kwargs", {}).get("error", "")).rpartition(": ")[
+            2
+        ]  # botocore may keep it to itself
+        why += f" ({reason})" if reason not in why else ""
         why = re.sub(r"(header value) b?'.*?'", r"\1 ***", why)  # a session token with a line break in it
     return Failure(cause, f"{what}: {why}", cause.hint.replace("{permission}", permission))
+
+
+class Damaged(Failure):
+    """An object that is not what its name and metadata say."""
 
 
 class Bucket:
     """The bucket, by way of one SDK client: made at the first use, and anew when its credentials or settings fail."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, name: str = "", prefix: str = "") -> None:
         """Check what can be checked on this machine, without asking any source of credentials; raises Failure."""
-        self.name, self.prefix, self.using = settings.bucket, settings.prefix, ""
+        self.name, self.prefix, self.using = name, prefix, ""
         self.session: Any = None
         self.client: Any = None
         try:
@@ -531,24 +570,24 @@ class Bucket:
 
     def new_client(self, **credentials: str) -> Any:
         """Return an SDK client, its limits explicit; what the user chose in the environment or a file is left alone."""
+        if not any("amazon" in path.read_text().lower() for path in Path("/sys/class/dmi/id").glob("*s_ve*")):
+            os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # off EC2, nobody is asked for a role
         self.session = self.session or boto3.session.Session()  # only a new one reads changed files
         chosen = {name for name, value in self.session._session.get_scoped_config().items() if value}  # noqa: SLF001
         chosen |= {name[4:].lower() for name, value in os.environ.items() if name.startswith("AWS_") and value}
-        limits: dict[str, Any] = dict.fromkeys(("connect_timeout", "read_timeout"), ATTEMPT_SECONDS)
-        limits["max_pool_connections"] = 1
-        for checksums in ("request_checksum_calculation", "response_checksum_validation"):
+        limits: dict[str, Any] = {"connect_timeout": ATTEMPT_SECONDS, "read_timeout": ATTEMPT_SECONDS}
+        for checksums in {"request_checksum_calculation", "response_checksum_validation"} - chosen:
             limits[checksums] = "when_required"  # else trailers, which break many stores (boto3#4392)
         if not chosen & {"max_attempts", "retry_mode"}:  # the SDK's own attempts run dry; the uploader's never do
             limits["retries"] = {"mode": "standard", "total_max_attempts": 1}
-        config = Config(**{name: value for name, value in limits.items() if name not in chosen})
         region = os.environ.get("AWS_REGION") or None  # which people set, and the SDK ignores
-        client = self.session.client("s3", region_name=region, config=config, **credentials)
+        client = self.session.client("s3", region_name=region, config=Config(**limits), **credentials)
         self.is_aws = str(urlsplit(client.meta.endpoint_url).hostname).endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        on, before, after = client.meta.events.register, "before-sign.s3.PutObject", "after-call.s3.PutObject"
-        # `Expect: 100-continue` costs a round trip, and a second where a proxy ignores it (botocore#3613).
-        on(before, lambda request, **_: request.headers.__delitem__("Expect"))
+        on = client.meta.events.register
+        # It costs a round trip, and a second where a proxy ignores it (botocore#3613).
+        on("before-sign.s3.PutObject", lambda request, **_: request.headers.__delitem__("Expect"))
         # The body of the answer tells a receipt, which has none, from the page of a captive portal.
-        on(after, lambda http_response, parsed, **_: parsed.update(Body=http_response.content))
+        on("after-call.s3.PutObject", lambda http_response, parsed, **_: parsed.update(Body=http_response.content))
         return client
 
     def call(self, what: str, action: str, permission: str, **arguments: Any) -> dict[str, Any]:
@@ -557,11 +596,19 @@ class Bucket:
             if self.client is None:
                 self.client, credentials = self.new_client(), self.session.get_credentials()
                 meta, method = self.client.meta, credentials.method if credentials else "none"
+                url, proxies = urlsplit(meta.endpoint_url), get_environ_proxies(meta.endpoint_url)
                 using = f"endpoint {meta.endpoint_url}, region {meta.region_name}, credentials: {method}"
+                using += f", proxy: {proxies.get(url.scheme, 'none')}"
                 if using != self.using:
                     log.info("using %s", using)
+                    if url.scheme == "http" and not LOCAL_HOST.fullmatch(str(url.hostname)):
+                        log.warning("plain http to %s: whoever is on the way can forge receipts", url.hostname)
                 self.using = using
             answer: dict[str, Any] = getattr(self.client, action)(Bucket=self.name, **arguments)
+            if action == "get_object":  # within the time that the call may take; what is too large stays there
+                answer["Body"] = (
+                    answer["Body"].read() if answer.get("ContentLength", math.inf) <= LARGEST_SIZE_BYTES else b""
+                )
         except Exception as error:
             resource = f"arn:aws:s3:::{self.name}" + (f"/{self.prefix}*" if "Object" in permission else "")
             failure = explain(what, error, json.dumps({"Effect": "Allow", "Action": permission, "Resource": resource}))
@@ -573,18 +620,16 @@ class Bucket:
         """Send a version and return S3's receipt; raises Failure. The same version twice is the same object."""
         key, digest = self.prefix + name, hashlib.sha256(data)
         what, checksum = f"cannot store: s3://{self.name}/{key}", base64.b64encode(digest.digest()).decode()
-        check = {"ChecksumSHA256": checksum, "ChecksumAlgorithm": "SHA256"}
+        check: dict[str, Any] = {"ChecksumSHA256": checksum, "ChecksumAlgorithm": "SHA256"}
         if not self.is_aws:  # the one check that nearly every store honours, and Object Lock accepts
             check = {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
         # A stream is sent in small blocks, each with a time-out of its own, as a slow uplink needs it.
-        body, metadata = io.BytesIO(data), {"sha256": digest.hexdigest()}
-        answer = self.call(what, "put_object", "s3:PutObject", Key=key, Body=body, Metadata=metadata, **check)
+        check |= {"Key": key, "Body": io.BytesIO(data), "Metadata": {"sha256": digest.hexdigest()}}
+        answer = self.call(what, "put_object", "s3:PutObject", **check)
         if not answer.get("ETag") or answer["Body"] or answer.get("ChecksumSHA256", checksum) != checksum:
             hint = "something answers in S3's place (a captive portal, a proxy): open a web page, check the endpoint"
             raise Failure(Cause.NETWORK, f"{what}: the answer is no receipt", hint)
-        return Stored(
-            name, key, len(data), datetime.now(UTC).isoformat(timespec="seconds"), digest.hexdigest(), self.name
-        )
+        return Stored(name, key, len(data), datetime.now(UTC).isoformat(), digest.hexdigest(), self.name)
 
     def ask(self, what: str, action: str, permission: str, **arguments: Any) -> dict[str, Any]:
         """Call one operation of S3 for a one-shot, which gives up when there is no answer; raises Failure."""
@@ -593,8 +638,7 @@ class Bucket:
 
     def versions(self) -> tuple[list[Stored], int]:
         """Return the versions right under the prefix, newest first, and the number of other keys; raises Failure."""
-        found: list[Stored] = []
-        what, others = f"cannot list: s3://{self.name}/{self.prefix}", 0
+        what, others, found = f"cannot list: s3://{self.name}/{self.prefix}", 0, []
         page = {"Prefix": self.prefix, "Delimiter": "/"}
         while True:
             answer = self.ask(what, "list_objects_v2", "s3:ListBucket", **page)
@@ -609,37 +653,22 @@ class Bucket:
                 return sorted(found, key=lambda each: (each.at(), each.name), reverse=True), others - len(found)
             page["ContinuationToken"] = answer["NextContinuationToken"]
 
-    def fetch(self, key: str, *, by_name_alone: bool = False) -> tuple[bytes, datetime]:
-        """Return the bytes of a version, if they fit metadata and name, and the time it counts by; raises Failure."""
-        what, hint = f"cannot use s3://{self.name}/{key}", "take another version: list shows them"
+    def fetch(self, key: str, *, by_name_alone: bool = False) -> tuple[bytes, Stored]:
+        """Return the bytes of a version, if they fit metadata and name, and what S3 says of it; raises Failure."""
+        what = f"cannot use s3://{self.name}/{key}"
         answer = self.ask(what, "get_object", "s3:GetObject", Key=key)
-        size = answer.get("ContentLength", 0)
-        try:
-            data: bytes = answer["Body"].read(LARGEST_SIZE_BYTES + 1) if size <= LARGEST_SIZE_BYTES else b""
-        except Exception as error:
-            raise Failure(Cause.NETWORK, f"{what}: cut off: {error}") from error
-        if len(data) < size <= LARGEST_SIZE_BYTES:  # a connection that ends early need not raise
-            raise Failure(Cause.NETWORK, f"{what}: cut off after {len(data)} of {size} bytes")
-        digest, wanted = hashlib.sha256(data).hexdigest(), answer["Metadata"].get("sha256")
-        fits = wanted in (None, digest) and key[-6:] == digest[-6:]
-        if not fits or not EMPTY_SIZE_BYTES <= len(data) <= LARGEST_SIZE_BYTES:
-            raise Failure(Cause.OTHER, f"{what}: damaged: its bytes are not those of its name and metadata", hint)
+        data: bytes = answer["Body"]
+        metadata = {name.lower(): value for name, value in answer["Metadata"].items()}  # some stores write Sha256
+        digest, wanted = hashlib.sha256(data).hexdigest(), metadata.get("sha256")
+        if len(data) < EMPTY_SIZE_BYTES or wanted not in (None, digest) or key[-6:] != digest[-6:]:
+            raise Damaged(Cause.OTHER, f"{what}: damaged: its bytes are not those of its name and metadata")
         if wanted is None and not by_name_alone:
-            hint = f"it was not stored by this program; to trust the six digits of its name: restore --key {key}"
-            raise Failure(Cause.OTHER, f"{what}: no sha256 in its metadata", hint)
+            hint = "another program stored it; --key with this key trusts the six digits of its name"
+            raise Damaged(Cause.OTHER, f"{what}: no sha256 in its metadata", hint)
         if wanted is None:
             log.warning("only the six digits of its name could be checked: %s", key)
         stored_at = answer["LastModified"].astimezone(UTC).isoformat()
-        return data, Stored(key.rpartition("/")[2], key, len(data), stored_at).at()
-
-    def holds(self, key: str, data: bytes) -> bool:
-        """Tell whether an object has these bytes; raises Failure if it cannot be had."""
-        try:
-            return self.fetch(key, by_name_alone=True)[0] == data
-        except Failure as failure:
-            if failure.cause is not Cause.OTHER:
-                raise
-            return False
+        return data, Stored(key.rpartition("/")[2], key, len(data), stored_at)
 
 
 async def in_daemon_thread(seconds: float, what: str, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -689,22 +718,24 @@ class Watcher:
         self.watch: Watch | None = None
         self.listener: asyncio.Task[None] | None = None
         self.unread: Failure | None = None  # why the last look could not read the file
-        self.seen = ""  # SHA-256 of the last version; forgotten when it is to be put again, as at the start
-        self.refresh_at = self.next_refresh()
+        self.seen = ""  # SHA-256 of the last version; nothing was seen at the start
         if os.path.islink(settings.monitored):
             log.warning("%s is a link: no event comes from its target, only rescans see changes", settings.monitored)
+        for name in ("admin.macaroon", "wallet.db"):
+            if os.access(settings.monitored.parent / name, os.R_OK):
+                log.warning("this user can read %s: see README.md for a way without", settings.monitored.parent / name)
 
     async def run(self) -> None:
         """Watch until cancelled, which may happen at any time, and look once more before returning."""
+        most = min(self.settings.rescan_seconds, float(os.environ.get("WATCHDOG_USEC") or "inf") / 3e6)
+        most = min(most, self.settings.refresh_seconds or most)
         try:
             while not (self.listener and self.listener.done()):
                 self.bell.clear()
                 self.look()
                 notify_systemd("WATCHDOG=1")
-                watchdog = float(os.environ.get("WATCHDOG_USEC") or "inf") / 3e6
-                rescan = 1.0 if self.trouble.failure else watchdog  # not watched, or the file absent or being written
-                refresh = max(self.refresh_at - time.clock_gettime(time.CLOCK_BOOTTIME), 0.0)
-                await rings(self.bell, min(self.settings.rescan_seconds, watchdog, refresh, rescan))
+                # In trouble it is not watched, or the file is absent or being written.
+                await rings(self.bell, min(most, 1.0) if self.trouble.failure else most)
             self.listener.result()
         finally:
             self.look()  # a last time
@@ -738,9 +769,8 @@ class Watcher:
 
     def look(self) -> bool:
         """Stage the file if it is not the version last seen, or is to prove the way out; tell whether it was."""
-        if time.clock_gettime(time.CLOCK_BOOTTIME) >= self.refresh_at:
-            self.seen, self.refresh_at = "", self.next_refresh()
         self.staging.settle_held()
+        self.staging.news.set()
         failure, self.unread = self.arm(), None
         try:
             data = read_channel_backup(self.settings.monitored)
@@ -748,32 +778,34 @@ class Watcher:
             self.unread = self.trouble.begin(unread)
             return False
         self.trouble.begin(failure) if failure else self.trouble.end()
-        digest = hashlib.sha256(data).hexdigest()
-        # At the start and at a refresh nothing was seen: the same bytes are staged anew, unless still to be sent.
-        is_new = digest != self.seen and (self.seen != "" or not self.staging.is_newest(data))
+        digest, receipt, refresh = hashlib.sha256(data).hexdigest(), self.staging.receipt, self.settings.refresh_seconds
+        age = receipt.age_seconds() if receipt else math.inf  # below 0: the clock was set back, and nothing is sure
+        # At the start and for a refresh the same bytes are staged anew, unless they are still to be sent.
+        anew = self.seen == "" or (self.seen == digest and refresh > 0 and not 0 <= age < refresh)
+        is_new = not self.staging.is_newest(data) if anew else self.seen != digest
         if is_new:
             self.staging.stage(data)
         self.seen = digest
         return is_new
-
-    def next_refresh(self) -> float:
-        """Return when the file is to be put again: by a clock that counts in suspend, and is deaf to clock settings."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME) + (self.settings.refresh_seconds or float("inf"))
 
 
 # --- Uploading: newest first, for ever, and a staged version is deleted only on its receipt --------------------------
 class Uploader:
     """Sends what is staged; the only user of the bucket while the daemon runs."""
 
-    def __init__(self, staging: Staging, bucket: Bucket, stored: Callable[[Stored], None]) -> None:
-        self.staging, self.bucket, self.stored, self.trouble = staging, bucket, stored, Trouble("S3 stores versions")
+    def __init__(self, staging: Staging, bucket: Bucket) -> None:
+        self.staging, self.bucket, self.trouble = staging, bucket, Trouble("S3 stores versions")
         self.failure: Failure | None = None  # of the last attempt
+        self.attempt_seconds = ATTEMPT_SECONDS
 
     async def run(self, stopping: asyncio.Event, patience_seconds: float = float("inf")) -> None:
         """Send until cancelled (a version in flight stays staged), or, if stopping, until all are sent or hope ends."""
         failures, give_up_at = 1, time.monotonic() + patience_seconds
+        # Each of connect, proxy, TLS and answer may take long, as over Tor; a one-shot is to end within a minute.
+        self.attempt_seconds = ATTEMPT_SECONDS if patience_seconds < math.inf else 4 * ATTEMPT_SECONDS
         while True:
             self.failure = await self.send_staged()
+            self.staging.news.set()
             pause = CONNECTION_IDLE_SECONDS
             if self.failure:  # doubled at each failure up to the cause's limit, half of it jitter
                 longest = min(self.failure.cause.pause_seconds, BACKOFF_FIRST_SECONDS * 2.0 ** min(failures - 1, 16))
@@ -802,19 +834,18 @@ class Uploader:
                     left = self.staging.refused("read", name, error, "check its owner and mode, and the disk")
                     continue
                 if data is not None:
-                    seconds = ATTEMPT_SECONDS + len(data) / 4000.0  # bytes per second; a credential program may hang
+                    seconds = self.attempt_seconds + len(data) / 4000.0  # bytes per second
                     receipt = await in_daemon_thread(seconds, f"cannot store: {name}", self.bucket.put, name, data)
                     self.trouble.end()
                     log.info("stored s3://%s/%s: %d bytes", self.bucket.name, receipt.key, receipt.size_bytes)
                     self.staging.discard(receipt)
-                    self.stored(receipt)
         except Exception as error:
             self.bucket.client = self.bucket.session = None  # a thread that was given up may still hold their locks
             return self.trouble.begin(error if isinstance(error, Failure) else explain(f"cannot store: {name}", error))
         return left
 
 
-# --- The daemon: one function owns all tasks -------------------------------------------------------------------------
+# --- Reporting: systemd, the metrics file and the heartbeat hear how it goes, and cannot harm a backup ----------------
 def notify_systemd(state: str) -> None:
     """Tell systemd (sd_notify(3)); that nobody listens is no reason to fail."""
     if address := os.environ.get("NOTIFY_SOCKET"):
@@ -823,9 +854,80 @@ def notify_systemd(state: str) -> None:
             notify.sendall(state.encode())
 
 
-def install_handlers(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.Event, asyncio.Future[None]]:
-    """Return what the first signal sets, and what fails with the loop's callbacks; a second signal ends the process."""
-    stopping, broken = asyncio.Event(), loop.create_future()
+class Reporter:
+    """Tells those who watch over the service what is stored, what is staged and what is wrong."""
+
+    def __init__(self, settings: Settings, staging: Staging, troubles: list[Trouble]) -> None:
+        self.settings, self.staging, self.troubles = settings, staging, troubles
+        self.trouble = Trouble("METRICS_FILE and HEARTBEAT_URL work")
+        self.beat_for, self.alarmed = staging.receipt, False  # what was told last
+        self.metrics: list[str] = []
+        if settings.heartbeat and not settings.refresh_seconds:
+            log.warning("REFRESH_SECONDS=0: a node whose channels do not change sends no heartbeat, and looks dead")
+
+    async def run(self) -> None:
+        """Report every change, many at once as one, until cancelled, which may happen at any time."""
+        while True:
+            self.staging.news.clear()
+            await self.report()
+            await asyncio.sleep(REPORT_SECONDS)
+            await self.staging.news.wait()
+
+    async def report(self) -> None:
+        """Report how it goes; that nobody can be told is itself a trouble, and no more."""
+        try:
+            self.write()
+            await self.beat()
+            self.trouble.end()
+        except Exception as error:
+            self.trouble.begin(error if isinstance(error, Failure) else explain("cannot report", error))
+
+    def write(self) -> None:
+        """Write the status line, and METRICS_FILE for node_exporter's textfile collector; raises Failure, OSError."""
+        names, receipt = self.staging.names(), self.staging.receipt
+        stored_at = datetime.fromisoformat(receipt.stored_at) if receipt else None
+        status = [f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet", f"{len(names)} staged"]
+        status += [str(trouble.failure) for trouble in self.troubles if trouble.failure]
+        notify_systemd("STATUS=" + shown("; ".join(status)))
+        times = {"last_stored": stored_at, "last_seen": captured_at(self.staging.newest)}
+        times["oldest_staged"] = captured_at(names[-1]) if names else None
+        values = {f"{name}_timestamp_seconds": at.timestamp() if at else 0 for name, at in times.items()}
+        values |= {"staged": len(names), "last_size_bytes": receipt.size_bytes if receipt else 0}
+        lines = [f"# TYPE lnd_backup_{name} gauge\nlnd_backup_{name} {value:.0f}\n" for name, value in values.items()]
+        failures = [f'_total{{cause="{cause.name.lower()}"}} {Trouble.failures[cause]}' for cause in Cause]
+        lines += ["# TYPE lnd_backup_failures_total counter\n", *(f"lnd_backup_failures{each}\n" for each in failures)]
+        if self.settings.metrics and lines != self.metrics:
+            try:
+                part = Path(self.settings.metrics + ".partial")
+                part.write_text("".join(lines))
+                part.chmod(0o644)
+                part.rename(self.settings.metrics)
+            except OSError as error:
+                hint = "check its directory, and that the disk is not full"
+                raise Failure(Cause.OTHER, f"cannot write METRICS_FILE: {part}: {error.strerror}", hint) from None
+        self.metrics = lines
+
+    async def beat(self) -> None:
+        """Request HEARTBEAT_URL when the bucket holds the current file, URL/fail when a trouble lasts ten minutes."""
+        wrong, receipt = [trouble for trouble in self.troubles if trouble.failure], self.staging.receipt
+        lasting = [str(each.failure) for each in wrong if time.monotonic() - each.began_at >= ALARM_SECONDS]
+        current = receipt and not wrong and max(self.staging.names(), default="") < receipt.name
+        good = current and (receipt is not self.beat_for or self.alarmed)
+        url, body = urlsplit(self.settings.heartbeat), None
+        if lasting and not self.alarmed:
+            url, body = url._replace(path=url.path.rstrip("/") + "/fail"), shown("; ".join(lasting)).encode()
+        if url.scheme and (good or body):
+            # No redirects: whoever answers in the heartbeat's place cannot send the request elsewhere.
+            handler = type("NoRedirect", (urllib.request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+            request = partial(urllib.request.build_opener(handler).open, url.geturl(), body, HEARTBEAT_SECONDS)
+            (await in_daemon_thread(2 * HEARTBEAT_SECONDS, "cannot reach HEARTBEAT_URL", request)).close()
+            self.beat_for, self.alarmed = receipt, bool(lasting)
+
+
+# --- The daemon: one function owns all tasks -------------------------------------------------------------------------
+def install_handlers(loop: asyncio.AbstractEventLoop) -> asyncio.Event:
+    """Return what the first signal sets; a second one ends the process, and so does a fault in the loop's callbacks."""
+    stopping = asyncio.Event()
 
     def on_signal(number: int) -> None:
         if stopping.is_set():  # the second was waiting already, or this is a one-shot
@@ -836,39 +938,33 @@ def install_handlers(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.Event, as
         stopping.set()
 
     def on_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if not broken.done():  # a failing reader callback is called again for ever, and no task hears of it
-            broken.set_exception(context.get("exception") or RuntimeError(context["message"]))
+        # A failing reader callback is called again for ever, and no task hears of it.
+        log.critical("a fault of this program: %s", context["message"], exc_info=context.get("exception"))
+        os._exit(FAILED)
 
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, on_signal, each)
     loop.set_exception_handler(on_exception)
-    return stopping, broken
+    return stopping
 
 
-async def run_daemon(settings: Settings, *, once: bool) -> int:
+async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
     """Watch and upload until a signal, or once; return the exit code. Raises Failure, and whatever ends a task."""
-    bucket, staging = Bucket(settings), Staging(settings.staging)
-    watcher = Watcher(settings, staging)
-
-    def stored(receipt: Stored) -> None:
-        if receipt.sha256 == watcher.seen:  # a refresh counts from the last receipt for what is on disk
-            watcher.refresh_at = watcher.next_refresh()
-        if once:
-            print(f"stored {shown(receipt.key)}", flush=True)
-
-    uploader = Uploader(staging, bucket, stored)
-    stopping, broken = install_handlers(asyncio.get_running_loop())
-    log.info("watching %s, staging in %s, %d staged", settings.monitored, settings.staging, len(staging.names()))
+    staging = Staging(settings.staging)
+    watcher, uploader = Watcher(settings, staging), Uploader(staging, bucket)
+    reporter = Reporter(settings, staging, [watcher.trouble, uploader.trouble, staging.trouble])
+    stopping = install_handlers(asyncio.get_running_loop())
     watcher.look()
+    log.info("watching %s, staging in %s, %d staged", settings.monitored, settings.staging, len(staging.names()))
     notify_systemd("READY=1")
     if once:
         stopping.set()
-    uploading = asyncio.create_task(uploader.run(stopping, ONE_SHOT_PATIENCE_SECONDS if once else float("inf")))
-    watching = asyncio.create_task(watcher.run())
-    tasks: list[asyncio.Future[Any]] = [watching, uploading, asyncio.create_task(stopping.wait()), broken]
+    uploading = asyncio.create_task(uploader.run(stopping, ONE_SHOT_PATIENCE_SECONDS if once else math.inf))
+    others = [asyncio.create_task(each) for each in (watcher.run(), reporter.run(), stopping.wait())]
+    tasks: list[asyncio.Task[Any]] = [uploading, *others]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        notify_systemd("STOPPING=1")
+        notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(settings.grace_seconds + 5) * 1e6:.0f}")
         if once:
             await uploading
         elif stopping.is_set():
@@ -882,19 +978,17 @@ async def run_daemon(settings: Settings, *, once: bool) -> int:
     for ended in tasks:
         if not ended.cancelled():
             ended.result()
-    code = outcome(staging, uploader.failure, watcher.unread)
-    return code if once else DONE
-
-
-def outcome(staging: Staging, unsent: Failure | None, unread: Failure | None) -> int:
-    """Log what is left, and return the exit code of a one-shot."""
     left = len(staging.names())
     log.info("stopped, %d versions staged for the next start", left - len(staging.held))
     if staging.held:
         log.error("lost with memory: %d versions that neither the disk nor S3 took", len(staging.held))
-    if left:
-        return unsent.cause.exit_code if unsent else TRY_AGAIN
-    return unread.cause.exit_code if unread else DONE
+    if not once:
+        with contextlib.suppress(Failure, OSError):
+            reporter.write()
+        return DONE
+    await reporter.report()
+    failure = uploader.failure if left else watcher.unread
+    return failure.cause.exit_code if failure else TRY_AGAIN if left else DONE
 
 
 async def drain(watcher: Watcher, uploader: Uploader, uploading: asyncio.Task[None], stopping: asyncio.Event) -> None:
@@ -907,6 +1001,23 @@ async def drain(watcher: Watcher, uploader: Uploader, uploading: asyncio.Task[No
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
+def configure(*unneeded: str) -> tuple[Settings, Bucket]:
+    """Return what a command works with, nothing connected; raises an ExceptionGroup of all faults, the SDK's too."""
+    faults = []
+    try:
+        bucket = Bucket()
+    except Failure as failure:
+        faults.append(failure)
+    settings = load_settings(os.environ, unneeded, *faults)
+    bucket.name, bucket.prefix = settings.bucket, settings.prefix
+    return settings, bucket
+
+
+def command_run(options: argparse.Namespace) -> int:
+    """Run the daemon, or one pass of it."""
+    return asyncio.run(run_daemon(*configure(), once=options.command == "once"))
+
+
 def ago(then: datetime) -> str:
     """Return how long ago that was, in words."""
     seconds = max((datetime.now(UTC) - then).total_seconds(), 0)
@@ -914,100 +1025,116 @@ def ago(then: datetime) -> str:
     return next((f"{seconds / unit:.0f} {name}" for name, unit in units if seconds >= 2 * unit), f"{seconds:.0f} s")
 
 
-def command_run(options: argparse.Namespace) -> int:
-    """Run the daemon, or one pass of it."""
-    return asyncio.run(run_daemon(load_settings(os.environ), once=options.command == "once"))
+def check_bucket(bucket: Bucket, data: bytes) -> tuple[bool, Stored | None, str]:
+    """Return whether the bucket holds these bytes, by which version or else the newest, a remark; raises Failure."""
+    versions, remark, digits = bucket.versions()[0], "", hashlib.sha256(data).hexdigest()[-6:]
+    for each in (each for each in versions if each.name.endswith(digits)):
+        try:
+            if bucket.fetch(each.key, by_name_alone=True)[0] == data:
+                return True, each, f", but {versions[0].key} is newer" if each is not versions[0] else ""
+        except Damaged:
+            remark = f"damaged in the bucket: {each.key}"
+    return False, next(iter(versions), None), remark
+
+
+def check_receipt(settings: Settings, digest: str) -> tuple[bool, Stored | None, str]:
+    """Return whether the last receipt is for this digest and not too old, that receipt, and a remark."""
+    receipt, why = recall_receipt(settings.staging), ""
+    if not receipt or (receipt.bucket, receipt.key) != (settings.bucket, settings.prefix + receipt.name):
+        receipt, why = (
+            None,
+            "this key may not read the bucket, and this user finds no receipt of it in BACKUP_DIRECTORY",
+        )
+    elif receipt.sha256 == digest and 0 < 2 * settings.refresh_seconds < receipt.age_seconds():
+        why = "the last receipt is old: nothing refreshes it, or refreshing fails"
+    return bool(receipt and receipt.sha256 == digest and not why), receipt, why
 
 
 def command_check(options: argparse.Namespace) -> int:
     """Print whether the bucket holds the version on disk: by its bytes where the key may read, else by a receipt."""
-    settings = load_settings(os.environ, ["BACKUP_DIRECTORY"])
-    bucket, data = Bucket(settings), read_channel_backup(settings.monitored)
-    digest, written_at = hashlib.sha256(data).hexdigest(), os.path.getmtime(settings.monitored)
-    current, proof, known = False, "bucket", None
-    verb = "LND has written since, for" if time.time() - written_at < JUST_NOW_SECONDS else "the bucket is behind for"
-    reason = f"{verb} {ago(datetime.fromtimestamp(written_at, UTC))}"
+    settings, bucket = configure("BACKUP_DIRECTORY")
+    data, proof, staged = read_channel_backup(settings.monitored), "bucket", None
     try:
-        versions, _ = bucket.versions()
-        same = [version for version in versions if version.name.endswith(digest[-6:])]
-        known = next(iter([*same, *versions]), None)
-        current = any(bucket.holds(version.key, data) for version in same)
-        reason = f"damaged in the bucket: {same[0].key}" if same else reason
+        current, version, remark = check_bucket(bucket, data)
     except Failure as failure:
         if failure.cause is not Cause.DENIED:
             raise
-        proof, known = "receipt", recall_receipt(settings.staging)
-        if not known or (known.bucket, known.key) != (bucket.name, bucket.prefix + known.name):
-            reason = "this key may not read the bucket, and BACKUP_DIRECTORY has no receipt of it that can be read"
-        elif known.sha256 == digest:
-            age = datetime.now(UTC) - datetime.fromisoformat(known.stored_at)
-            late = 0 < 2 * settings.refresh_seconds < age.total_seconds()
-            current, reason = not late, "the last receipt is old: nothing refreshes it, or refreshing fails"
-    staged = None
+        proof, (current, version, remark) = "receipt", check_receipt(settings, hashlib.sha256(data).hexdigest())
+    written = datetime.fromtimestamp(os.path.getmtime(settings.monitored), UTC)
+    is_late = datetime.now(UTC) - written > timedelta(seconds=JUST_NOW_SECONDS)
+    behind = f"{'the bucket is behind for' if is_late else 'LND has written since, for'} {ago(written)}"
+    reason = "the version on disk is stored" + remark if current else remark or behind
     with contextlib.suppress(OSError):
         staged = sum(captured_at(name) is not None for name in os.listdir(settings.staging))
-    facts, reason = known.as_json() if known else {}, "the version on disk is stored" if current else reason
-    answer = {"current": current, "proof": proof} | {
-        name: facts.get(name) for name in ("key", "captured_at", "stored_at")
-    }
-    answer |= {"staged": staged, "reason": reason}
-    newest = f"{known.key}, stored {ago(datetime.fromisoformat(known.stored_at))} ago" if known else "none"
-    text = f"{reason}; newest: {newest}; staged: {'?' if staged is None else staged}; proof: {proof}"
-    print(json.dumps(answer) if options.json else shown(text))
+    if options.json:
+        fields = version.as_json() if version else {}
+        answer = {"current": current, "proof": proof, "staged": staged, "reason": reason}
+        print(json.dumps(answer | {name: fields.get(name) for name in ("key", "captured_at", "stored_at")}))
+    else:
+        last = f"{version.key}, stored {ago(datetime.fromisoformat(version.stored_at))} ago" if version else "none"
+        label = "stored as" if current else "newest"
+        print(shown(f"{reason}; {label}: {last}; staged: {'?' if staged is None else staged}; proof: {proof}"))
     return DONE if current else FAILED
 
 
 def command_list(options: argparse.Namespace) -> int:
-    """Print the versions in the bucket, newest first: for a terminal, for a pipe, or as JSON."""
-    bucket = Bucket(load_settings(os.environ, ["MONITOR_FILE_PATH", "BACKUP_DIRECTORY"]))
+    """Print the versions in the bucket, newest first: as lines, or as JSON."""
+    _, bucket = configure("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")
     versions, others = bucket.versions()
-    rows = [version.as_json() for version in versions]
-    if sys.stdout.isatty() and not options.json:
-        print(f"{'captured (UTC) and name':30} {'age':>10} {'bytes':>11} stored (UTC)")
-    for row, version, older in zip(rows, versions, [*versions[1:], None], strict=False):
-        late = datetime.fromisoformat(row["captured_at"]) > version.at() + timedelta(minutes=1)
-        shrunk = older is not None and not row["empty"] and version.size_bytes * 2 < older.size_bytes
-        marks = ["no channels"] * row["empty"] + ["much smaller than the one before"] * shrunk
-        row["marks"] = marks + ["named later than stored"] * late
-        if sys.stdout.isatty() and not options.json:
-            stored_at = row["stored_at"][:19].replace("T", " ")
-            print(f"{version.name} {ago(version.at()):>10} {version.size_bytes:>11,} {stored_at}")
-            print(*(f"  ! {mark}\n" for mark in row["marks"]), sep="", end="")
-        elif not options.json:
-            cells = (row["key"], row["captured_at"], row["size_bytes"], row["stored_at"], ", ".join(row["marks"]))
-            print(*map(shown, cells), sep="\t")
+    rows = [
+        version.as_json() | {"marks": version.marks(older)}
+        for version, older in zip(versions, [*versions[1:], None], strict=False)
+    ]
     if options.json:
         print(json.dumps(rows, indent=1))
+    elif sys.stdout.isatty():
+        print(f"{'captured (UTC) and name':30} {'age':>10} {'bytes':>11} stored (UTC)")
+    for version, row in zip(versions, [] if options.json else rows, strict=False):
+        if sys.stdout.isatty():
+            stored_at = version.stored_at[:19].replace("T", " ")
+            print(f"{version.name} {ago(version.at()):>10} {version.size_bytes:>11,} {stored_at}")
+            print(*(f"  ! {mark}\n" for mark in row["marks"]), sep="", end="")
+        else:
+            cells = (row["key"], row["captured_at"], row["size_bytes"], row["stored_at"], ", ".join(row["marks"]))
+            print(*map(shown, cells), sep="\t")
     log.info("%d versions in s3://%s/%s, %d other keys not shown", len(versions), bucket.name, bucket.prefix, others)
     return DONE
 
 
-def choose_version(bucket: Bucket, before: datetime | None) -> tuple[str, bytes, datetime]:
-    """Return the newest version that holds channels, before a time if given: key, bytes, time; raises Failure."""
-    versions = [each for each in bucket.versions()[0] if before is None or each.at() < before]
+def again(options: argparse.Namespace, *arguments: str) -> str:
+    """Return the command line that runs this restore again, otherwise."""
+    env_file = ["--env-file", os.path.abspath(options.env_file)] if options.env_file else []
+    return shlex.join([sys.executable, os.path.abspath(sys.argv[0]), *env_file, "restore", *arguments])
+
+
+def choose_version(bucket: Bucket, options: argparse.Namespace) -> tuple[bytes, Stored]:
+    """Return the newest version that holds channels, before a time if given, and its bytes; raises Failure."""
+    what, limit = f"cannot restore: s3://{bucket.name}/{bucket.prefix}", options.before
+    time = f" before {limit.isoformat()}" if limit else ""
+    versions = [each for each in bucket.versions()[0] if limit is None or each.at() < limit]
     versions = [each for each in versions if each.size_bytes >= EMPTY_SIZE_BYTES]
-    full = [each for each in versions if each.size_bytes > EMPTY_SIZE_BYTES]
-    if not full:
-        why = "no version holds channels" if versions else "there is no version"
-        why += f" before {before.isoformat()}" if before else ""
-        hint = f"to restore it all the same: --key {versions[0].key}" if versions else "check the bucket and the prefix"
-        raise Failure(Cause.OTHER, f"cannot restore: s3://{bucket.name}/{bucket.prefix}: {why}", hint)
-    log.info("chosen: %s, the newest version%s that holds channels", full[0].key, " before that time" if before else "")
-    for empty in versions[: versions.index(full[0])]:
+    full, damaged = [each for each in versions if each.size_bytes > EMPTY_SIZE_BYTES], 0
+    if versions and not full:
+        hint = f"to restore it all the same: {again(options, '--key', versions[0].key)}"
+        raise Failure(Cause.OTHER, f"{what}: no version{time} holds channels", hint)
+    for empty in versions[: versions.index(full[0])] if full else []:
         log.warning("passed over: %s: no channels; LND writes such a file in a recovery", empty.key)
-    damaged: Failure | None = None
-    for each in full:
+    for each, older in zip(full, [*full[1:], None], strict=False):
         try:
-            data, at = bucket.fetch(each.key)
-        except Failure as failure:
-            if failure.cause is not Cause.OTHER:
-                raise
-            damaged = damaged or failure
+            data, version = bucket.fetch(each.key)
+        except Damaged as failure:
+            failure.say()
+            damaged += 1
             continue
         if damaged:
-            raise Failure(Cause.OTHER, str(damaged), f"the next good one: restore --key {each.key}")
-        return each.key, data, at
-    raise damaged or AssertionError
+            hint = f"the next good one: {again(options, '--key', each.key)}"
+            raise Failure(Cause.OTHER, f"{what}: {damaged} newer than the next good one cannot be used", hint)
+        log.info("chosen: %s, the newest version%s that holds channels", each.key, time)
+        for mark in each.marks(older):
+            log.warning("%s: %s", each.key, mark)
+        return data, version
+    why = f"not one of {damaged} versions can be used" if damaged else f"there is no version{time}"
+    raise Failure(Cause.OTHER, f"{what}: {why}", "check the bucket and the prefix; object versions: docs/recovery.md")
 
 
 NEXT_STEPS = """restored {key}
@@ -1019,15 +1146,15 @@ next, as the user that runs LND, with the wallet of the same 24 words (if there 
 or, for a new wallet, both in one:
   lncli create --multi_file {path}
 if LND refuses this version, the one before it:
-  {program}{env_file} restore --before {at} --output {before}
+  {before}
 never start an old channel.db, never run two nodes of one seed, and never use chantools scbforceclose with a version
 that is not the latest: each can cost the money in the channels. More: docs/recovery.md"""
 
 
 def command_restore(options: argparse.Namespace) -> int:
     """Download one version, verify it, write it to a new file, and print what to do with it."""
-    settings = load_settings(os.environ, ["MONITOR_FILE_PATH", "BACKUP_DIRECTORY"])
-    bucket, output = Bucket(settings), Path(os.path.abspath(options.output))
+    settings, bucket = configure("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")
+    output = Path(os.path.abspath(options.output))
     what, directory = f"cannot restore: {output}", Path(os.path.realpath(output.parent))
     homes = [parent for parent in directory.parents if os.path.lexists(parent / "lnd.conf")]
     if homes or is_lnd_directory(directory, settings.monitored):
@@ -1036,30 +1163,30 @@ def command_restore(options: argparse.Namespace) -> int:
     try:
         if os.path.lexists(output):
             raise FileExistsError(errno.EEXIST, "it is there already, and nothing is overwritten")
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         if options.key is None:
-            key, data, at = choose_version(bucket, options.before)
+            data, version = choose_version(bucket, options)
         else:
-            key = bucket.prefix + options.key if captured_at(options.key) else options.key
-            data, at = bucket.fetch(key, by_name_alone=True)
-        write_file(os.open(directory, os.O_RDONLY | os.O_DIRECTORY), output.name, data, new=True)
+            prefix = bucket.prefix if captured_at(options.key) else ""
+            data, version = bucket.fetch(prefix + options.key, by_name_alone=True)
+        write_file(place, output.name, data, new=True)
     except OSError as error:
         raise Failure(Cause.OTHER, f"{what}: {error.strerror}", "name a new file elsewhere with --output") from None
-    path, before = shlex.quote(str(output)), shlex.quote(f"{output}.before")
-    env_file = f" --env-file {shlex.quote(os.path.abspath(options.env_file))}" if options.env_file else ""
-    program = shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
     if len(data) == EMPTY_SIZE_BYTES:
         log.warning("no channels in this version: restoring it brings nothing back from channels")
-    facts = {"key": shown(key), "size": len(data), "digest": hashlib.sha256(data).hexdigest(), "at": at.isoformat()}
-    print(NEXT_STEPS.format(**facts, path=path, before=before, program=program, env_file=env_file))
+    at, digest = version.at().isoformat(), hashlib.sha256(data).hexdigest()
+    before = again(options, "--before", at, "--output", f"{output}.before")
+    path = shlex.quote(str(output))
+    print(NEXT_STEPS.format(key=shown(version.key), size=len(data), digest=digest, at=at, path=path, before=before))
     return DONE
 
 
 def point_in_time(text: str) -> datetime:
-    """Parse a time of the command line: ISO 8601, local without an offset; raises ValueError."""
+    """Parse a time of the command line: ISO 8601, local without an offset."""
     try:
         return datetime.fromisoformat(text).astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError from error
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError("write it like 2026-11-20, or 2026-11-20T18:00:00+01:00") from None
 
 
 COMMANDS = {
@@ -1080,14 +1207,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name in ("check", "list"):
-            command.add_argument("--json", action="store_true", help="print JSON: its fields are in the README")
-        if name == "restore":
-            which = command.add_mutually_exclusive_group()
-            which.add_argument("--key", help="this version: a whole key, or the name alone")
-            which.add_argument("--before", metavar="TIME", type=point_in_time, help="the newest before TIME (ISO 8601)")
-            command.add_argument("--output", metavar="FILE", default="channel.backup", help="default: %(default)s")
+        commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    for name in ("check", "list"):
+        commands.choices[name].add_argument(
+            "--json", action="store_true", help="print JSON: its fields are in the README"
+        )
+    which = commands.choices["restore"].add_mutually_exclusive_group()
+    which.add_argument("--key", help="this version: a whole key, or the name alone")
+    which.add_argument("--before", metavar="TIME", type=point_in_time, help="the newest before TIME (ISO 8601)")
+    commands.choices["restore"].add_argument(
+        "--output", metavar="FILE", default="channel.backup", help="default: %(default)s"
+    )
     return parser
 
 
@@ -1107,21 +1237,23 @@ def main(arguments: list[str] | None = None) -> int:
             del os.environ[name]  # empty is not set; the SDK would look for a profile, a region of no name
         code = COMMANDS[options.command or "run"][0](options)
         sys.stdout.flush()
-    except BrokenPipeError:  # list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except Failure as failure:
-        say(failure)
-        return failure.cause.exit_code
+        failure.say()
+        code = failure.cause.exit_code
     except ExceptionGroup as faults:
         for fault in faults.exceptions:
-            say(fault)  # type: ignore[arg-type]
-        return WRONG_CONFIGURATION
+            fault.say()  # type: ignore[union-attr]
+        code = WRONG_CONFIGURATION
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written there at the end
+        code = DONE if isinstance(error, BrokenPipeError) else FAILED  # list | head
+        if code:
+            Failure(Cause.OTHER, f"cannot go on: {error}", "check the disk, the permissions and the limits").say()
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
     except Exception:
         log.critical("a fault of this program, please report it", exc_info=True)
-        return FAILED
+        code = FAILED
     return code
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,10 +38,9 @@ def uploading(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Yield an uploader with these settings, and close its connection."""
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    settings = program.load_settings(os.environ)
-    bucket = program.Bucket(settings)
+    settings, bucket = program.configure()
     try:
-        yield program.Uploader(program.Staging(settings.staging), bucket, lambda _: None)
+        yield program.Uploader(program.Staging(settings.staging), bucket)
     finally:
         if bucket.client:
             bucket.client.close()
@@ -128,7 +126,13 @@ def test_an_idle_connection_is_closed(lnd: Lnd, staging: Path, monkeypatch: pyte
         }
         stored: asyncio.Queue[program.Stored] = asyncio.Queue()
         with uploading(env, monkeypatch) as uploader:
-            uploader.stored = stored.put_nowait
+            discard = uploader.staging.discard
+
+            def note(receipt: program.Stored) -> None:
+                discard(receipt)
+                stored.put_nowait(receipt)
+
+            monkeypatch.setattr(uploader.staging, "discard", note)
             running = asyncio.create_task(uploader.run(asyncio.Event()))
             for _ in range(3):
                 uploader.staging.stage(channel_backup(1))

@@ -269,7 +269,7 @@ def use(env: dict[str, str]) -> Iterator[program.Bucket]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
-        bucket = program.Bucket(program.load_settings(os.environ))
+        bucket = program.configure()[1]
         try:
             yield bucket
         finally:
@@ -767,14 +767,11 @@ def test_once_gives_up(
     lnd: Lnd,
     mode: Any,  # noqa: ANN401 - one of the kit's modes
 ) -> None:
-    """`once` exits 75 when S3 refuses the connection, resets it, or is silent, at the latest after its two limits."""
+    """`once` exits 75 when S3 refuses the connection, resets it, or is silent; how soon, the next test shows."""
     lnd.write()
     with FaultProxy("127.0.0.1", fake.port) as proxy:
         proxy.set(mode, n=1000)
-        began = time.monotonic()
         assert once(AWS_ENDPOINT_URL_S3=proxy.endpoint()) == 75
-    limits = program.ATTEMPT_SECONDS + program.ONE_SHOT_PATIENCE_SECONDS
-    assert time.monotonic() - began < limits + 1.5
 
 
 def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
@@ -806,12 +803,17 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
 # --- Silence, slowness and lost answers ---
 
 
-def stage(staging: Path, bucket: program.Bucket, data: bytes) -> tuple[program.Uploader, list[program.Stored]]:
-    """Stage one version, and return an uploader for it and the list of its receipts."""
-    receipts: list[program.Stored] = []
+def stage(staging: Path, bucket: program.Bucket, data: bytes) -> program.Uploader:
+    """Stage one version, and return an uploader for it."""
     made = program.Staging(staging)
     made.stage(data)
-    return program.Uploader(made, bucket, receipts.append), receipts
+    return program.Uploader(made, bucket)
+
+
+def receipt_of(uploader: program.Uploader) -> program.Stored:
+    """Return the receipt that an uploader left in its staging directory."""
+    assert uploader.staging.receipt
+    return uploader.staging.receipt
 
 
 def test_a_silent_server_is_given_up(
@@ -822,7 +824,7 @@ def test_a_silent_server_is_given_up(
     data = channel_backup(10)
     with FaultProxy("127.0.0.1", fake.port) as proxy, use(fake_env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}) as made:
         proxy.set("blackhole")
-        uploader, receipts = stage(staging, made, data)
+        uploader = stage(staging, made, data)
         began = time.monotonic()
         failure = asyncio.run(uploader.send_staged())
         assert failure
@@ -831,7 +833,7 @@ def test_a_silent_server_is_given_up(
         assert staged_data(staging) == [data]
         proxy.set("pass", cut=True)
         assert asyncio.run(uploader.send_staged()) is None
-    assert [receipt.sha256 for receipt in receipts] == [hashlib.sha256(data).hexdigest()]
+    assert receipt_of(uploader).sha256 == hashlib.sha256(data).hexdigest()
     assert staged_data(staging) == []
 
 
@@ -869,14 +871,14 @@ def test_a_slow_uplink_is_not_given_up(
     server = TricklingServer(pieces=60, pause_seconds=0.05)
     server.thread.start()
     with server.socket, use(fake_env | {"AWS_ENDPOINT_URL_S3": server.endpoint}) as bucket:
-        uploader, receipts = stage(staging, bucket, data)
+        uploader = stage(staging, bucket, data)
         began = time.monotonic()
         assert asyncio.run(uploader.send_staged()) is None
         taken = time.monotonic() - began
         server.thread.join()
     assert taken > 2 * program.ATTEMPT_SECONDS
     assert server.received == len(data)
-    assert [receipt.size_bytes for receipt in receipts] == [len(data)]
+    assert receipt_of(uploader).size_bytes == len(data)
 
 
 def test_a_lost_answer_leaves_one_object(
@@ -887,15 +889,15 @@ def test_a_lost_answer_leaves_one_object(
     data = channel_backup(10)
     with FaultProxy(s3.host, s3.port) as proxy, use(env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint(s3.scheme)}) as made:
         proxy.set("swallow_response")
-        uploader, receipts = stage(staging, made, data)
+        uploader = stage(staging, made, data)
         failure = asyncio.run(uploader.send_staged())
         assert failure
         assert failure.cause is Cause.NETWORK
         stored: dict[str, StoredObject] = s3.objects(bucket)
         assert [entry.data for entry in stored.values()] == [data]
-        assert receipts == []
+        assert uploader.staging.receipt is None
         assert staged_data(staging) == [data]
         proxy.set("pass", cut=True)
         assert asyncio.run(uploader.send_staged()) is None
-    assert list(s3.objects(bucket)) == list(stored) == [receipt.key for receipt in receipts]
+    assert list(s3.objects(bucket)) == list(stored) == [receipt_of(uploader).key]
     assert staged_data(staging) == []

@@ -93,7 +93,7 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
         return seconds
 
     def measure() -> list[float]:
-        other = program.Bucket(settings)
+        other = program.configure()[1]
         client = other.new_client()
         ratios: list[float] = []
         try:
@@ -110,7 +110,7 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
         return ratios
 
     async def scenario() -> list[float]:
-        daemon = asyncio.create_task(program.run_daemon(settings, once=False))
+        daemon = asyncio.create_task(program.run_daemon(settings, program.configure()[1], once=False))
         try:
             return await asyncio.to_thread(measure)
         finally:

@@ -186,7 +186,8 @@ VALUES: dict[str, tuple[str | None, str, str]] = {
     "REFRESH_SECONDS": ("86400", SECONDS, "write a number of seconds; 0 turns the refresh off"),
     "SHUTDOWN_GRACE_SECONDS": ("10", SECONDS, "write a number of seconds, 0 or more"),
     "METRICS_FILE": ("", "/.*[^/]", "write the whole path of a file, outside LND's directories"),
-    **dict.fromkeys(("HEARTBEAT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("", f"https?://{HOST}", URL)),
+    "HEARTBEAT_URL": ("", r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?([/?][!-~]*)?", URL),
+    **dict.fromkeys(("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("", f"https?://{HOST}", URL)),
     **dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), ("", f"(https?://)?{HOST}", PROXY)),
     **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), ("", r"\S+", "no blanks")),
 }
@@ -239,16 +240,18 @@ def is_lnd_directory(directory: Path, monitored: Path | None) -> bool:
 def path_fault(name: str, path: Path, monitored: Path | None) -> tuple[str, str] | None:
     """Return what is wrong with a path of the settings, which may be made later: why, and what to do."""
     whole, user, status = Path(os.path.realpath(path)), os.geteuid(), os.lstat(path) if os.path.lexists(path) else None
-    make, fault = f"run: sudo install -d -m 0700 -o {user} {shlex.quote(str(path))}", None
+    place = path.parent if name == "METRICS_FILE" else path
+    make, fault = f"run: sudo install -d -m 0700 -o {user} {shlex.quote(str(place))}", None
     if name == "MONITOR_FILE_PATH":
         if FORBIDDEN_NAME.fullmatch(path.name) or FORBIDDEN_NAME.fullmatch(whole.name):
             fault = "must never be copied", "name channel.backup: a database loses money, a macaroon gives it away"
-        elif whole.is_dir():
+        elif os.path.isdir(whole):
             fault = "is a directory", f"name the file in it: {path / 'channel.backup'}"
     elif any(is_lnd_directory(each, monitored) for each in (whole, *whole.parents)):
         fault = "is in a directory of LND's", "name another, such as /var/lib/lnd-backup: LND's are only read"
     elif name == "METRICS_FILE" or not status:
-        fault = None if os.access(path.parent, os.W_OK | os.X_OK) else ("cannot be made", make)
+        possible = os.access(path.parent, os.W_OK | os.X_OK) and not os.path.isdir(path)
+        fault = None if possible else ("cannot be made", make)
     elif not stat.S_ISDIR(status.st_mode):
         fault = "is a link or no directory", f"name another, or move it away and {make}"
     elif status.st_uid != user:
@@ -442,7 +445,7 @@ class Staging:
             for name in (each for each in os.listdir(self.fd) if each.startswith(".partial-")):
                 with contextlib.suppress(IsADirectoryError):
                     os.unlink(name, dir_fd=self.fd)
-            self.receipt = recall_receipt(directory)
+            self.receipt = self.remembered = recall_receipt(directory)
             self.newest = max([*self.names(), self.receipt.name if self.receipt else ""])  # the highest name given
         except BlockingIOError:
             raise Failure(Cause.LOCKED, f"cannot start: {directory}: another copy holds it") from None
@@ -451,8 +454,12 @@ class Staging:
             raise Failure(Cause.SETTINGS, f"cannot use BACKUP_DIRECTORY: {directory}: {error.strerror}", hint) from None
 
     def names(self) -> list[str]:
-        """Return the names of the versions still to be sent, newest first; raises OSError."""
-        files = (entry.name for entry in os.scandir(self.fd) if entry.is_file(follow_symlinks=False))
+        """Return the names of the versions still to be sent, newest first; raises Failure."""
+        try:
+            files = [entry.name for entry in os.scandir(self.fd) if entry.is_file(follow_symlinks=False)]
+        except OSError as error:
+            hint = "check the disk, and the limit of open files"
+            raise Failure(Cause.OTHER, f"cannot list: {self.directory}: {error.strerror}", hint) from None
         return sorted({name for name in files if captured_at(name)} - self.delivered | self.held.keys(), reverse=True)
 
     def load(self, name: str) -> bytes | None:
@@ -471,52 +478,63 @@ class Staging:
         """Stage a version under a new name and ring the bell; where that is impossible, keep it in memory."""
         self.newest = name = version_name(hashlib.sha256(data).hexdigest(), datetime.now(UTC), self.newest)
         self.held[name] = data
-        self.settle_held()
+        self.settle()
         remark = "" if len(data) >= ONE_CHANNEL_SIZE_BYTES else ", a size that no known LND writes; backed up anyway"
         remark = ", no channels: a new node, or LND in a recovery" if len(data) == EMPTY_SIZE_BYTES else remark
         log.log(logging.WARNING if remark else logging.INFO, "captured %s: %d bytes%s", name, len(data), remark)
         self.changed.set()
 
-    def settle_held(self) -> None:
-        """Put on disk what is only in memory, newest first; memory keeps a few, each complete in itself."""
-        for name in sorted(self.held, reverse=True):
-            try:
-                write_file(self.fd, name, self.held[name])
-            except OSError as error:
-                self.refused("stage", name, error, "free or repair the disk; until then versions are sent from memory")
-                break
-            del self.held[name]
-            self.trouble.end()
-        for name in sorted(self.held)[:-HELD_COUNT_MAX]:
-            log.error("gave up %s: the disk refuses it, S3 does not take it, and there are newer ones", name)
-            del self.held[name]
-
     def is_newest(self, data: bytes) -> bool:
-        """Tell whether the newest version still to be sent has these bytes."""
-        with contextlib.suppress(OSError):
+        """Tell whether the newest version still to be sent has these bytes; if the disk cannot tell, by its name."""
+        try:
             return any(self.load(name) == data for name in self.names()[:1])
-        return False
+        except (OSError, Failure):
+            return self.newest.endswith(hashlib.sha256(data).hexdigest()[-6:])
 
     def discard(self, receipt: Stored) -> None:
         """Remember a receipt, if it is the newest, and delete the version that it proves stored."""
         self.held.pop(receipt.name, None)
         self.delivered.add(receipt.name)
         self.receipt = max(receipt, self.receipt or receipt)  # by name
-        try:
-            try:
-                if self.receipt is receipt:
-                    write_file(self.fd, ".receipt", json.dumps(receipt._asdict()).encode())
-            finally:  # a full disk has room again once the version is gone
-                with contextlib.suppress(FileNotFoundError):  # it was never on disk
-                    os.unlink(receipt.name, dir_fd=self.fd)
-                self.delivered.discard(receipt.name)
-        except OSError as error:
-            self.refused("tidy up", receipt.name, error, "free or repair the disk; this version is in the bucket")
+        self.settle()
 
-    def refused(self, what: str, name: str, error: OSError, hint: str) -> Failure:
-        """Note what the disk refuses to do with a version."""
-        message = f"cannot {what}: {self.directory / name}: {error.strerror}"
-        return self.trouble.begin(Failure(Cause.OTHER, message, hint))
+    def settle(self) -> None:
+        """Do what is to be done on disk, and what it refused to do before; what fails is tried again at each look."""
+        refused: tuple[str, OSError] | None = None
+        with contextlib.suppress(OSError):  # a full disk has room for it only once what was delivered is gone
+            self.remember()
+        for what, step in (("tidy up", self.delete), ("remember", self.remember), ("stage", self.place)):
+            try:
+                step()
+            except OSError as error:
+                refused = what, error
+        for name in sorted(self.held)[:-HELD_COUNT_MAX]:
+            log.error("gave up %s: the disk refuses it, S3 does not take it, and there are newer ones", name)
+            del self.held[name]
+        if refused:
+            message = f"cannot {refused[0]}: {self.directory}: {refused[1].strerror}"
+            self.trouble.begin(Failure(Cause.OTHER, message, "free or repair the disk; versions are sent from memory"))
+        else:
+            self.trouble.end()
+
+    def remember(self) -> None:
+        """Write the newest receipt."""
+        if self.receipt and self.receipt is not self.remembered:
+            write_file(self.fd, ".receipt", json.dumps(self.receipt._asdict()).encode())
+            self.remembered = self.receipt
+
+    def delete(self) -> None:
+        """Delete what was delivered."""
+        for name in sorted(self.delivered):
+            with contextlib.suppress(FileNotFoundError):  # it was never on disk
+                os.unlink(name, dir_fd=self.fd)
+            self.delivered.discard(name)
+
+    def place(self) -> None:
+        """Put on disk what is only in memory, newest first."""
+        for name in sorted(self.held, reverse=True):
+            write_file(self.fd, name, self.held[name])
+            del self.held[name]
 
 
 # --- S3: one client, one put that proves itself, and every error explained -------------------------------------------
@@ -612,7 +630,8 @@ class Bucket:
         except Exception as error:
             resource = f"arn:aws:s3:::{self.name}" + (f"/{self.prefix}*" if "Object" in permission else "")
             failure = explain(what, error, json.dumps({"Effect": "Allow", "Action": permission, "Resource": resource}))
-            self.client = self.session = None  # the next attempt reads the AWS settings and credentials anew
+            if failure.cause is not Cause.NETWORK:
+                self.client = self.session = None  # the next attempt reads the AWS settings and credentials anew
             raise failure from error
         return answer
 
@@ -676,7 +695,8 @@ async def in_daemon_thread(seconds: float, what: str, function: Callable[..., Re
 
     Raises what it raises, and Failure after so many seconds; that, and being cancelled, abandons the thread.
     """
-    if threading.active_count() > STUCK_THREADS_MAX:
+    kind = what.partition(":")[0]
+    if sum(thread.name == kind for thread in threading.enumerate()) >= STUCK_THREADS_MAX:
         raise Failure(Cause.NETWORK, f"{what}: {STUCK_THREADS_MAX} attempts hang", "a credential program that hangs?")
     future: Future[Result] = Future()
     future.set_running_or_notify_cancel()
@@ -687,7 +707,7 @@ async def in_daemon_thread(seconds: float, what: str, function: Callable[..., Re
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, name=kind, daemon=True).start()
     call = asyncio.wrap_future(future)
     call.add_done_callback(lambda done: done.cancelled() or done.exception())  # an abandoned one is read by nobody
     if not (await asyncio.wait({call}, timeout=seconds))[0]:
@@ -769,7 +789,7 @@ class Watcher:
 
     def look(self) -> bool:
         """Stage the file if it is not the version last seen, or is to prove the way out; tell whether it was."""
-        self.staging.settle_held()
+        self.staging.settle()
         self.staging.news.set()
         failure, self.unread = self.arm(), None
         try:
@@ -831,7 +851,8 @@ class Uploader:
                 try:
                     data = self.staging.load(name)
                 except OSError as error:  # the others can go all the same
-                    left = self.staging.refused("read", name, error, "check its owner and mode, and the disk")
+                    message = f"cannot read: {self.staging.directory / name}: {error.strerror}"
+                    left = self.trouble.begin(Failure(Cause.OTHER, message, "check its owner and mode, and the disk"))
                     continue
                 if data is not None:
                     seconds = self.attempt_seconds + len(data) / 4000.0  # bytes per second
@@ -840,7 +861,8 @@ class Uploader:
                     log.info("stored s3://%s/%s: %d bytes", self.bucket.name, receipt.key, receipt.size_bytes)
                     self.staging.discard(receipt)
         except Exception as error:
-            self.bucket.client = self.bucket.session = None  # a thread that was given up may still hold their locks
+            if not error.__cause__:
+                self.bucket.client = self.bucket.session = None  # a thread that was given up may hold their locks
             return self.trouble.begin(error if isinstance(error, Failure) else explain(f"cannot store: {name}", error))
         return left
 
@@ -859,14 +881,14 @@ class Reporter:
 
     def __init__(self, settings: Settings, staging: Staging, troubles: list[Trouble]) -> None:
         self.settings, self.staging, self.troubles = settings, staging, troubles
-        self.trouble = Trouble("METRICS_FILE and HEARTBEAT_URL work")
+        self.writing, self.beating = Trouble("METRICS_FILE is written"), Trouble("HEARTBEAT_URL answers")
         self.beat_for, self.alarmed = staging.receipt, False  # what was told last
         self.metrics: list[str] = []
-        if settings.heartbeat and not settings.refresh_seconds:
-            log.warning("REFRESH_SECONDS=0: a node whose channels do not change sends no heartbeat, and looks dead")
 
     async def run(self) -> None:
         """Report every change, many at once as one, until cancelled, which may happen at any time."""
+        if self.settings.heartbeat and not self.settings.refresh_seconds:
+            log.warning("REFRESH_SECONDS=0: a node whose channels do not change sends no heartbeat, and looks dead")
         while True:
             self.staging.news.clear()
             await self.report()
@@ -877,13 +899,17 @@ class Reporter:
         """Report how it goes; that nobody can be told is itself a trouble, and no more."""
         try:
             self.write()
+            self.writing.end()
+        except Failure as failure:
+            self.writing.begin(failure)
+        try:
             await self.beat()
-            self.trouble.end()
         except Exception as error:
-            self.trouble.begin(error if isinstance(error, Failure) else explain("cannot report", error))
+            message = str(explain("cannot reach HEARTBEAT_URL", error))
+            self.beating.begin(Failure(Cause.NETWORK, message, "backups go on; check the URL, and who answers there"))
 
     def write(self) -> None:
-        """Write the status line, and METRICS_FILE for node_exporter's textfile collector; raises Failure, OSError."""
+        """Write the status line, and METRICS_FILE for node_exporter's textfile collector; raises Failure."""
         names, receipt = self.staging.names(), self.staging.receipt
         stored_at = datetime.fromisoformat(receipt.stored_at) if receipt else None
         status = [f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet", f"{len(names)} staged"]
@@ -896,7 +922,7 @@ class Reporter:
         lines = [f"# TYPE lnd_backup_{name} gauge\nlnd_backup_{name} {value:.0f}\n" for name, value in values.items()]
         failures = [f'_total{{cause="{cause.name.lower()}"}} {Trouble.failures[cause]}' for cause in Cause]
         lines += ["# TYPE lnd_backup_failures_total counter\n", *(f"lnd_backup_failures{each}\n" for each in failures)]
-        if self.settings.metrics and lines != self.metrics:
+        if self.settings.metrics and not (lines == self.metrics and os.path.exists(self.settings.metrics)):
             try:
                 part = Path(self.settings.metrics + ".partial")
                 part.write_text("".join(lines))
@@ -922,6 +948,7 @@ class Reporter:
             request = partial(urllib.request.build_opener(handler).open, url.geturl(), body, HEARTBEAT_SECONDS)
             (await in_daemon_thread(2 * HEARTBEAT_SECONDS, "cannot reach HEARTBEAT_URL", request)).close()
             self.beat_for, self.alarmed = receipt, bool(lasting)
+            self.beating.end()
 
 
 # --- The daemon: one function owns all tasks -------------------------------------------------------------------------
@@ -960,8 +987,8 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
     if once:
         stopping.set()
     uploading = asyncio.create_task(uploader.run(stopping, ONE_SHOT_PATIENCE_SECONDS if once else math.inf))
-    others = [asyncio.create_task(each) for each in (watcher.run(), reporter.run(), stopping.wait())]
-    tasks: list[asyncio.Task[Any]] = [uploading, *others]
+    others = (watcher.run(), stopping.wait(), *([] if once else [reporter.run()]))
+    tasks: list[asyncio.Task[Any]] = [uploading, *(asyncio.create_task(each) for each in others)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(settings.grace_seconds + 5) * 1e6:.0f}")
@@ -983,7 +1010,7 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
     if staging.held:
         log.error("lost with memory: %d versions that neither the disk nor S3 took", len(staging.held))
     if not once:
-        with contextlib.suppress(Failure, OSError):
+        with contextlib.suppress(Failure):
             reporter.write()
         return DONE
     await reporter.report()
@@ -1236,7 +1263,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value]:
             del os.environ[name]  # empty is not set; the SDK would look for a profile, a region of no name
         code = COMMANDS[options.command or "run"][0](options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except Failure as failure:
         failure.say()
         code = failure.cause.exit_code

@@ -633,7 +633,7 @@ def test_version_is_staged_or_held_when_any_call_fails(code: int, tmp_path: Path
         assert queue.load(name) == GOOD
         assert_whole(directory)
         assert {entry.name for entry in directory.iterdir()} <= {".lock", name}
-        queue.settle_held()
+        queue.settle()
         assert queue.names() == [name]
         assert files(directory) == {name: GOOD}
         assert mode(directory / name) == 0o600
@@ -711,7 +711,7 @@ def test_full_disk_is_said_and_versions_wait_in_memory(
         assert files(staging) == {}
         assert queue.is_newest(list(versions.values())[-1])
     assert len([message for message in errors(caplog) if "No space left" in message]) == 1
-    queue.settle_held()
+    queue.settle()
     assert files(staging) == versions
     assert restart(staging).names() == sorted(versions, reverse=True)
 
@@ -730,7 +730,7 @@ def test_memory_keeps_the_newest_versions_alone(
     given_up = [message for message in errors(caplog) if "gave up" in message]
     assert len(given_up) == 3
     assert all(name in message for name, message in zip(names, given_up, strict=False))
-    queue.settle_held()
+    queue.settle()
     assert sorted(files(staging)) == names[3:]
 
 
@@ -740,7 +740,7 @@ def test_version_sent_from_memory_is_not_offered_again(queue: program.Staging, s
         name = stage(queue, GOOD)
         queue.discard(receipt(name, GOOD))
         assert queue.names() == []
-    queue.settle_held()
+    queue.settle()
     assert queue.names() == []
     assert files(staging) == {}
     assert stage(queue, channel_backup(1)) > name
@@ -805,7 +805,7 @@ def test_disk_that_is_really_full_loses_nothing(small_disk: Path) -> None:
     assert {name: queue.load(name) for name in queue.names()} == versions
     assert set(files(small_disk)) == {"theirs"}
     filler.unlink()
-    queue.settle_held()
+    queue.settle()
     assert files(small_disk) == versions
 
 

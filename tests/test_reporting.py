@@ -1,0 +1,579 @@
+"""What those who watch over the service are told: systemd's status line, METRICS_FILE and HEARTBEAT_URL."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import threading
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import SCRIPT, VERSION_NAME, Answer, Daemon, FakeS3, run_script
+from kit import fake_s3 as answers
+from kit import script as script_module
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from kit import Lnd, Request
+
+PATIENCE_SECONDS = 30.0
+FINE = Answer(etag=False)
+STORED = r"stored \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC; "
+SECRET_PATH = "/ping/5e3cb1a0-top-secret"
+SECRET_KEY = "wJalr/XUtn+FEMI"
+CAUSES = {"settings", "locked", "absent", "clock", "credentials", "denied", "other", "bucket", "network"}
+GAUGES = {
+    "lnd_backup_last_stored_timestamp_seconds",
+    "lnd_backup_last_seen_timestamp_seconds",
+    "lnd_backup_oldest_staged_timestamp_seconds",
+    "lnd_backup_staged",
+    "lnd_backup_last_size_bytes",
+}
+FAMILY = re.compile(
+    r"# TYPE (?P<name>lnd_backup_[a-z_]+) (?P<type>gauge|counter)\n"
+    r'(?P<samples>((?P=name)(\{cause="[a-z]+"\})? (0|[1-9][0-9]*)\n)+)'
+)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeS3]:
+    """Return a scripted S3 that stores everything unless it is told otherwise."""
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def beat() -> Iterator[FakeS3]:
+    """Return a service that takes heartbeats."""
+    with FakeS3(defaults={"GET": FINE, "POST": FINE}) as server:
+        yield server
+
+
+@pytest.fixture
+def env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
+    """Return the settings of the program, which looks and so reports often."""
+    return {
+        "MONITOR_FILE_PATH": str(lnd.path),
+        "BACKUP_DIRECTORY": str(staging),
+        "S3_BUCKET_NAME": "bucket",
+        "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_ENDPOINT_URL_S3": fake.endpoint,
+        "AWS_REGION": "us-east-1",
+        "RESCAN_SECONDS": "0.1",
+    }
+
+
+@pytest.fixture
+def beating(env: dict[str, str], beat: FakeS3) -> dict[str, str]:
+    """Return the settings with a heartbeat."""
+    return env | {"HEARTBEAT_URL": f"{beat.endpoint}{SECRET_PATH}"}
+
+
+@pytest.fixture
+def prom(env: dict[str, str], tmp_path: Path) -> Path:
+    """Return the metrics file that the settings name."""
+    directory = tmp_path / "textfile"
+    directory.mkdir()
+    env["METRICS_FILE"] = str(directory / "lnd_backup.prom")
+    return directory / "lnd_backup.prom"
+
+
+@pytest.fixture(autouse=True)
+def hurried(started_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Shorten the pauses between reports and between attempts, and return what changes more of the constants."""
+
+    def hurry(code: str = "", **constants: float) -> None:
+        constants = {"REPORT_SECONDS": 0.05, "BACKOFF_FIRST_SECONDS": 0.05} | constants
+        monkeypatch.setattr(script_module, "SCRIPT", SCRIPT)  # not the launcher of another call
+        started_by(f"""
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("program", SCRIPT)
+program = sys.modules["program"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+for name, value in {constants!r}.items():
+    assert name in vars(program), name
+    setattr(program, name, value)
+{code}
+sys.exit(program.main())
+""")
+
+    hurry()
+    return hurry
+
+
+def statuses(daemon: Daemon) -> list[str]:
+    """Return the status lines that systemd was told."""
+    return [line for line in "\n".join(daemon.systemd.messages).splitlines() if line.startswith("STATUS=")]
+
+
+def wait_for_reports(daemon: Daemon, more: int = 3) -> None:
+    """Block until it has reported so often; the first report may have begun before, and is then over."""
+    daemon.systemd.wait_for("^STATUS=", count=len(statuses(daemon)) + more)
+
+
+def wait_for_status(daemon: Daemon, pattern: str) -> str:
+    """Block until the status is this, and return it when the whole report is over."""
+    give_up_at = time.monotonic() + PATIENCE_SECONDS
+    while not (told := statuses(daemon)) or not re.fullmatch(f"STATUS={pattern}", told[-1]):
+        assert time.monotonic() < give_up_at, f"{pattern!r} is not the status: {told[-1:]}"
+        daemon.systemd.wait_for("^STATUS=", count=len(told) + 1)
+    wait_for_reports(daemon, 1)
+    return told[-1].removeprefix("STATUS=")
+
+
+def metrics(path: Path) -> dict[str, int]:
+    """Return the samples of a metrics file by name and label, and expect it to be whole and nothing else in it."""
+    text = path.read_text(encoding="ascii")
+    families = list(FAMILY.finditer(text))
+    assert "".join(family[0] for family in families) == text
+    samples = dict(line.rsplit(" ", 1) for family in families for line in family["samples"].splitlines())
+    causes = {f'lnd_backup_failures_total{{cause="{cause}"}}' for cause in CAUSES}
+    assert samples.keys() == GAUGES | causes
+    assert len(families) == len(GAUGES) + 1
+    assert all((family["type"] == "counter") == family["name"].endswith("_total") for family in families)
+    return {name.removeprefix("lnd_backup_"): int(value) for name, value in samples.items()}
+
+
+def times_of(staging: Path) -> list[int]:
+    """Return when the staged versions were captured, oldest first."""
+    names = sorted(path.name for path in staging.iterdir() if VERSION_NAME.fullmatch(path.name))
+    return [round(datetime.strptime(name[:23], "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=UTC).timestamp()) for name in names]
+
+
+def expect_secret(daemon: Daemon) -> None:
+    """Expect that neither log nor systemd was told the heartbeat's URL, nor the part of it that matters."""
+    told = daemon.log + "\n".join(daemon.systemd.messages)
+    assert SECRET_PATH not in told
+    assert "top-secret" not in told
+
+
+# --- STATUS= ---
+
+
+def test_the_status_tells_a_life(env: dict[str, str], lnd: Lnd, fake: FakeS3) -> None:
+    """The status line tells what is stored since when, what is staged and what is wrong, and when it is over."""
+    with Daemon(env) as daemon:
+        wait_for_status(daemon, rf"nothing stored yet; 0 staged; cannot read channel\.backup: {lnd.path}: No such .*")
+        daemon.wait_for_stored(lnd.write())
+        first = wait_for_status(daemon, STORED + "0 staged")
+        assert abs(datetime.fromisoformat(first[7:26] + "Z").timestamp() - time.time()) < PATIENCE_SECONDS
+        fake.set_default(answers.SLOW_DOWN)
+        daemon.wait_for_captured(lnd.write())
+        wait_for_status(daemon, STORED + r"1 staged; cannot store: s3://bucket/\S+: SlowDown: .*")
+        daemon.wait_for_captured(lnd.write())
+        away = wait_for_status(daemon, STORED + r"2 staged; cannot store: s3://bucket/\S+: SlowDown: .*")
+        assert away[:26] == first[:26]
+        fake.set_default(answers.STORED)
+        wait_for_status(daemon, STORED + "0 staged")
+
+
+def test_the_status_has_no_secrets_and_no_forged_lines(env: dict[str, str], lnd: Lnd, fake: FakeS3) -> None:
+    """What S3 answers is escaped in the status line, and a secret in it is masked there and in the log."""
+    said = f"signed with {SECRET_KEY},&#10;STATUS=all is well \u202e"
+    document = f"<Error><Code>InternalError</Code><Message>{said}</Message></Error>"
+    fake.set_default(Answer(500, body=document.encode()))
+    lnd.write()
+    with Daemon(env) as daemon:
+        told = wait_for_status(daemon, "nothing stored yet; 1 staged; .*InternalError.*")
+        assert r"signed with ***,\nSTATUS=all is well \u202e" in told
+        assert SECRET_KEY not in daemon.log + "\n".join(daemon.systemd.messages)
+        assert all(line.isprintable() for line in statuses(daemon))
+
+
+def test_a_path_cannot_forge_the_status(env: dict[str, str], tmp_path: Path) -> None:
+    """Control characters of a path are escaped in the status line."""
+    with Daemon(env | {"MONITOR_FILE_PATH": str(tmp_path / "a\x1b[31m\rb" / "channel.backup")}) as daemon:
+        told = wait_for_status(daemon, "nothing stored yet; 0 staged; .*No such.*")
+        assert r"a\x1b[31m\rb" in told
+
+
+@pytest.mark.parametrize("grace", ["0", "7.5"])
+def test_systemd_is_asked_for_as_long_as_the_grace_takes(env: dict[str, str], lnd: Lnd, grace: str) -> None:
+    """With STOPPING=1, in one message, comes a request for more time than the grace period and the second after it."""
+    lnd.write()
+    with Daemon(env | {"SHUTDOWN_GRACE_SECONDS": grace}) as daemon:
+        assert daemon.stop() == 0
+        (message,) = (message for message in daemon.systemd.messages if "STOPPING=1" in message.splitlines())
+        asked = re.search(r"^EXTEND_TIMEOUT_USEC=([0-9]+)$", message, re.MULTILINE)
+        assert asked
+        assert int(asked[1]) > (float(grace) + 1) * 1_000_000
+
+
+# --- METRICS_FILE ---
+
+
+def test_the_metrics_tell_a_life(
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, prom: Path, staging: Path, hurried: Callable[..., None]
+) -> None:
+    """Whatever the umask, all may read what is stored, seen and staged, and how often each cause failed."""
+    hurried("os.umask(0o077)")
+    with Daemon(env) as daemon:
+        wait_for_status(daemon, "nothing stored yet; 0 staged; .*No such.*")
+        assert stat.S_IMODE(prom.stat().st_mode) == 0o644
+        values = metrics(prom)
+        assert values.pop('failures_total{cause="absent"}') >= 1
+        assert set(values.values()) == {0}
+
+        began = int(time.time())
+        version = lnd.write(3)
+        wait_for_status(daemon, STORED + "0 staged")
+        stored = metrics(prom)
+        assert (stored["staged"], stored["oldest_staged_timestamp_seconds"]) == (0, 0)
+        assert stored["last_size_bytes"] == len(version.data)
+        for name in ("last_stored_timestamp_seconds", "last_seen_timestamp_seconds"):
+            assert began <= stored[name] <= time.time() + 1
+
+        fake.set_default(answers.SLOW_DOWN)
+        wait_for_status(daemon, STORED + "0 staged")
+        for count in (1, 2):
+            daemon.wait_for_captured(lnd.write())
+            wait_for_status(daemon, STORED + f"{count} staged; .*SlowDown.*")
+        away = metrics(prom)
+        oldest, newest = times_of(staging)
+        assert (away["staged"], away["oldest_staged_timestamp_seconds"]) == (2, oldest)
+        assert away["last_seen_timestamp_seconds"] == newest
+        assert away["last_stored_timestamp_seconds"] == stored["last_stored_timestamp_seconds"]
+        assert away["last_size_bytes"] == len(version.data)
+        assert away['failures_total{cause="network"}'] > 0
+        assert away['failures_total{cause="denied"}'] == 0
+
+        fake.script(answers.ACCESS_DENIED)
+        fake.set_default(answers.STORED)
+        daemon.wait_for_log("stored s3://", count=3)
+        wait_for_status(daemon, STORED + "0 staged")
+        over = metrics(prom)
+        assert (over["staged"], over["oldest_staged_timestamp_seconds"]) == (0, 0)
+        assert over["last_stored_timestamp_seconds"] >= newest
+        assert over['failures_total{cause="denied"}'] == 1
+        assert over['failures_total{cause="network"}'] == len(fake.requests) - 3 - 1
+
+
+def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+    """The file is replaced, never written in place: who reads all the time always reads a whole one."""
+    lnd.write()
+    seen: set[int] = set()
+    ended = threading.Event()
+    faults: list[Exception] = []
+
+    def read() -> None:
+        while not ended.is_set():
+            try:
+                seen.add(metrics(prom)["last_size_bytes"])
+            except Exception as error:  # noqa: BLE001 - it is for the test to judge
+                faults.append(error)
+                return
+
+    with Daemon(env) as daemon:
+        wait_for_status(daemon, STORED + "0 staged")
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for count in range(1, 9):
+                with prom.open(encoding="ascii") as held:
+                    before = os.fstat(held.fileno())
+                    daemon.wait_for_stored(lnd.write(count))
+                    wait_for_reports(daemon)
+                    assert metrics(prom)["last_size_bytes"] == len(lnd.written[-1].data)
+                    assert (os.fstat(held.fileno()).st_size, prom.stat().st_ino == before.st_ino) == (
+                        before.st_size,
+                        False,
+                    )
+        finally:
+            ended.set()
+            reader.join()
+    assert faults == []
+    assert len(seen) > 2
+    assert [path.name for path in prom.parent.iterdir()] == [prom.name]
+
+
+def test_the_metrics_are_not_written_again_for_nothing(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+    """As long as nothing changes the file stays the same, look after look: flash memory wears out."""
+    lnd.write()
+    with Daemon(env) as daemon:
+        wait_for_status(daemon, STORED + "0 staged")
+        before = prom.stat()
+        daemon.wait_for_looks(5)
+        wait_for_reports(daemon)
+        after = prom.stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+    """When the metrics cannot be written it is said once, the backup goes on, and so do they when it is there again."""
+    lnd.write()
+    with Daemon(env) as daemon:
+        wait_for_status(daemon, STORED + "0 staged")
+        shutil.rmtree(prom.parent)
+        daemon.wait_for_stored(lnd.write(5))
+        daemon.wait_for_log(f"cannot write METRICS_FILE: {prom.parent}.*: No such file or directory")
+        daemon.wait_for_stored(lnd.write(7))
+        wait_for_reports(daemon)
+        assert daemon.log.count("cannot write METRICS_FILE") == 1
+        prom.parent.mkdir()
+        daemon.wait_for_log("METRICS_FILE.* again")
+        assert metrics(prom)["last_size_bytes"] == len(lnd.written[-1].data)
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("place", ["", "chan-backup-archives", "data/below"])
+def test_no_metrics_in_lnds_directory(env: dict[str, str], lnd: Lnd, place: str) -> None:
+    """A METRICS_FILE in or below LND's directory is wrong configuration, and nothing is written there."""
+    lnd.write()
+    (lnd.directory / place).mkdir(parents=True, exist_ok=True)
+    before = lnd.fingerprint()
+    done = run_script(env | {"METRICS_FILE": str(lnd.directory / place / "lnd.prom")})
+    assert done.returncode == 78
+    assert "METRICS_FILE" in done.stderr
+    assert lnd.fingerprint() == before
+
+
+# --- HEARTBEAT_URL ---
+
+
+def beats(server: FakeS3, method: str = "GET") -> list[Request]:
+    """Return the heartbeats that came."""
+    return [request for request in server.requests if request.method == method]
+
+
+def test_one_heartbeat_for_each_confirmed_backup(beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3) -> None:
+    """The URL is requested once when the bucket holds the current file, and not while it does not."""
+    first = lnd.write()
+    beating["HEARTBEAT_URL"] += "?a=1&b=%20"
+    with Daemon(beating) as daemon:
+        beat.wait_for_requests(1, method="GET")
+        daemon.wait_for_looks()
+        wait_for_reports(daemon)
+        assert [(request.path, request.body) for request in beat.requests] == [(SECRET_PATH + "?a=1&b=%20", b"")]
+
+        fake.hold()  # a newer version is staged when the receipt comes
+        older = lnd.write()
+        fake.wait_for_requests(2)
+        newer = lnd.write()
+        daemon.wait_for_captured(newer)
+        fake.release()
+        fake.hold()  # who was waiting is answered, who comes now waits
+        daemon.wait_for_stored(older)
+        fake.wait_for_requests(3)
+        wait_for_reports(daemon)
+        assert len(beat.requests) == 1
+        fake.release()
+        daemon.wait_for_stored(newer)
+        beat.wait_for_requests(2, method="GET")
+
+        fake.hold()  # the file cannot be read when the receipt comes
+        last = lnd.write()
+        fake.wait_for_requests(4)
+        lnd.place(b"")
+        daemon.wait_for_log("0 bytes cannot be a channel backup")
+        fake.release()
+        daemon.wait_for_stored(last)
+        wait_for_reports(daemon)
+        assert len(beat.requests) == 2
+
+        daemon.wait_for_stored(lnd.write())
+        beat.wait_for_requests(3, method="GET")
+        fake.set_default(answers.SLOW_DOWN)  # S3 is away, and not for long enough to alarm anybody
+        daemon.wait_for_captured(lnd.write())
+        wait_for_status(daemon, STORED + "1 staged; .*SlowDown.*")
+        wait_for_reports(daemon)
+        assert [request.method for request in beat.requests] == ["GET"] * 3
+        daemon.wait_for_stored(first)
+        expect_secret(daemon)
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
+def test_the_heartbeat_goes_through_the_proxy(beating: dict[str, str], lnd: Lnd, beat: FakeS3, variable: str) -> None:
+    """The proxy that is set for the SDK is the heartbeat's as well, but not where NO_PROXY excepts the host."""
+    lnd.write()
+    outside = {"HEARTBEAT_URL": f"http://heartbeat.example{SECRET_PATH}", "NO_PROXY": "127.0.0.1"}
+    done = run_script(beating | outside | {variable: beat.endpoint}, "once")
+    assert done.returncode == 0, done.stderr
+    assert {request.path for request in beat.requests} == {f"http://heartbeat.example{SECRET_PATH}"}
+    assert "top-secret" not in done.stderr
+
+
+def test_a_heartbeat_that_hangs_delays_nothing(
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, hurried: Callable[..., None]
+) -> None:
+    """While the heartbeat is accepted and never answered, versions are captured and stored, and it stops as ever."""
+    hurried(HEARTBEAT_SECONDS=1000.0)
+    beat.hold()
+    lnd.write()
+    with Daemon(beating | {"SHUTDOWN_GRACE_SECONDS": "1000"}) as daemon:
+        beat.wait_for_requests(1, method="GET")
+        for _ in range(3):
+            daemon.wait_for_stored(lnd.write())
+        daemon.begin_to_stop()
+        assert daemon.wait() == 0
+        assert len(daemon.stored_names()) == 4
+        assert "stopped, 0 versions staged" in daemon.log
+        assert len(beat.requests) == 1
+        expect_secret(daemon)
+
+
+@pytest.mark.parametrize("target", ["file", "http"])
+def test_a_redirect_is_not_followed(beating: dict[str, str], lnd: Lnd, beat: FakeS3, target: str) -> None:
+    """Whoever answers in the heartbeat's place cannot send the request elsewhere; it is a failure, told as one."""
+    with FakeS3(defaults={"GET": FINE}) as elsewhere:
+        location = "file:///etc/passwd" if target == "file" else f"{elsewhere.endpoint}/x"
+        beat.set_default(Answer(302, headers={"Location": location}, etag=False), "GET")
+        lnd.write()
+        with Daemon(beating) as daemon:
+            daemon.wait_for_log("cannot .*302")
+            wait_for_reports(daemon)
+            expect_secret(daemon)
+        assert elsewhere.requests == []
+        assert {request.path for request in beat.requests} == {SECRET_PATH}
+
+
+@pytest.mark.parametrize("answer", [answers.INTERNAL_ERROR, Answer(404, etag=False), answers.DROPPED])
+def test_a_heartbeat_that_fails_is_told_once(beating: dict[str, str], lnd: Lnd, beat: FakeS3, answer: Answer) -> None:
+    """A wrong answer is told once, however often it is tried again, and so is its end; backups go on meanwhile."""
+    beat.set_default(answer, "GET")
+    lnd.write()
+    with Daemon(beating) as daemon:
+        beat.wait_for_requests(4, method="GET")
+        daemon.wait_for_stored(lnd.write())
+        lines = [line for line in daemon.log.splitlines() if "cannot" in line]
+        assert len(lines) == 1, lines
+        beat.set_default(FINE, "GET")
+        daemon.wait_for_log("HEARTBEAT_URL.* again, after")
+        wait_for_reports(daemon)  # the version stored meanwhile is worth one of its own
+        told = len(beat.requests)
+        wait_for_reports(daemon)
+        assert len(beat.requests) == told
+        assert daemon.log.count(" again, after") == 1
+        expect_secret(daemon)
+
+
+def test_a_heartbeat_that_nobody_listens_to_is_told(beating: dict[str, str], lnd: Lnd) -> None:
+    """Where nobody listens, the log says that it is the heartbeat, why, and not its URL."""
+    lnd.write()
+    with Daemon(beating | {"HEARTBEAT_URL": f"http://127.0.0.1:1{SECRET_PATH}"}) as daemon:
+        daemon.wait_for_log("cannot .*Connection refused")
+        daemon.wait_for_stored(lnd.write())
+        expect_secret(daemon)
+
+
+def test_a_lasting_trouble_alarms_once(
+    beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3, hurried: Callable[..., None]
+) -> None:
+    """A trouble that lasts is sent to URL/fail with its reason, once; a success follows without a new version."""
+    hurried(ALARM_SECONDS=0.5)
+    beating["HEARTBEAT_URL"] += "?rid=7"
+    version = lnd.write()
+    with Daemon(beating) as daemon:
+        beat.wait_for_requests(1, method="GET")
+        for alarms in (1, 2):
+            lnd.place(b"\x1b[31m" + os.urandom(10))
+            alarm = beat.wait_for_requests(alarms, method="POST")[-1]
+            assert alarm.path == SECRET_PATH + "/fail?rid=7"
+            reason = alarm.body.decode()
+            assert f"cannot read channel.backup: {lnd.path}: 15 bytes cannot be a channel backup" in reason
+            assert reason.isprintable()
+            wait_for_reports(daemon)
+            assert (len(beats(beat)), len(beats(beat, "POST"))) == (alarms, alarms)
+            lnd.place(version.data)
+            beat.wait_for_requests(alarms + 1, method="GET")
+            wait_for_reports(daemon)
+            assert (len(beats(beat)), len(beats(beat, "POST"))) == (alarms + 1, alarms)
+        assert len(fake.requests) == 1
+
+        fake.set_default(answers.SLOW_DOWN)
+        daemon.wait_for_captured(lnd.write())
+        assert b"SlowDown" in beat.wait_for_requests(3, method="POST")[-1].body
+        fake.set_default(answers.STORED)
+        beat.wait_for_requests(4, method="GET")
+        expect_secret(daemon)
+
+
+def test_an_alarm_that_cannot_be_sent_is_sent_later(
+    beating: dict[str, str], beat: FakeS3, hurried: Callable[..., None]
+) -> None:
+    """An alarm that the heartbeat's service refuses is tried again until it takes it."""
+    hurried(ALARM_SECONDS=0.0)
+    beat.set_default(answers.INTERNAL_ERROR, "POST")
+    with Daemon(beating) as daemon:
+        beat.wait_for_requests(3, method="POST")
+        beat.set_default(FINE, "POST")
+        daemon.wait_for_log("HEARTBEAT_URL.* again, after")
+        told = len(beat.requests)
+        wait_for_reports(daemon)
+        assert len(beat.requests) == told
+        expect_secret(daemon)
+
+
+def test_once_sends_a_heartbeat(beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3) -> None:
+    """The command once, as cron runs it, sends one when it has stored the version, and none when it has not."""
+    version = lnd.write()
+    assert run_script(beating, "once").returncode == 0
+    assert {request.path for request in beat.requests} == {SECRET_PATH}
+    sent = len(beat.requests)
+    fake.set_default(answers.ACCESS_DENIED)
+    lnd.write()
+    assert run_script(beating, "once").returncode == 1
+    lnd.place(b"")
+    fake.set_default(answers.STORED)
+    assert run_script(beating, "once").returncode == 1
+    assert len(beat.requests) == sent
+    assert version.data in [request.body for request in fake.requests]
+
+
+def test_a_heartbeat_without_a_refresh_is_warned_of(beating: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+    """REFRESH_SECONDS=0 makes a quiet node look dead to the heartbeat; alone, each of the two is no matter."""
+    lnd.write()
+    for settings, expected in (
+        (beating | {"REFRESH_SECONDS": "0"}, True),
+        (env | {"REFRESH_SECONDS": "0"}, False),
+        (beating, False),
+    ):
+        with Daemon(settings) as daemon:
+            assert bool(re.search("warning: REFRESH_SECONDS=0.*heartbeat", daemon.log)) is expected
+
+
+@pytest.mark.parametrize("scheme", ["ftp://", "file://", "javascript:", "", "http:"])
+def test_a_heartbeat_must_be_http(env: dict[str, str], lnd: Lnd, scheme: str) -> None:
+    """Any other URL is wrong configuration, and the message names the variable and not the URL."""
+    lnd.write()
+    done = run_script(env | {"HEARTBEAT_URL": f"{scheme}heartbeat.example{SECRET_PATH}"})
+    assert done.returncode == 78
+    assert "HEARTBEAT_URL" in done.stderr
+    assert "heartbeat.example" not in done.stderr
+    assert "top-secret" not in done.stderr
+
+
+# --- What this user can read beside the file ---
+
+
+@pytest.mark.parametrize("name", ["admin.macaroon", "wallet.db"])
+def test_a_secret_of_lnd_that_can_be_read_is_warned_of(env: dict[str, str], lnd: Lnd, name: str) -> None:
+    """When the user that runs it could read LND's secrets, which it need not, the start says so."""
+    lnd.write()
+    (lnd.directory / name).write_bytes(b"secret of LND\n")
+    with Daemon(env) as daemon:
+        assert re.search(rf"warning: .*can read {lnd.directory / name}: ", daemon.log)
+
+
+def test_no_warning_of_secrets_that_cannot_be_read(env: dict[str, str], lnd: Lnd, hurried: Callable[..., None]) -> None:
+    """Where the secrets are not there, or may not be read, nothing is said of them."""
+    lnd.write()
+    with Daemon(env) as daemon:
+        assert "can read" not in daemon.log
+    lnd.leave_decoys()
+    for name in ("admin.macaroon", "wallet.db"):
+        (lnd.directory / name).chmod(0)
+    drop = "['setpriv', '--bounding-set', '-dac_override,-dac_read_search']" if os.geteuid() == 0 else "['env']"
+    hurried(
+        f"if not os.environ.get('ORDINARY'):\n    os.environ['ORDINARY'] = '1'\n    command = {drop}\n"
+        "    os.execvp(command[0], [*command, sys.executable, *sys.orig_argv[1:]])"
+    )
+    with Daemon(env) as daemon:
+        assert "can read" not in daemon.log
+        daemon.wait_for_stored(lnd.written[-1])

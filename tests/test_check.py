@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -133,6 +134,26 @@ def test_a_version_put_again_is_stored(reader: dict[str, str], env: dict[str, st
     back_up(env)
     back_up(env)
     assert check(reader).code == 0
+
+
+def test_a_newer_version_is_told(
+    s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """When the version on disk is stored, but is not the newest there, it is exit 0, naming both."""
+    first = lnd.write()
+    back_up(env)
+    key = newest_key(s3, bucket)
+    lnd.write()
+    back_up(env)
+    newer = newest_key(s3, bucket)
+    assert "newer" not in check(reader).reason
+    lnd.place(first.data)
+    answer = check(reader)
+    assert (answer.code, answer.fields["key"]) == (0, key)
+    assert f"{newer} is newer" in answer.reason
+    only = line(reader, 0)
+    assert key in only
+    assert f"{newer} is newer" in only
 
 
 def test_lnd_has_written_since(
@@ -421,6 +442,28 @@ def test_a_staging_directory_is_not_made(reader: dict[str, str], staging: Path, 
 
 
 # --- What keeps it from an answer ---
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["line", "json"])
+def test_an_answer_that_cannot_be_printed(
+    reader: dict[str, str], env: dict[str, str], lnd: Lnd, options: tuple[str]
+) -> None:
+    """When stdout takes nothing it is exit 1 and one line, though the version is stored: nobody was told."""
+    lnd.write()
+    back_up(env)
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), "check", *options],
+            env=script_environment(reader, "/nonexistent"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert len(re.findall("error: (?!hint)", done.stderr)) == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

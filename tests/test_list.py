@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -163,7 +164,9 @@ def test_others_are_counted(s3: S3Server, bucket: str, reader: dict[str, str]) -
 def test_an_empty_bucket(reader: dict[str, str]) -> None:
     """An empty bucket is no failure: nothing is printed, and an empty array as JSON."""
     assert listed(reader) == []
-    assert plain(reader) == []
+    done = run_script(reader, "list")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert re.search("0 versions in s3://.*/alice/, 0 other keys", done.stderr)
 
 
 def test_an_empty_prefix(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
@@ -317,6 +320,29 @@ def test_a_reader_that_goes_away(
     )
     assert "using endpoint" in done.stderr
     assert not any(text in done.stderr for text in ("Traceback", "BrokenPipe", "fault of this program"))
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["lines", "json"])
+@pytest.mark.parametrize("count", [1, 100], ids=["at the end", "in the middle"])
+def test_a_list_that_cannot_be_printed(
+    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, options: tuple[str, ...], count: int
+) -> None:
+    """When stdout takes nothing it is exit 1 and one line."""
+    for second in range(count):  # the buffer of stdout takes some 50
+        put(s3, bucket, NOON + timedelta(seconds=second), 1)
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), "list", *options],
+            env=script_environment(reader, str(tmp_path)),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert len(re.findall("error: (?!hint)", done.stderr)) == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # --- What is missing, and what is not needed ---

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import stat
@@ -189,6 +190,28 @@ def test_an_unknown_key(s3: S3Server, bucket: str, reader: dict[str, str], home:
     assert key in restore(reader, home, "--key", key, code=1).stderr
 
 
+def test_the_hint_for_an_unknown_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """The hint is one for somebody who restores: how to find the keys, nothing of staging or of trying again."""
+    put(s3, bucket, NOON, channel_backup(5))
+    done = restore(reader, home, "--key", "alice/20260301T120000.000000Z-a1b2c3", code=1)
+    error, hint = (line for line in done.stderr.splitlines() if "error: " in line)
+    assert "NoSuchKey" in error
+    assert "list" in hint
+    assert not re.search("stag|retr|again", error + hint)
+
+
+def test_the_marks_of_the_chosen_version(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """What `list` marks at the version that is restored is said again, and nothing at one without marks."""
+    put(s3, bucket, NOON, channel_backup(20))
+    plain = put(s3, bucket, NOON + HOUR, channel_backup(20))
+    assert "warning" not in restore(reader, home, "--key", plain, "--output", "plain").stderr
+    assert "warning" not in restore(reader, home, "--output", "newest").stderr
+    marked = put(s3, bucket, datetime.now(UTC) + timedelta(days=365), channel_backup(1))
+    done = restore(reader, home)
+    for mark in ("much smaller than the one before", "named later than stored"):
+        assert any("warning: " in line and marked in line and mark in line for line in done.stderr.splitlines())
+
+
 def test_an_empty_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """An empty key, as from a variable that is not set, is no order to take the newest."""
     put(s3, bucket, NOON, channel_backup(5))
@@ -254,6 +277,13 @@ def test_before_the_first(s3: S3Server, bucket: str, reader: dict[str, str], hom
 def test_wrong_usage(reader: dict[str, str], home: Path, args: tuple[str, ...]) -> None:
     """A time that cannot be read or reckoned with, and options that exclude each other, are wrong usage."""
     assert "usage:" in restore(reader, home, *args, code=2).stderr
+
+
+@pytest.mark.parametrize("time", ["yesterday", "", "2026-13-01", "1772366400", "12:00"])
+def test_a_time_that_cannot_be_read(reader: dict[str, str], home: Path, time: str) -> None:
+    """A time that cannot be read is wrong usage, and how to write it is shown."""
+    done = restore(reader, home, "--before", time, code=2)
+    assert re.search(r"--before: write it like \d{4}-\d\d-\d\d\b", done.stderr)
 
 
 def test_no_version_has_channels(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
@@ -322,15 +352,60 @@ def test_a_damaged_version_by_key(s3: S3Server, bucket: str, reader: dict[str, s
 
 def test_all_are_damaged(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """When no good version is left it is exit 1, and none is named as good."""
-    for hours in (1, 2):
-        put_damaged(s3, bucket, NOON + HOUR * hours, "bytes")
-    assert "next good" not in restore(reader, home, code=1).stderr
+    bad = [put_damaged(s3, bucket, NOON + HOUR * hours, "bytes") for hours in (1, 2)]
+    done = restore(reader, home, code=1)
+    assert "next good" not in done.stderr
+    assert "not one of 2 versions can be used" in done.stderr
+    assert all(key in done.stderr for key in bad)
 
 
 def test_too_short_to_be_a_version(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """An object under 45 bytes is not restored, and is not what the hint names."""
     bad = put_damaged(s3, bucket, NOON, "short")
     assert f"--key {bad}" not in restore(reader, home, code=1).stderr
+
+
+@pytest.mark.parametrize("given", ["environment", "file"])
+def test_several_damaged_versions(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, tmp_path: Path, given: str
+) -> None:
+    """Each damaged version is named, and the command printed for the next good one runs as it is printed."""
+    wanted = channel_backup(5)
+    put(s3, bucket, NOON, channel_backup(4))
+    good = put(s3, bucket, NOON + HOUR, wanted)
+    bad = [put_damaged(s3, bucket, NOON + HOUR * hours, damage) for hours, damage in enumerate(DAMAGES[:4], 2)]
+    env, options = reader, []
+    if given == "file":
+        file = tmp_path / "my reader's.env"
+        file.write_text("".join(f"{key}={value}\n" for key, value in reader.items()))
+        env, options = {}, ["--env-file", str(file)]
+    done = run_script(env, *options, "restore", cwd=home)
+    assert (done.returncode, list(home.iterdir())) == (1, [])
+    for key in bad:
+        assert any(key in line and "damaged" in line for line in done.stderr.splitlines())
+    (command,) = re.findall(r"hint: the next good one: (.*)", done.stderr)
+    assert good in command
+    python, script, *words = shlex.split(command)
+    assert (Path(python).samefile(sys.executable), Path(script)) == (True, SCRIPT)
+    again = run_script(env, *words, cwd=home)
+    assert again.returncode == 0, again.stderr
+    assert (home / "channel.backup").read_bytes() == wanted
+
+
+def test_a_store_that_writes_metadata_in_capitals(reader: dict[str, str], home: Path) -> None:
+    """A store that gives the name of the metadata entry capitals is understood, and its digest still counts."""
+    data = channel_backup(7)
+    digest = hashlib.sha256(data).hexdigest()
+    key = f"alice/{name_of(data, NOON)}"
+    headers = {"X-Amz-Meta-Sha256": digest, "Last-Modified": "Sun, 01 Mar 2026 12:00:00 GMT"}
+    with FakeS3(defaults={"GET": Answer(headers=headers, body=data)}) as fake:
+        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
+        done = restore(env, home, "--key", key)
+        assert "only the six digits" not in done.stderr
+        wrong = headers | {"X-Amz-Meta-Sha256": hashlib.sha256(b"").hexdigest()}
+        fake.set_default(Answer(headers=wrong, body=data), "GET")
+        assert "damaged" in restore(env, home, "--key", key, "--output", "other", code=1).stderr
+    assert (home / "channel.backup").read_bytes() == data
 
 
 def test_a_bit_flipped_on_the_way(reader: dict[str, str], home: Path) -> None:
@@ -473,6 +548,21 @@ def test_a_missing_directory(s3: S3Server, bucket: str, reader: dict[str, str], 
     """A directory that is not there is exit 1, and is not made."""
     put(s3, bucket, NOON, channel_backup(5))
     assert "nowhere" in restore(reader, home, "--output", "nowhere/channel.backup", code=1).stderr
+
+
+@pytest.mark.parametrize("which", [(), ("--key", "alice/20260301T120000.000000Z-a1b2c3")], ids=["newest", "key"])
+def test_an_output_that_cannot_be_costs_no_download(reader: dict[str, str], home: Path, which: tuple[str, ...]) -> None:
+    """A missing directory, or a file that is there, is told before S3 is asked for anything, with what to do."""
+    (home / "there").touch()
+    with FakeS3() as fake:
+        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
+        for output in ("nowhere/channel.backup", "there"):
+            done = run_script(env, "restore", "--output", output, *which, cwd=home)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert str(home / output) in done.stderr
+            assert "hint: name a new file elsewhere with --output" in done.stderr
+        assert fake.requests == []
+    assert [path.name for path in home.iterdir()] == ["there"]
 
 
 def test_no_permission_to_write(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
@@ -711,6 +801,18 @@ def test_lines_for_people_and_scripts(s3: S3Server, bucket: str, reader: dict[st
     for fact in (key, str(len(data)), hashlib.sha256(data).hexdigest(), str(home / "channel.backup")):
         assert fact in done.stdout
         assert len(done.stdout.splitlines()) < 25
+
+
+def test_next_steps_that_cannot_be_printed(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """When stdout takes nothing it is exit 1 and one line, and what is at the path is the whole version or nothing."""
+    wanted = channel_backup(5)
+    put(s3, bucket, NOON, wanted)
+    done = wrapped(reader, home, ["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"], "restore")
+    assert done.returncode == 1
+    assert len(re.findall("error: (?!hint)", done.stderr)) == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.read_bytes() for path in home.iterdir()] in ([], [wanted])
 
 
 def test_below_a_home_of_lnd_nothing_is_written(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:

@@ -191,6 +191,7 @@ VALUES: dict[str, tuple[str | None, str, str]] = {
     **dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), ("", f"(https?://)?{HOST}", PROXY)),
     **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), ("", r"\S+", "no blanks")),
 }
+OF_THE_SERVICE = ("BACKUP_DIRECTORY", "METRICS_FILE", "HEARTBEAT_URL")  # what the commands that read do not need
 PATH_NAMES = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "METRICS_FILE")
 # Never to be restored from a copy (a stale channel.db is punished with all its money), or never to leave the node.
 FORBIDDEN_NAME = re.compile(r"channel\.db|wallet\.db|.*\.sqlite.*|.*\.macaroon|hsm_secret", re.IGNORECASE)
@@ -887,8 +888,6 @@ class Reporter:
 
     async def run(self) -> None:
         """Report every change, many at once as one, until cancelled, which may happen at any time."""
-        if self.settings.heartbeat and not self.settings.refresh_seconds:
-            log.warning("REFRESH_SECONDS=0: a node whose channels do not change sends no heartbeat, and looks dead")
         while True:
             self.staging.news.clear()
             await self.report()
@@ -983,6 +982,8 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
     stopping = install_handlers(asyncio.get_running_loop())
     watcher.look()
     log.info("watching %s, staging in %s, %d staged", settings.monitored, settings.staging, len(staging.names()))
+    if settings.heartbeat and not settings.refresh_seconds and not once:
+        log.warning("REFRESH_SECONDS=0: a node whose channels do not change sends no heartbeat, and looks dead")
     notify_systemd("READY=1")
     if once:
         stopping.set()
@@ -1079,7 +1080,7 @@ def check_receipt(settings: Settings, digest: str) -> tuple[bool, Stored | None,
 
 def command_check(options: argparse.Namespace) -> int:
     """Print whether the bucket holds the version on disk: by its bytes where the key may read, else by a receipt."""
-    settings, bucket = configure("BACKUP_DIRECTORY")
+    settings, bucket = configure(*OF_THE_SERVICE)
     data, proof, staged = read_channel_backup(settings.monitored), "bucket", None
     try:
         current, version, remark = check_bucket(bucket, data)
@@ -1106,7 +1107,7 @@ def command_check(options: argparse.Namespace) -> int:
 
 def command_list(options: argparse.Namespace) -> int:
     """Print the versions in the bucket, newest first: as lines, or as JSON."""
-    _, bucket = configure("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")
+    _, bucket = configure("MONITOR_FILE_PATH", *OF_THE_SERVICE)
     versions, others = bucket.versions()
     rows = [
         version.as_json() | {"marks": version.marks(older)}
@@ -1124,7 +1125,8 @@ def command_list(options: argparse.Namespace) -> int:
         else:
             cells = (row["key"], row["captured_at"], row["size_bytes"], row["stored_at"], ", ".join(row["marks"]))
             print(*map(shown, cells), sep="\t")
-    log.info("%d versions in s3://%s/%s, %d other keys not shown", len(versions), bucket.name, bucket.prefix, others)
+    where, hint = f"s3://{bucket.name}/{bucket.prefix}", "" if versions else "check S3_BUCKET_NAME and S3_BACKUP_PREFIX"
+    log.info("%d versions in %s, %d other keys not shown", len(versions), where, others, extra={"hint": hint})
     return DONE
 
 
@@ -1180,7 +1182,7 @@ that is not the latest: each can cost the money in the channels. More: docs/reco
 
 def command_restore(options: argparse.Namespace) -> int:
     """Download one version, verify it, write it to a new file, and print what to do with it."""
-    settings, bucket = configure("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")
+    settings, bucket = configure("MONITOR_FILE_PATH", *OF_THE_SERVICE)
     output = Path(os.path.abspath(options.output))
     what, directory = f"cannot restore: {output}", Path(os.path.realpath(output.parent))
     homes = [parent for parent in directory.parents if os.path.lexists(parent / "lnd.conf")]

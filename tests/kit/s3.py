@@ -142,8 +142,9 @@ def allow(actions: str | list[str], *resources: str) -> dict[str, Any]:
 class S3Server:
     """ministack with AUTH=true over http or https, with its state on disk and its port kept across restarts."""
 
-    def __init__(self, directory: Path, *, tls: bool = False) -> None:
+    def __init__(self, directory: Path, *, tls: bool = False, services: str = "s3,iam,sts") -> None:
         """Prepare a server that keeps everything below the directory; nothing runs yet."""
+        self.services = services
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.scheme = "https" if tls else "http"
@@ -309,7 +310,7 @@ class S3Server:
             "TMPDIR": str(self.directory),
             "GATEWAY_PORT": str(self.port),
             "AUTH": "true",
-            "SERVICES": "s3,iam,sts",
+            "SERVICES": self.services,
             "S3_PERSIST": "1",
             "S3_DATA_DIR": str(self.directory / "s3"),
             "PERSIST_STATE": "1",
@@ -322,7 +323,7 @@ class S3Server:
     def _make_certificate(self) -> None:
         """Make an authority and a certificate for the loopback address."""
         authority = trustme.CA()
-        certificate = authority.issue_cert(self.host, "localhost")
+        certificate = authority.issue_cert(self.host, "localhost", "s3.example.org")
         self.ca_file = self.directory / "ca.pem"
         authority.cert_pem.write_to_path(str(self.ca_file))
         certificate.private_key_pem.write_to_path(str(self.directory / "key.pem"))

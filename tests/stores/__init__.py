@@ -1,0 +1,1 @@
+"""The same features of the program, tried on several S3 servers; `make test-stores` runs it."""

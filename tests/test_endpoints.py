@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import ssl
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import trustme
-from kit import Answer, FakeS3, Lnd, S3Server, Script, run_script, settings_for
+from kit import Answer, FakeS3, Lnd, S3Server, Script, channel_backup, run_script, settings_for
+from kit.fake_s3 import SLOW_DOWN
 from stores.front import TlsFront
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 EMPTY_LIST = (
     b'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
@@ -57,6 +59,56 @@ def test_a_path_in_the_endpoint_is_kept(some_env: dict[str, str]) -> None:
         assert fake.requests[0].path.startswith("/storage/v1/s3/some-bucket/alice/")
 
 
+def test_the_bucket_in_the_endpoint_is_wrong_configuration(some_env: dict[str, str]) -> None:
+    """An endpoint that ends with the bucket's name, as some stores show it, would begin every key with it."""
+    with FakeS3() as fake:
+        done = run_script(some_env | {"AWS_ENDPOINT_URL_S3": f"{fake.endpoint}/some-bucket"}, "once")
+        assert fake.requests == []
+    assert done.returncode == 78, done.stderr
+    assert "AWS_ENDPOINT_URL_S3=" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [
+        ("s3.example.org", True),
+        ("203.0.113.5.example.org:9000", True),
+        ("8.8.8.8", True),
+        ("minio", False),
+        ("nas.local", False),
+        ("192.168.1.9:9000", False),
+        ("[fd00::1]:9000", False),
+        ("abcdef.onion", False),
+    ],
+)
+def test_plain_http_to_a_public_host_is_warned_of_once(some_env: dict[str, str], host: str, *, warned: bool) -> None:
+    """Over plain http to a public host, and only there, the log warns, once, however many versions go out."""
+    path = Path(some_env["MONITOR_FILE_PATH"])
+    with FakeS3() as fake:
+        fake.script(SLOW_DOWN)
+        env = some_env | {"AWS_ENDPOINT_URL_S3": f"http://{host}", "HTTP_PROXY": fake.endpoint}
+        with Script(env) as script:
+            script.wait_for_log("stored s3://")
+            path.write_bytes(path.read_bytes()[:-1])
+            script.wait_for_log("stored s3://", count=2)
+            assert script.stop() == 0
+    assert script.log.count("warning: not encrypted") == int(warned)
+
+
+def test_the_log_names_the_proxy_in_use(some_env: dict[str, str]) -> None:
+    """The proxy that is used stands in the log, without its password; none is in it where NO_PROXY names the host."""
+    with FakeS3() as fake:
+        secret = fake.endpoint.replace("//", "//bob:hunter2@")
+        env = some_env | {"AWS_ENDPOINT_URL_S3": "http://minio", "HTTP_PROXY": secret}
+        said = run_script(env, "once").stderr
+        direct = {"AWS_ENDPOINT_URL_S3": fake.endpoint, "NO_PROXY": "127.0.0.1"}
+        unproxied = run_script(env | direct, "once").stderr
+        assert len(fake.requests) == 2
+    assert f"proxy: {secret.replace('bob:hunter2@', '***@')}" in said
+    assert "hunter2" not in said
+    assert "proxy: " not in unproxied
+
+
 # --- TLS ---
 
 
@@ -96,6 +148,27 @@ def test_a_self_signed_certificate_is_refused(some_env: dict[str, str], s3_https
     assert said.startswith("error: ")
     assert "certificate verify failed" in said
     assert "AWS_CA_BUNDLE" in said
+
+
+def test_a_certificate_for_another_name_is_refused(s3_http: S3Server, some_env: dict[str, str], tmp_path: Path) -> None:
+    """A certificate for another name is an error that says so."""
+    with OtherFront(s3_http.port, tmp_path, name="s3.example.org") as front:
+        said = failure_of(some_env | front.env())
+    assert said.startswith("error: "), said
+    assert "hostname '127.0.0.1' doesn't match 's3.example.org'" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"no certificate\n", None], ids=["empty", "rubbish", "directory"])
+def test_a_ca_bundle_without_a_certificate_is_wrong_configuration(
+    some_env: dict[str, str], tmp_path: Path, content: bytes | None
+) -> None:
+    """A CA bundle that holds no certificate, or is a directory, is told at the start, with its name."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir() if content is None else bundle.write_bytes(content)
+    env = some_env | {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:9", "AWS_CA_BUNDLE": str(bundle)}
+    done = run_script(env, "once")
+    assert done.returncode == 78, done.stderr
+    assert f"AWS_CA_BUNDLE={bundle}" in done.stderr
 
 
 # --- the clock ---
@@ -157,3 +230,16 @@ def test_a_store_that_does_not_keep_what_it_acknowledged_is_found_out(some_env: 
     assert done.returncode == 1
     told = json.loads(done.stdout)
     assert (told["current"], told["proof"]) == (False, "bucket")
+
+
+def test_the_names_of_metadata_have_no_case(some_env: dict[str, str], tmp_path: Path) -> None:
+    """A store that writes X-Amz-Meta-Sha256 with capitals, as those in Go do, keeps the SHA-256 all the same."""
+    data = channel_backup(1)
+    digest = hashlib.sha256(data).hexdigest()
+    kept = Answer(headers={"X-Amz-Meta-Sha256": digest, "Last-Modified": "Fri, 20 Nov 2026 21:55:59 GMT"}, body=data)
+    name = f"20261120T215558.123456Z-{digest[-6:]}"
+    with FakeS3(defaults={"GET": kept}) as fake:
+        env = some_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
+        done = run_script(env, "restore", "--key", name, "--output", str(tmp_path / "restored"))
+    assert done.returncode == 0, done.stderr
+    assert "six digits" not in done.stderr

@@ -146,3 +146,14 @@ def test_the_configured_source_of_credentials_is_asked(
         assert {(host, port) for _, host, port in talk()} == {proxy.address, ("127.0.0.1", service.port)}
         assert {request.path for request in service.requests} == {"/role"}
     assert set(proxy.asked) == {f"CONNECT {TARGET}"}
+
+
+@pytest.mark.parametrize(("choice", "asked"), [("", False), ("false", True), ("true", False)])
+def test_the_metadata_service_is_asked_only_by_choice(
+    env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd, choice: str, *, asked: bool
+) -> None:
+    """Without credentials the metadata service of EC2 is asked only with AWS_EC2_METADATA_DISABLED=false."""
+    del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
+    lnd.write()
+    assert run_script(env | {"AWS_EC2_METADATA_DISABLED": choice}, "once").returncode == 1
+    assert {host for _, host, _ in talk()} == ({METADATA} if asked else set())

@@ -7,6 +7,7 @@ What would leave this machine fails instead.
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 NAME = "s3.example.org"
 TARGET = f"{NAME}:443"
 METADATA = "169.254.169.254"
+PATIENCE_SECONDS = 10.0
 # Local sockets (systemd's) have no port, and are left out.
 RECORD = """
 import json, os, sys
@@ -118,16 +120,22 @@ def test_a_proxy_that_fails_is_never_passed_by(
 ) -> None:
     """When the proxy refuses the name, or is not there, nothing goes out by another way, and the message names it."""
     env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
-    version = lnd.write()
+    versions = [lnd.write()]
     with ConnectProxy({}) as proxy:
         if not there:
             proxy.__exit__()
         through = {"AWS_ENDPOINT_URL_S3": f"https://{NAME}", "HTTPS_PROXY": proxy.url, "SHUTDOWN_GRACE_SECONDS": "0"}
         with Script(env | through) as script:
             script.wait_for_log(f"cannot store: .*proxy.*{proxy.url}")
+            tried = len(talk())
+            versions.append(lnd.write())  # it is tried at once
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while len(talk()) == tried:
+                assert time.monotonic() < deadline, script.log
+                time.sleep(0.02)
             assert script.stop() == 0
     assert {(host, port) for _, host, port in talk()} == {proxy.address}
-    assert [path.read_bytes() for path in staging.glob("2*")] == [version.data]
+    assert [path.read_bytes() for path in sorted(staging.glob("2*"))] == [version.data for version in versions]
 
 
 def test_the_configured_source_of_credentials_is_asked(

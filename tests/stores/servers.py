@@ -358,7 +358,8 @@ class Ceph(Store):
             shutil.rmtree(self._root, ignore_errors=True)
             CACHE.mkdir(parents=True, exist_ok=True)
             wanted = "--include=radosgw,ceph-osd,ceph-mon,ceph-common"
-            run(["mmdebstrap", "--quiet", "--variant=minbase", wanted, self.suite, self._root], timeout=600)
+            late = '--aptopt=Acquire::Check-Valid-Until "false"'  # a mirror may be a snapshot of some day
+            run(["mmdebstrap", "--quiet", "--variant=minbase", late, wanted, self.suite, self._root], timeout=600)
             stamp.touch()
         self.version = run(["chroot", self._root, "dpkg-query", "-W", "-f", "${Version}", "radosgw"]).partition("+")[0]
 

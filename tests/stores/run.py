@@ -19,7 +19,7 @@ from kit import CHECKOUT, foreign_settings
 from stores import bucket
 from stores.features import FEATURES, Bench
 from stores.front import TlsFront
-from stores.servers import STORES, NoSuchFeatureError, NotInstalledError, Store
+from stores.servers import STORES, NoSuchFeatureError, NotInstalledError, Store, make_venv
 
 DOCUMENT = CHECKOUT / "docs/stores.md"
 AT_ONCE = 4  # features at a time; the program sleeps for a part of each
@@ -108,6 +108,8 @@ def main(wanted: list[str]) -> int:
     directory = Path(tempfile.mkdtemp(prefix="stores-"))
     try:
         with ThreadPoolExecutor(2) as pool:
+            if not wanted:
+                pool.submit(make_venv, "aws")  # for the bucket, which tells if that fails
             installed = dict(zip(stores, pool.map(lambda store: install(store, matrix), stores), strict=True))
         print(f"installed after {time.monotonic() - began:.0f} s", flush=True)
         for store in [each for each, there in installed.items() if there]:

@@ -58,7 +58,8 @@ def run(command: Sequence[str | Path], timeout: float = 300) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotInstalledError(f"{command[0]}: {error}") from error
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+        lines = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
+        said = next((line for line in lines if line.startswith(("E:", "ERROR:"))), lines[-1])  # the first is the cause
         raise NotInstalledError(f"{command[0]} exited {done.returncode}: {said}")
     return done.stdout
 

@@ -27,10 +27,10 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-stores lint format pins clean
+.PHONY: help demo test test-stores lint format pins clean install uninstall purge test-systemd
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV) $(VENV_S3) ## watch a pretend LND being backed up to an S3 server on this machine
 	@mkdir -p "$(TMPDIR)"
@@ -52,6 +52,18 @@ lint: $(VENV) ## check format, style and types
 	$(BIN) -m ruff format --check --quiet
 	$(BIN) -m ruff check --quiet
 	$(BIN) -m mypy --strict
+
+# The names of the variables on make's command line; their values reach the script in its environment.
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command%line,$(subst $() ,%,$(origin $(name)))),$(name)))
+
+install: ## as root: install the service or bring it up to date; S3_BUCKET_NAME=... LND_USER=...
+	@GIVEN="$(GIVEN)" sh systemd/install.sh install
+
+uninstall: ## as root: remove the service; settings and staged versions stay
+	@GIVEN="$(GIVEN)" sh systemd/install.sh uninstall
+
+purge: ## as root: remove the service, its settings and staged versions
+	@GIVEN="$(GIVEN)" sh systemd/install.sh purge
 
 format: $(VENV) ## format the code and mend what can be mended
 	$(BIN) -m ruff format

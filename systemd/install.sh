@@ -239,9 +239,15 @@ write_settings() {
         *) put "$name" "$(printenv "$name")" ;;
         esac
     done
+    found=$(faults "$filled")
+    misread=$(say "$found" | sed -n 's/^cannot read --env-file: .*: line \([0-9]*\).*/\1/p')
+    if [ -n "$misread" ]; then
+        line=$(sed -n "${misread}p" "$filled")
+        give_up "${line%%=*} holds what systemd would read differently: ${line#*=}" 'write it without quotes, # and \\'
+    fi
     for name in ${GIVEN-}; do
-        refused=$(faults "$filled" | grep -A1 -e "^configuration: $name=" -e '^cannot read --env-file') || continue
-        give_up "$name: ${refused%%
+        refused=$(say "$found" | grep -A1 "^configuration: $name=") || continue
+        give_up "${refused%%
 *}" "${refused##*hint: }"
     done
     step install -D -m 0600 "$filled" "$settings"

@@ -1,0 +1,769 @@
+"""The unit files as systemd reads them, what `make install` makes of them in a package, and the lnd-backup command.
+
+Nothing outside the temporary directory is touched: every installation here has a DESTDIR. The same on a systemd that
+runs: `make test-systemd`.
+"""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import CHECKOUT, SCRIPT, run_script
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Wrapper = Callable[..., subprocess.CompletedProcess[str]]
+
+UNIT = CHECKOUT / "lnd-backup.service"
+EXPOSURE_MAX = "12"  # ten times the score
+NOBODY = 65534
+SETTINGS = "etc/default/lnd-backup-env"
+HOME = "opt/lnd-backup"
+UNITS = "etc/systemd/system"
+
+needs_systemd_analyze = pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="needs systemd-analyze (Debian: systemd)"
+)
+
+
+def run(
+    *command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, user: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with nothing of the caller's environment."""
+    minimum = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent"}
+    return subprocess.run(
+        command,
+        env=minimum | {"LANG": "C.UTF-8"} | (env or {}),
+        cwd=cwd,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=55,
+    )
+
+
+def system_python() -> str | None:
+    """Return a Python of the system that the installer would take."""
+    code = "import ensurepip, sys, venv; ensurepip.version(); sys.exit(sys.version_info < (3, 11))"
+    for name in ("python3", "python3.13", "python3.12", "python3.11"):
+        for directory in ("/usr/bin", "/usr/local/bin"):
+            python = f"{directory}/{name}"
+            if os.path.exists(python) and run(python, "-I", "-c", code).returncode == 0:
+                return python
+    return None
+
+
+PYTHON = system_python() or ""
+needs_python = pytest.mark.skipif(not PYTHON, reason="needs a Python 3.11 with venv in /usr (Debian: python3-venv)")
+
+
+# --- the units ---
+
+
+def section(unit: Path, name: str) -> dict[str, str]:
+    """Return the last value of each key in a section of a unit file."""
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(unit, encoding="utf-8")
+    return dict(parser[name])
+
+
+def seconds(value: str) -> float:
+    """Return a time span of a unit file in seconds."""
+    spans = re.findall(r"([0-9]+) ?([a-z]*)", value)
+    return sum(float(number) * {"": 1, "s": 1, "min": 60, "h": 3600}[unit] for number, unit in spans)
+
+
+def default_of(setting: str) -> float:
+    """Return the default of a setting, as the example tells it."""
+    example = (CHECKOUT / "lnd-backup-env.example").read_text(encoding="utf-8")
+    found = re.search(rf"^#?{setting}=(\S+)$", example, re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def test_the_times_of_the_unit_fit_each_other_and_the_program() -> None:
+    """A stop outlasts the grace, the watchdog two looks, and the start limit is reached and left behind again."""
+    unit, service = section(UNIT, "Unit"), section(UNIT, "Service")
+    assert seconds(service["TimeoutStopSec"]) > default_of("SHUTDOWN_GRACE_SECONDS") + 1
+    assert seconds(service["WatchdogSec"]) > 2 * default_of("RESCAN_SECONDS")
+    assert seconds(service["TimeoutStartSec"]) > seconds(service["RestartSec"])
+    window, tries = seconds(unit["StartLimitIntervalSec"]), int(unit["StartLimitBurst"])
+    assert tries * seconds(service["RestartSec"]) < window, "the start limit is never reached: no alert"
+    steps = section(CHECKOUT / "systemd/restart-steps.conf", "Service")
+    growth = seconds(steps["RestartMaxDelaySec"]) / seconds(service["RestartSec"])
+    delays = [seconds(service["RestartSec"]) * growth ** (n / int(steps["RestartSteps"])) for n in range(tries)]
+    assert sum(delays) < window / 2, "with growing delays the start limit is hardly reached: no alert"
+    minutes = re.fullmatch(r"\*:0/([0-9]+)", section(CHECKOUT / "systemd/lnd-backup.timer", "Timer")["OnCalendar"])
+    assert minutes
+    assert int(minutes[1]) * 60 > window, "two ticks in one window of the start limit"
+
+
+def test_the_unit_outlives_lnd_and_is_ready_without_it() -> None:
+    """The unit is ordered before LND alone, and waits for no network."""
+    unit = section(UNIT, "Unit")
+    assert unit["Before"] == "lnd.service"
+    assert "online" not in unit["After"]
+    assert "lnd" not in unit["After"]
+    assert section(UNIT, "Service")["Type"] == "notify"
+
+
+def test_the_template_is_the_unit() -> None:
+    """An instance shares every line with the plain service, and differs by its name alone."""
+    for template, plain in (
+        ("lnd-backup@.service", UNIT),
+        ("lnd-backup@.timer", CHECKOUT / "systemd/lnd-backup.timer"),
+    ):
+        assert (CHECKOUT / "systemd" / template).resolve() == plain
+    text = UNIT.read_text(encoding="utf-8")
+    for name in ("EnvironmentFile=/etc/default/%N-env", "StateDirectory=%N", "RuntimeDirectory=%N", "Wants=%N.timer"):
+        assert f"\n{name}\n" in text
+
+
+@pytest.fixture(scope="session")
+def runnable_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with the unit files, whose programs are there and can be executed."""
+    directory = tmp_path_factory.mktemp("units")
+    current = directory / "current"
+    (current / "venv/bin").mkdir(parents=True)
+    for program in ("venv/bin/python", "s3_backup_lnd_channels.py", "remount-if-replaced", "alert.py"):
+        (current / program).symlink_to("/bin/true")
+    sources = [UNIT, *(CHECKOUT / "systemd").glob("*.service"), *(CHECKOUT / "systemd").glob("*.timer")]
+    for source in sources:
+        text = source.read_text(encoding="utf-8").replace("/opt/lnd-backup/current", str(current))
+        (directory / source.name).write_text(text, encoding="utf-8")
+        if "@." in source.name:
+            (directory / source.name.replace("@.", "@alice.")).symlink_to(source.name)
+    return directory
+
+
+@needs_systemd_analyze
+def test_systemd_has_nothing_to_say_of_the_units(runnable_units: Path) -> None:
+    """`systemd-analyze verify` prints nothing: it exits 0 on keys and values that it does not know."""
+    units = [
+        path for path in runnable_units.iterdir() if path.suffix in {".service", ".timer"} and "@." not in path.name
+    ]
+    assert len(units) == 7
+    told = run("systemd-analyze", "verify", "--man=no", *units, env={"SYSTEMD_UNIT_PATH": f"{runnable_units}:"})
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+
+
+@needs_systemd_analyze
+@pytest.mark.parametrize("drop_in", ["", "lnd-directory.conf"])
+def test_the_exposure_is_low(drop_in: str, runnable_units: Path, tmp_path: Path) -> None:
+    """The score of `systemd-analyze security` is 1.2 or better, with the shipped drop-in too."""
+    unit = tmp_path / UNIT.name
+    shutil.copy(runnable_units / UNIT.name, unit)
+    if drop_in:
+        (tmp_path / "lnd-backup.service.d").mkdir()
+        shutil.copy(CHECKOUT / "systemd" / drop_in, tmp_path / "lnd-backup.service.d")
+    told = run(
+        "systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_MAX}", "--no-pager", unit,
+        env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout[-2000:] + told.stderr
+    assert re.search(r"Overall exposure level for lnd-backup.service: [01]\.[0-9]", told.stdout)
+
+
+def test_every_restriction_is_there() -> None:
+    """Lines that protect and do not count in the score stay."""
+    service = section(UNIT, "Service")
+    for name, value in {"NoExecPaths": "/ %S/%N", "ExecPaths": "/usr", "LimitCORE": "0", "UMask": "0077"}.items():
+        assert service[name] == value
+
+
+# --- the installer ---
+
+
+class Package:
+    """A checkout to install from, whose only requirement is a wheel that lends it the packages of the tests' venv."""
+
+    def __init__(self, directory: Path) -> None:
+        """Copy what the installer needs."""
+        self.checkout, self.wheels = directory / "checkout", directory / "wheels"
+        self.wheels.mkdir(parents=True)
+        for name in ("docs", "systemd"):
+            shutil.copytree(CHECKOUT / name, self.checkout / name)
+        for name in ("Makefile", "lnd-backup.service", "lnd-backup-env.example", SCRIPT.name):
+            shutil.copy(CHECKOUT / name, self.checkout / name)
+        wheel = self.wheels / "everything-1.0-py3-none-any.whl"
+        content = {
+            "everything.pth": sysconfig.get_path("purelib") + "\n",
+            "everything.py": "'A module to compile.'\n",
+            "everything-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: everything\nVersion: 1.0\n",
+            "everything-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
+            "everything-1.0.dist-info/RECORD": "",
+        }
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, text in content.items():
+                archive.writestr(zipfile.ZipInfo(name), text)  # without the time: each package is the same
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        self.requirements = self.checkout / "requirements.txt"
+        self.requirements.write_text(f"everything==1.0 --hash=sha256:{digest}\n", encoding="utf-8")
+
+    def make(
+        self, verb: str, root: Path | None, *given: str, user: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run make with these variables; without a root as an ordinary user, who can do no harm."""
+        env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_NO_CACHE_DIR": "1"}
+        assert root or user, "this would install on the machine that runs the tests"
+        destination = [f"DESTDIR={root}"] if root else []
+        default = [] if any(each.startswith("PYTHON=") for each in given) else [f"PYTHON={PYTHON}"]
+        return run("make", verb, *destination, *default, *given, env=env, cwd=self.checkout, user=user)
+
+    def new_version(self) -> None:
+        """Change the program, so that the next installation is an upgrade."""
+        with (self.checkout / SCRIPT.name).open("a", encoding="utf-8") as script:
+            script.write("# newer\n")
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """Return the package of the session; nothing changes it."""
+    return Package(tmp_path_factory.mktemp("package"))
+
+
+def build_and_install(shared: Path) -> None:
+    """Install a package as an ordinary user, and make a bare venv, each once for all processes of the session."""
+    user = NOBODY if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own directories are closed to other users
+        directory = Path(name)
+        directory.chmod(0o755)
+        (directory / "root").mkdir()
+        if user:
+            shutil.chown(directory / "root", user)
+        done = Package(directory).make(
+            "install", directory / "root", "S3_BUCKET_NAME=my-bucket", "RESCAN_SECONDS=30", user=user
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        mode = (directory / "root" / SETTINGS).stat().st_mode
+        assert mode & 0o777 == 0o600
+        shutil.copytree(directory / "root", shared / "root", symlinks=True)
+        (shared / "told").write_text(done.stdout.replace(str(directory), str(shared)), encoding="utf-8")
+        (shared / "place").write_text(str(directory), encoding="utf-8")
+    assert run(PYTHON, "-I", "-m", "venv", shared / "venv").returncode == 0
+    (shared / "python").write_text(
+        f"""#!/bin/sh
+[ "$2 $3" = "-m venv" ] || exec {PYTHON} "$@"
+mkdir -p "$(dirname "$4")" && cp -a {shared}/venv "$4"
+""",
+        encoding="utf-8",
+    )
+    (shared / "python").chmod(0o755)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what is built once: `root`, an installation, what it `told`, and a `python` with venvs at hand."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "installed"
+    with (shared.parent / "installed.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "python").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            build_and_install(shared)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def installed(built: Path) -> tuple[Path, str]:
+    """Return the root in which the package is installed, and what was printed; nothing changes it."""
+    return built / "root", (built / "told").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    """Return a package of this test alone."""
+    return Package(tmp_path / "package")
+
+
+@pytest.fixture
+def root(installed: tuple[Path, str], tmp_path: Path) -> Path:
+    """Return a copy of the root in which the package is installed."""
+    shutil.copytree(installed[0], tmp_path / "root", symlinks=True)
+    return tmp_path / "root"
+
+
+def tree(root: Path) -> dict[str, tuple[int, str, int]]:
+    """Return the mode, content and inode of everything below the root."""
+    entries = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        content = os.readlink(path) if path.is_symlink() else path.read_bytes().hex() if path.is_file() else ""
+        entries[str(path.relative_to(root))] = (status.st_mode, content, status.st_ino)
+    return entries
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
+    """Fail unless it failed, and said this in one line and a hint."""
+    assert done.returncode != 0, done.stdout
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("cannot "), done.stderr
+    assert lines[1].startswith("hint: "), done.stderr
+    for each in told:
+        assert each in "\n".join(lines[:2])
+
+
+@needs_python
+class TestInstall:
+    """`make install` with a DESTDIR, which is what a packager runs."""
+
+    def test_everything_is_in_its_place(self, installed: tuple[Path, str]) -> None:
+        """Program, venv, units, wrapper and settings are there, with their modes."""
+        root, told = installed
+        modes = {
+            f"{HOME}/current/s3_backup_lnd_channels.py": 0o644,
+            f"{HOME}/current/remount-if-replaced": 0o755,
+            f"{UNITS}/lnd-backup.service": 0o644,
+            f"{UNITS}/lnd-backup@.service": 0o644,
+            f"{UNITS}/lnd-backup.timer": 0o644,
+            "usr/local/bin/lnd-backup": 0o755,
+            SETTINGS: 0o600,
+            "etc/default/lnd-backup-alert": 0o600,
+        }
+        assert {name: (root / name).stat().st_mode & 0o7777 for name in modes} == modes
+        assert os.readlink(root / HOME / "current") in os.listdir(root / HOME)
+        version = run(root / HOME / "current/venv/bin/python", "-I", root / HOME / "current" / SCRIPT.name, "--version")
+        assert version.returncode == 0, version.stderr
+        for path in (UNIT, CHECKOUT / "systemd/lnd-backup.timer"):
+            assert (root / UNITS / path.name).read_bytes() == path.read_bytes()
+        assert "MONITOR_FILE_PATH=: is not set" in told
+        assert "S3_BUCKET_NAME" not in told.partition("left to fill in")[2]
+
+    def test_settings_hold_what_was_given_and_no_example(self, installed: tuple[Path, str]) -> None:
+        """What was given is set, what has no default is left empty, and nothing of the building machine is in it."""
+        text = (installed[0] / SETTINGS).read_text(encoding="utf-8")
+        assert re.findall(r"^(?!#|AWS)(.+)$", text, re.MULTILINE) == [
+            "MONITOR_FILE_PATH=",
+            "S3_BUCKET_NAME=my-bucket",
+            "RESCAN_SECONDS=30",
+        ]
+
+    def test_byte_code_is_compiled_and_scripts_are_not_needed(self, installed: tuple[Path, str]) -> None:
+        """Every module has its byte code, whose names are those of the installed place; pip is gone."""
+        current = installed[0] / HOME / "current"
+        modules = [path for path in current.rglob("*.py") if "site-packages" in path.parts]
+        assert modules
+        for module in modules:
+            (compiled,) = (module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")
+            assert f"/{HOME}/current/venv/lib".encode() in compiled.read_bytes()
+        assert not [path for path in current.rglob("*") if path.name in {"pip", "setuptools", "activate"}]
+
+    def test_the_root_of_the_package_is_nowhere_in_it(self, built: Path) -> None:
+        """No file names the directory in which the package was built."""
+        place = (built / "place").read_bytes()
+        files = [path for path in (built / "root").rglob("*") if path.is_file()]
+        assert len(files) > 20
+        assert [path for path in files if place in path.read_bytes()] == []
+
+    def test_steps_are_printed(self, installed: tuple[Path, str]) -> None:
+        """Each file that was put somewhere else than into /opt/lnd-backup was announced."""
+        root, told = installed
+        for path in (path for top in ("etc", "usr") for path in (root / top).rglob("*") if path.is_file()):
+            assert re.search(rf"^\+ install .* {re.escape(str(path))}$", told, re.MULTILINE), path
+
+    def test_again_changes_nothing(self, released: Package, root: Path) -> None:
+        """A second time with the same sources there is nothing to do, and edited settings stay."""
+        with (root / SETTINGS).open("a", encoding="utf-8") as settings:
+            settings.write("REFRESH_SECONDS=3600\n")
+        before = tree(root)
+        done = released.make("install", root, "S3_BUCKET_NAME=my-bucket")
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stdout.splitlines() if line.startswith("+")] == []
+        after = tree(root)
+        assert {**after, f"{HOME}/manifest": ()} == {**before, f"{HOME}/manifest": ()}
+        assert after[f"{HOME}/manifest"][1] == before[f"{HOME}/manifest"][1]
+
+    def test_an_upgrade_replaces_the_version_in_use(self, package: Package, root: Path, built: Path) -> None:
+        """A changed program is built beside the old one, linked in, and the old one removed."""
+        old = os.readlink(root / HOME / "current")
+        package.new_version()
+        done = package.make("install", root, f"PYTHON={built}/python")
+        assert done.returncode == 0, done.stderr
+        new = os.readlink(root / HOME / "current")
+        assert new != old
+        assert sorted(os.listdir(root / HOME)) == sorted([new, "current", "manifest"])
+        assert (root / HOME / "current" / SCRIPT.name).read_text(encoding="utf-8").endswith("# newer\n")
+
+    def test_without_packages_the_version_in_use_stays(self, package: Package, root: Path, built: Path) -> None:
+        """An upgrade for which no package comes changes nothing at all."""
+        package.new_version()
+        shutil.rmtree(package.wheels)
+        before = tree(root)
+        done = package.make("install", root, f"PYTHON={built}/python")
+        assert done.returncode != 0
+        assert "cannot install: the packages did not come" in done.stderr
+        assert "what was running still runs" in done.stderr
+        assert tree(root) == before
+
+    def test_packages_with_another_hash_are_refused(self, package: Package, root: Path, built: Path) -> None:
+        """A package that differs from its pin is not installed."""
+        wheel = next(package.wheels.iterdir())
+        with zipfile.ZipFile(wheel, "a") as archive:
+            archive.writestr("evil.py", "")
+        package.new_version()
+        before = tree(root)
+        done = package.make("install", root, f"PYTHON={built}/python")
+        assert done.returncode != 0
+        assert "DO NOT MATCH THE HASHES" in done.stderr
+        assert tree(root) == before
+
+    def test_packages_to_be_built_are_refused(self, package: Package, root: Path, built: Path) -> None:
+        """A source package, whose build would run as root, is not even looked at."""
+        source = package.wheels / "everything-1.0.zip"
+        ran = package.wheels / "ran"
+        with zipfile.ZipFile(source, "w") as archive:
+            archive.writestr("everything-1.0/setup.py", f"open({str(ran)!r}, 'w')\n")
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        package.requirements.write_text(f"everything==1.0 --hash=sha256:{digest}\n", encoding="utf-8")
+        next(package.wheels.glob("*.whl")).unlink()
+        assert package.make("install", root, f"PYTHON={built}/python").returncode != 0
+        assert not ran.exists()
+
+    @pytest.mark.parametrize(
+        "line",
+        ["export S3_BUCKET_NAME=b", "S3_BUCKET_NAME=b # the bucket", 'S3_BUCKET_NAME="b', "S3_BUCKET_NAME=b\\"],
+    )
+    def test_settings_that_systemd_reads_otherwise_are_refused(self, line: str, package: Package, root: Path) -> None:
+        """An environment file that the two readers read differently stops an upgrade, which names the line."""
+        settings = root / SETTINGS
+        number = len(settings.read_text(encoding="utf-8").splitlines()) + 1
+        with settings.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        current = os.readlink(root / HOME / "current")
+        done = package.make("install", root)
+        assert_refused(done, f"line {number}", "nothing has changed")
+        assert os.readlink(root / HOME / "current") == current
+
+
+@needs_python
+class TestRefusals:
+    """What the installer does not do; nothing is changed then."""
+
+    @pytest.mark.parametrize(
+        ("given", "told"),
+        [
+            ("AWS_SECRET_ACCESS_KEY=abc", "AWS_SECRET_ACCESS_KEY is a secret"),
+            ("AWS_ACCESS_KEY_ID=abc", "AWS_ACCESS_KEY_ID is a secret"),
+            ("AWS_SESSION_TOKEN=abc", "AWS_SESSION_TOKEN is a secret"),
+            ("HEARTBEAT_URL=https://hc.example.org/x", "HEARTBEAT_URL is a secret"),
+            ("HTTPS_PROXY=http://me:pass@proxy:3128", "HTTPS_PROXY holds a password"),
+            ("S3_BUCKET=b", "there is no setting S3_BUCKET"),
+            ("AWS_REGIONs=b", "there is no setting AWS_REGIONs"),
+            ("LND_USER=bit;coin", "LND_USER=bit;coin is no user's name"),
+            ("LND_DIRECTORY=/nowhere", "/nowhere is no directory"),
+        ],
+    )
+    def test_variables(self, given: str, told: str, released: Package, tmp_path: Path) -> None:
+        """A secret, a name that is no setting and a value that cannot be are refused, and a secret is not repeated."""
+        done = released.make("install", tmp_path, given)
+        assert_refused(done, told)
+        assert "abc" not in done.stdout + done.stderr
+        assert "pass" not in (done.stdout + done.stderr).replace("password", "")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("value", ["s3://b", "b c", "b#c", 'b"c', "$$(id)", "`id`"])
+    def test_values(self, value: str, released: Package, root: Path) -> None:
+        """A value that the program would refuse is refused before there are settings."""
+        (root / SETTINGS).unlink()
+        assert_refused(released.make("install", root, f"S3_BUCKET_NAME={value}"), "S3_BUCKET_NAME")
+        assert not (root / SETTINGS).exists()
+
+    def test_settings_are_never_changed(self, released: Package, root: Path) -> None:
+        """A value that differs from that in the settings is refused."""
+        before = tree(root)
+        assert_refused(released.make("install", root, "S3_BUCKET_NAME=other"), "is never changed", "sudoedit")
+        assert tree(root) == before
+
+    def test_secrets_in_the_environment_are_nobody_s_business(self, released: Package, root: Path) -> None:
+        """What merely is in the environment is neither taken nor refused."""
+        env = {"AWS_SECRET_ACCESS_KEY": "abc", "S3_BUCKET_NAME": "other", "PIP_NO_INDEX": "1"}
+        done = run("make", "install", f"DESTDIR={root}", f"PYTHON={PYTHON}", env=env, cwd=released.checkout)
+        assert done.returncode == 0, done.stderr
+        assert "S3_BUCKET_NAME=my-bucket\n" in (root / SETTINGS).read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        "name", ["usr/local/bin/lnd-backup", f"{UNITS}/lnd-backup.service", HOME, f"{UNITS}/lnd-backup@.timer"]
+    )
+    def test_files_of_others(self, name: str, released: Package, tmp_path: Path) -> None:
+        """A file of that name which this did not make stays as it is."""
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("mine\n", encoding="utf-8")
+        before = tree(tmp_path)
+        assert_refused(released.make("install", tmp_path), f"/{name} is there", "systemctl edit lnd-backup")
+        assert tree(tmp_path) == before
+
+    def test_files_that_somebody_changed(self, package: Package, root: Path) -> None:
+        """An upgrade does not undo what an operator changed in a unit; the hint tells where that belongs."""
+        unit = root / UNITS / "lnd-backup.service"
+        unit.write_text(unit.read_text(encoding="utf-8").replace("Nice=5", "Nice=10"), encoding="utf-8")
+        before = tree(root)
+        package.new_version()
+        assert_refused(package.make("install", root), "lnd-backup.service is there", "drop-in")
+        assert tree(root) == before
+
+    @pytest.mark.parametrize(
+        ("code", "told"),
+        [
+            ("sys.version_info = (3, 10, 1)", "is too old: 3.11 is needed"),
+            ("sys.modules['ensurepip'] = None", "has no venv module"),
+            ("sys.executable = '/home/me/.pyenv/python3'", "is not in /usr"),
+        ],
+    )
+    def test_pythons(self, code: str, told: str, released: Package, tmp_path: Path) -> None:
+        """A Python that cannot be used is refused with what to install or to name."""
+        python = tmp_path / "python"
+        python.write_text(
+            f'#!/bin/sh\n[ "$2" = -c ] || exec {PYTHON} "$@"\nexec {PYTHON} -I -c "import sys; {code}; $3"\n',
+            encoding="utf-8",
+        )
+        python.chmod(0o755)
+        root = tmp_path / "root"
+        root.mkdir()
+        assert_refused(released.make("install", root, f"PYTHON={python}"), told)
+        assert list(root.iterdir()) == []
+
+    def test_no_python(self, released: Package, tmp_path: Path) -> None:
+        """A Python that is not there is refused."""
+        done = released.make("install", tmp_path, "PYTHON=/usr/bin/python9")
+        assert_refused(done, "there is no /usr/bin/python9", "apt install python3 python3-venv")
+
+    @pytest.mark.parametrize("verb", ["install", "uninstall", "purge"])
+    def test_who_is_not_root(self, verb: str) -> None:
+        """Without a DESTDIR only root may, and the command to type is named."""
+        with tempfile.TemporaryDirectory(dir="/tmp") as name:
+            Path(name).chmod(0o755)
+            done = Package(Path(name)).make(verb, None, user=NOBODY if os.geteuid() == 0 else os.geteuid())
+        assert_refused(done, "only root may", f"sudo make {verb}")
+
+
+@needs_python
+class TestUninstall:
+    """`make uninstall` and `make purge`."""
+
+    def test_settings_and_staged_versions_stay(self, released: Package, root: Path) -> None:
+        """Everything is removed but settings and what is staged; another installation takes them up."""
+        staged = root / "var/lib/lnd-backup/20261120T215558.123456Z-a1b2c3"
+        staged.parent.mkdir(parents=True)
+        staged.write_bytes(b"x")
+        done = released.make("uninstall", root)
+        assert done.returncode == 0, done.stderr
+        left = sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+        assert left == ["etc/default/lnd-backup-alert", SETTINGS, str(staged.relative_to(root))]
+        assert "kept: settings and staged versions: /etc/default/lnd-backup-env" in done.stdout
+
+    def test_purge_removes_them_and_says_what_was_not_sent(self, released: Package, root: Path) -> None:
+        """Settings and staged versions are removed too, and how many of these were never sent is said first."""
+        for name in ("lnd-backup", "lnd-backup@alice"):
+            directory = root / "var/lib" / name
+            directory.mkdir(parents=True)
+            (directory / "20261120T215558.123456Z-a1b2c3").write_bytes(b"x")
+            (directory / ".receipt").write_bytes(b"{}")
+        scb = root / "var/lib/lnd-scb/channel.backup"
+        scb.parent.mkdir()
+        scb.write_bytes(b"x")
+        done = released.make("purge", root)
+        assert done.returncode == 0, done.stderr
+        assert [path for path in root.rglob("*") if not path.is_dir()] == [scb]
+        assert "1 versions that never reached the bucket are in /var/lib/lnd-backup@alice" in done.stdout
+        assert "kept, because it is LND's: /var/lib/lnd-scb" in done.stdout
+
+    def test_files_that_somebody_changed_stay(self, released: Package, root: Path) -> None:
+        """A file that an operator changed is kept, and named."""
+        unit = root / UNITS / "lnd-backup.timer"
+        unit.write_text("mine\n", encoding="utf-8")
+        done = released.make("uninstall", root)
+        assert done.returncode == 0, done.stderr
+        assert unit.read_text(encoding="utf-8") == "mine\n"
+        assert f"kept, because somebody changed it: /{UNITS}/lnd-backup.timer" in done.stdout
+
+    def test_twice_is_once(self, released: Package, root: Path) -> None:
+        """Nothing to uninstall is no failure."""
+        assert released.make("uninstall", root).returncode == 0
+        assert released.make("uninstall", root).returncode == 0
+
+
+@needs_python
+@pytest.mark.skipif(not shutil.which("setfacl"), reason="needs setfacl (Debian: acl)")
+def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> None:
+    """LND_DIRECTORY= gives a drop-in that shows this directory, hides what is closed around it, and sets the path."""
+    (root / SETTINGS).unlink()
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        closed, link = Path(name, "hdd/lnd"), Path(name, "link")
+        directory = closed / "data/chain/bitcoin/mainnet"
+        directory.mkdir(parents=True)
+        closed.chmod(0o700)
+        link.symlink_to(directory)
+        done = released.make("install", root, f"LND_DIRECTORY={link}", "S3_BUCKET_NAME=my-bucket")
+        assert done.returncode == 0, done.stderr
+        drop_in = section(root / UNITS / "lnd-backup.service.d/lnd-directory.conf", "Service")
+        assert drop_in == {"TemporaryFileSystem": f"{closed}:ro", "BindReadOnlyPaths": f"-{directory}"}
+        assert f"MONITOR_FILE_PATH={directory}/channel.backup\n" in (root / SETTINGS).read_text(encoding="utf-8")
+        assert "left to fill in" not in done.stdout
+        assert released.make("install", root).returncode == 0
+        assert released.make("uninstall", root).returncode == 0
+        assert not (root / UNITS / "lnd-backup.service.d").exists()
+
+
+# --- the lnd-backup command ---
+
+
+@pytest.fixture
+def wrapper(tmp_path: Path) -> Wrapper:
+    """Return what runs the wrapper on a machine that is made up: each program it starts prints what it was given."""
+    places = {"/opt/lnd-backup/current": tmp_path / "opt", "/etc/default": tmp_path, "/etc/credstore": tmp_path}
+    text = (CHECKOUT / "systemd/lnd-backup").read_text(encoding="utf-8")
+    for place, instead in places.items():
+        assert place in text
+        text = text.replace(place, str(instead))
+    command = tmp_path / "lnd-backup"
+    programs = tmp_path / "bin"
+    python = tmp_path / "opt/venv/bin/python"
+    for path in (programs, python.parent):
+        path.mkdir(parents=True)
+    stubs = {
+        command: text,
+        programs / "id": "#!/bin/sh\necho ${TEST_UID-0}\n",
+        programs / "systemctl": '#!/bin/sh\ncase "$*" in *ProtectHome*) echo tmpfs ;; esac\n',
+        programs / "systemd-run": '#!/bin/sh\necho systemd-run\nprintf "%s\\n" "$@"\nexit 75\n',
+        python: '#!/bin/sh\necho python\nprintf "%s\\n" "$@"\nenv | grep ^AWS_ | sort\nexit 78\n',
+    }
+    for path, content in stubs.items():
+        path.write_text(content, encoding="utf-8")
+        path.chmod(0o755)
+    for name in ("lnd-backup-env", "lnd-backup@alice-env"):
+        (tmp_path / name).write_text("S3_BUCKET_NAME=b\n", encoding="utf-8")
+
+    def run_wrapper(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return run(command, *args, env={"PATH": f"{programs}:/usr/bin:/bin"} | (env or {}))
+
+    return run_wrapper
+
+
+def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return what was printed."""
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("command", ["once", "check"])
+def test_once_and_check_run_as_the_service(command: str, wrapper: Wrapper, tmp_path: Path) -> None:
+    """They run as the service's user with its settings and mounts, and their exit code is handed on."""
+    done = wrapper(command, "--json")
+    told = lines_of(done)
+    assert done.returncode == 75
+    assert told[0] == "systemd-run"
+    for each in ("User=lnd-backup", f"EnvironmentFile={tmp_path}/lnd-backup-env", "ProtectHome=tmpfs", "UMask=0077"):
+        assert f"--property={each}" in told
+    assert told[-5:] == [
+        f"{tmp_path}/opt/venv/bin/python",
+        "-I",
+        f"{tmp_path}/opt/s3_backup_lnd_channels.py",
+        command,
+        "--json",
+    ]
+    assert not any("LoadCredential" in line for line in told)
+
+
+def test_stored_keys_reach_the_command_as_a_credential(wrapper: Wrapper, tmp_path: Path) -> None:
+    """The key in the credential store is handed over as the service gets it."""
+    (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
+    told = lines_of(wrapper("check"))
+    assert f"--property=LoadCredential=aws-credentials:{tmp_path}/aws-credentials" in told
+    assert any(line.startswith("--property=Environment=AWS_SHARED_CREDENTIALS_FILE=/run/credentials/") for line in told)
+
+
+def test_another_node_has_other_settings(wrapper: Wrapper, tmp_path: Path) -> None:
+    """@NODE names the instance, for both kinds of commands; one without settings is refused."""
+    told = lines_of(wrapper("@alice", "check"))
+    assert f"--property=EnvironmentFile={tmp_path}/lnd-backup@alice-env" in told
+    assert "--property=StateDirectory=lnd-backup@alice" in told
+    assert f"{tmp_path}/lnd-backup@alice-env" in lines_of(wrapper("@alice", "list"))
+    assert wrapper("@bob", "once").returncode == 78
+
+
+def test_list_and_restore_run_as_the_caller(wrapper: Wrapper, tmp_path: Path) -> None:
+    """They are started directly, with the service's settings, its stored keys, and the exit code handed on."""
+    (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
+    done = wrapper("restore", "--output", "a b")
+    assert done.returncode == 78
+    assert lines_of(done) == [
+        "python",
+        "-I",
+        f"{tmp_path}/opt/s3_backup_lnd_channels.py",
+        "--env-file",
+        f"{tmp_path}/lnd-backup-env",
+        "restore",
+        "--output",
+        "a b",
+        f"AWS_SHARED_CREDENTIALS_FILE={tmp_path}/aws-credentials",
+    ]
+
+
+def test_credentials_of_the_caller_stand_alone(wrapper: Wrapper, tmp_path: Path) -> None:
+    """Who names a profile or a key gets nothing of the service's key: an empty variable keeps the file's out."""
+    (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
+    told = lines_of(wrapper("list", env={"AWS_PROFILE": "reader's"}))
+    assert [line for line in told if line.startswith("AWS_")] == [
+        "AWS_ACCESS_KEY_ID=",
+        "AWS_PROFILE=reader's",
+        "AWS_SECRET_ACCESS_KEY=",
+        "AWS_SESSION_TOKEN=",
+        "AWS_SHARED_CREDENTIALS_FILE=",
+    ]
+
+
+def test_settings_of_the_caller_stand_alone(wrapper: Wrapper, tmp_path: Path) -> None:
+    """With an --env-file of the caller's the service's is left out; once and check refuse it."""
+    told = lines_of(wrapper("--env-file", "mine", "list"))
+    assert told[3:] == ["--env-file", "mine", "list"]
+    assert str(tmp_path / "lnd-backup-env") not in told
+    assert wrapper("--env-file=mine", "check").returncode == 2
+
+
+def test_what_the_wrapper_refuses(wrapper: Wrapper) -> None:
+    """Not as an ordinary user, not the daemon, not without a command; help needs nobody."""
+    refused = wrapper("check", env={"TEST_UID": "1000"})
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "sudo lnd-backup check" in refused.stderr
+    for args in (["run"], [], ["--env-file", "mine"]):
+        done = wrapper(*args)
+        assert (done.returncode, done.stdout) == (2, "")
+    assert lines_of(wrapper("--help"))[-1] == "--help"
+
+
+# --- the settings ---
+
+
+def test_a_line_that_is_misread_is_named_by_the_program(tmp_path: Path) -> None:
+    """The installer leaves the judgement of an environment file to the program: exit 78, and the line's number."""
+    path = tmp_path / "env"
+    path.write_text("S3_BUCKET_NAME=b\nexport AWS_REGION=x\n", encoding="utf-8")
+    done = run_script({"RESCAN_SECONDS": "0"}, "--env-file", str(path), "check")
+    assert done.returncode == 78
+    assert re.search(rf"cannot read --env-file: {path}: line 2$", done.stderr, re.MULTILINE)
+
+
+def test_no_time_is_spent_on_the_network_to_find_faults() -> None:
+    """RESCAN_SECONDS=0 is refused with every other fault of the settings, which the installer lists."""
+    done = run_script({"RESCAN_SECONDS": "0", "S3_BUCKET_NAME": "a b"}, "check")
+    assert done.returncode == 78
+    faults = re.findall(r"configuration: (\w+)=", done.stderr)
+    assert sorted(faults) == ["MONITOR_FILE_PATH", "RESCAN_SECONDS", "S3_BUCKET_NAME"]

@@ -47,6 +47,16 @@ test: lint $(VENV_S3) ## check and test everything, with coverage
 test-stores: $(VENV) $(VENV_S3) ## try the program on every S3 server that can be had (as root, on Debian)
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/stores/run.py
+BOXES := .cache/systemd-box
+
+test-systemd: $(VENV) $(VENV_S3) ## as root: install and test the service on systemd 252 and 257, in containers
+	@mkdir -p "$(TMPDIR)"
+	@tests/systemd/box.sh check
+	@tests/systemd/box.sh build bookworm $(BOXES)/bookworm
+	@tests/systemd/box.sh build trixie $(BOXES)/trixie
+	@$(BIN) -m pip download --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
+		--dest $(BOXES)/wheels -r requirements.txt
+	$(BIN) -m pytest --numprocesses 2 --dist loadgroup --timeout 150 tests/systemd/on_systemd.py
 
 lint: $(VENV) ## check format, style and types
 	$(BIN) -m ruff format --check --quiet

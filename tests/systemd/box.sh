@@ -1,5 +1,6 @@
 #!/bin/bash
 # A real systemd as PID 1 of a container, on a host whose own PID 1 may be something else. Needs root.
+#   box.sh check                     say what is missing on this machine, and fail if something is
 #   box.sh build SUITE DIRECTORY     make DIRECTORY, a minimal Debian of this suite, unless it is there
 #   box.sh up DIRECTORY [ARG...]     boot it, with more arguments for systemd-nspawn, and return when it is up;
 #                                    what the box changes stays in $BOX/changes for its next boot, never in DIRECTORY
@@ -10,6 +11,26 @@
 set -euo pipefail
 
 packages=systemd,systemd-sysv,dbus,libnss-systemd,python3,python3-venv,ca-certificates,procps,util-linux,acl,make
+
+check() {
+    missing=()
+    for need in systemd-nspawn:systemd-container mmdebstrap:mmdebstrap promtool:prometheus nsenter:util-linux \
+        unshare:util-linux pgrep:procps; do
+        command -v "${need%:*}" >/dev/null || missing+=("${need#*:}")
+    done
+    if [ "$(id -u)" != 0 ]; then
+        echo "cannot test on a real systemd: only root can start one in a container: sudo make test-systemd" >&2
+        exit 1
+    fi
+    if [ "${#missing[@]}" -gt 0 ]; then
+        echo "cannot test on a real systemd: missing: apt install --no-install-recommends ${missing[*]}" >&2
+        exit 1
+    fi
+    unshare --mount --propagation private mount -t cgroup2 cgroup2 /mnt || {
+        echo "cannot test on a real systemd: this machine lets nobody mount control groups (itself a container?)" >&2
+        exit 1
+    }
+}
 
 build() { # SUITE DIRECTORY
     [ -e "$2/.whole" ] && return
@@ -87,13 +108,13 @@ off() {
 }
 
 case ${1-} in
-build | up | run | down | off)
+check | build | up | run | down | off)
     command=$1
     shift
     "$command" "$@"
     ;;
 *)
-    sed -n '2,10s/^# //p' "$0"
+    sed -n '2,11s/^# //p' "$0"
     exit 2
     ;;
 esac

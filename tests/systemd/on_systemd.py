@@ -1,0 +1,756 @@
+"""The service on a real systemd, 252 and 257, from installation to removal: `make test-systemd`.
+
+Each systemd is PID 1 of a container with the host's network; S3 is the strict server of the tests, on loopback. The
+tests of one box run one after another, in this order; each starts from the settings, an empty staging directory and a
+fresh bucket.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import CHECKOUT, SCRIPT, Credentials, S3Server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+SUITES = {"bookworm": "252", "trixie": "257"}
+BOXES = CHECKOUT / ".cache/systemd-box"
+BOX = CHECKOUT / "tests/systemd/box.sh"
+SCB = "/var/lib/lnd-scb"
+STAGING = "/var/lib/lnd-backup"
+SETTINGS = "/etc/default/lnd-backup-env"
+DROP_IN = "/run/systemd/system/{}.d/test.conf"
+PATIENCE_SECONDS = 30.0
+PROGRAM = SCRIPT.read_text(encoding="utf-8")
+LND = """[Unit]
+Description=LND, as far as channel.backup goes
+[Service]
+User=bitcoin
+ExecStart=/usr/bin/python3 -B /src/tests/systemd/pretend_lnd.py {directory}
+[Install]
+WantedBy=multi-user.target
+"""
+
+# What an operator types without the installer, up to `systemctl start`: README.md, "Run it by hand", with a unit.
+BY_HAND = """
+useradd --system --shell /usr/sbin/nologin lnd-backup
+mkdir -p /opt/lnd-backup
+python3 -m venv /opt/lnd-backup/venv
+/opt/lnd-backup/venv/bin/pip install -q --require-hashes -r /src/requirements.txt
+cp /src/s3_backup_lnd_channels.py /opt/lnd-backup/
+install -d -m 2750 -o bitcoin -g lnd-backup /var/lib/lnd-scb
+setfacl -d -m u::rw-,g::r--,o::--- /var/lib/lnd-scb
+install -m 0600 /src/lnd-backup-env.example /etc/default/lnd-backup-env
+sed -i s,^MONITOR_FILE_PATH=.*,MONITOR_FILE_PATH=/var/lib/lnd-scb/channel.backup, /etc/default/lnd-backup-env
+sed -i s,^S3_BUCKET_NAME=.*,S3_BUCKET_NAME=my-bucket, /etc/default/lnd-backup-env
+sed s,/opt/lnd-backup/current,/opt/lnd-backup, /src/lnd-backup.service > /etc/systemd/system/lnd-backup.service
+systemctl daemon-reload
+systemctl -q enable lnd-backup
+""".strip().splitlines()
+
+
+def until(what: str, met: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until something is so."""
+    give_up_at = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < give_up_at, f"not so after {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+class Box:
+    """A Debian with its own systemd."""
+
+    def __init__(self, suite: str, directory: Path) -> None:
+        """Prepare it; it is off."""
+        self.suite, self.directory = suite, directory
+        self.env = os.environ | {"BOX": str(directory)}
+        self.key: Credentials | None = None
+
+    def control(self, *args: str | Path) -> None:
+        """Boot it or shut it down; what runs in it does not hold our pipes open."""
+        subprocess.run([BOX, *args], env=self.env, check=True, timeout=100, stdin=subprocess.DEVNULL)
+
+    def up(self) -> None:
+        """Boot it: the checkout is in /src, read-only."""
+        self.control("up", BOXES / self.suite, f"--bind-ro={CHECKOUT}:/src:norbind")
+
+    def run(self, *command: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a command as root inside."""
+        done = subprocess.run(
+            [BOX, "run", *command],
+            env=self.env,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            input=stdin,
+            timeout=140,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
+
+    def sh(self, script: str) -> str:
+        """Run a shell script inside, and return what it printed."""
+        return self.run("sh", "-euc", script).stdout
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file."""
+        self.run("sh", "-euc", 'mkdir -p "$(dirname "$1")"; cat >"$1"', "sh", path, stdin=text)
+
+    def show(self, unit: str, name: str) -> str:
+        """Return a property of a unit."""
+        return self.run("systemctl", "show", f"--property={name}", "--value", unit).stdout.strip()
+
+    def log(self, unit: str = "lnd-backup") -> str:
+        """Return what a unit logged since the test began."""
+        return self.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}", "--cursor-file=/run/seen").stdout
+
+    def drop_in(self, unit: str, text: str) -> None:
+        """Change a unit until the end of the test."""
+        self.write(DROP_IN.format(unit), text)
+        self.run("systemctl", "daemon-reload")
+
+    def make(
+        self, verb: str, *given: str, check: bool = True, source: str = "/src"
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the installer."""
+        return self.run("make", "--directory", source, "--no-print-directory", verb, *given, check=check)
+
+
+class Node:
+    """A box in which the service is installed and set up, with a bucket and an LND of its own."""
+
+    def __init__(self, box: Box, s3: S3Server) -> None:
+        """Put everything back to where it was after the installation, and make a bucket."""
+        self.box, self.s3 = box, s3
+        self.bucket = s3.create_bucket()
+        self.key = s3.put_only_user(self.bucket, "box/")
+        box.sh(
+            "systemctl stop lnd lnd-backup 'lnd-backup@*' 2>/dev/null || :; "
+            "rm -rf /run/systemd/system/*.d /run/lnd-backup-alert /run/healed /etc/credstore/aws-credentials; "
+            f"rm -rf {STAGING} {SCB}/* {SCB}/.[!.]*; systemctl daemon-reload; systemctl reset-failed"
+        )
+        self.set_up()
+        self.lnd_in(SCB)
+
+    def set_up(self, **settings: str) -> None:
+        """Write the settings: those of a put-only key, and these."""
+        values = {
+            "MONITOR_FILE_PATH": f"{SCB}/channel.backup",
+            "S3_BUCKET_NAME": self.bucket,
+            "S3_BACKUP_PREFIX": "box/",
+            "RESCAN_SECONDS": "1",
+            "SHUTDOWN_GRACE_SECONDS": "2",
+            "AWS_ACCESS_KEY_ID": self.key.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.key.secret_key,
+            "AWS_ENDPOINT_URL_S3": self.s3.endpoint,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        lines = (f"{name}={value}\n" for name, value in (values | settings).items())
+        self.box.write(SETTINGS, "".join(lines))
+        self.box.run("chmod", "0600", SETTINGS)
+
+    def lnd_in(self, directory: str) -> None:
+        """Let LND write to this directory."""
+        self.box.write("/etc/systemd/system/lnd.service", LND.format(directory=directory))
+        self.box.run("systemctl", "daemon-reload")
+
+    def systemctl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run systemctl."""
+        return self.box.run("systemctl", *args, check=check)
+
+    def lnd_writes(self) -> bytes:
+        """Let the LND that runs write a version, and return it."""
+        path = f"{self.box.sh('sed -n s/.*pretend_lnd.py.//p /etc/systemd/system/lnd.service').strip()}/channel.backup"
+        before = self.current(path)
+        self.systemctl("kill", "--signal=USR1", "lnd")
+        until("LND has written", lambda: self.current(path) not in {before, b""})
+        return self.current(path)
+
+    def current(self, path: str = f"{SCB}/channel.backup") -> bytes:
+        """Return the version on disk."""
+        return bytes.fromhex(self.box.sh(f"od -An -v -tx1 {path} 2>/dev/null || :").replace("\n", ""))
+
+    def stored(self) -> list[bytes]:
+        """Return the versions in the bucket."""
+        return [each.data for each in self.s3.objects(self.bucket).values()]
+
+    def staged(self) -> list[str]:
+        """Return the names and owners of the staged versions."""
+        return self.box.sh(f"cd {STAGING} && stat -c '%U %a %n' 2*Z-* 2>/dev/null || :").splitlines()
+
+    def wait_for_stored(self, data: bytes | None = None) -> None:
+        """Wait until the bucket holds this version, or that on disk."""
+        until("the bucket holds the version", lambda: (data or self.current() or None) in self.stored())
+
+    def pid(self) -> str:
+        """Return the process id of the service."""
+        return self.box.show("lnd-backup", "MainPID")
+
+    def is_active(self, unit: str = "lnd-backup") -> bool:
+        """Tell whether a unit runs."""
+        return self.box.show(unit, "ActiveState") == "active"
+
+
+class Listener:
+    """An HTTP server that keeps what is posted to it, and may answer with a redirect."""
+
+    def __init__(self) -> None:
+        """Listen on loopback."""
+        self.bodies: list[str] = []
+        self.redirect = ""
+        listener = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                listener.bodies.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self.send_response(302 if listener.redirect else 200)
+                if listener.redirect:
+                    self.send_header("Location", listener.redirect)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/secret-topic"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        """End."""
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture(
+    scope="session", params=[pytest.param(suite, marks=pytest.mark.xdist_group(suite), id=suite) for suite in SUITES]
+)
+def box(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """Return a fresh Debian that runs, with a user for LND, and packages at hand instead of a network."""
+    box = Box(request.param, tmp_path_factory.mktemp(f"box-{request.param}"))
+    box.up()
+    try:
+        version = box.run("systemctl", "--version").stdout.split()[1]
+        assert version == SUITES[box.suite]
+        box.run("useradd", "--system", "--create-home", "--shell=/usr/sbin/nologin", "bitcoin")
+        packages = "[global]\nno-index = true\nfind-links = /src/.cache/systemd-box/wheels\n"
+        box.write("/etc/pip.conf", packages)
+        yield box
+    finally:
+        box.control("off")
+
+
+@pytest.fixture(scope="session")
+def installed(box: Box) -> Box:
+    """Return the box with the service installed."""
+    if box.run("test", "-e", "/opt/lnd-backup/current", check=False).returncode:
+        box.make("install", "LND_USER=bitcoin")
+    return box
+
+
+@pytest.fixture
+def node(installed: Box, s3_http: S3Server) -> Node:
+    """Return the node of this test."""
+    installed.sh("journalctl --rotate --quiet; journalctl --cursor-file=/run/seen --lines=0 --quiet >/dev/null || :")
+    return Node(installed, s3_http)
+
+
+@pytest.fixture
+def hanging_s3(s3_http: S3Server) -> Iterator[S3Server]:
+    """Return an S3 that takes connections and answers none, until the end of the test or `resume`."""
+    s3_http.suspend()
+    yield s3_http
+    s3_http.resume()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    """Return where alerts are posted to."""
+    listener = Listener()
+    yield listener
+    listener.close()
+
+
+# --- before anything is installed ---
+
+
+def test_nothing_is_installed_where_it_cannot_work(box: Box) -> None:
+    """Without a systemd, or beside a user of that name whom somebody uses, nothing is changed."""
+    hidden = box.run("unshare", "--mount", "sh", "-c", "mount -t tmpfs none /run; make -C /src install", check=False)
+    assert "cannot install: no systemd runs here" in hidden.stderr
+    box.run("useradd", "--create-home", "--shell=/bin/bash", "lnd-backup")
+    refused = box.make("install", check=False)
+    assert refused.returncode != 0
+    assert "a user lnd-backup (uid 1000, shell /bin/bash) is there" in refused.stderr
+    box.run("userdel", "--remove", "lnd-backup")
+    nobody = box.make("install", "LND_USER=nobody-of-that-name", check=False)
+    assert "there is no user nobody-of-that-name" in nobody.stderr
+    assert box.sh("ls /opt; find /etc /usr/local -name '*lnd-backup*'") == ""
+
+
+def test_from_nothing_to_the_first_version(
+    box: Box, s3_http: S3Server, record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command installs, one edit sets it up, and after `systemctl start` the first version is in the bucket."""
+    bucket = s3_http.create_bucket()
+    key = s3_http.put_only_user(bucket, "")
+    box.write("/etc/systemd/system/lnd.service", LND.format(directory=SCB))
+    box.write("/etc/default/lnd-backup-env.none", "")
+    began = time.monotonic()
+    done = box.make(
+        "install", "LND_USER=bitcoin", f"S3_BUCKET_NAME={bucket}", f"AWS_ENDPOINT_URL_S3={s3_http.endpoint}"
+    )
+    seconds = time.monotonic() - began
+    assert "left to fill in" not in done.stdout
+    assert "sudo systemctl start lnd-backup" in done.stdout
+    assert box.show("lnd-backup", "UnitFileState") == "enabled"
+    box.run(
+        "sed",
+        "-i",
+        f"s|^AWS_ACCESS_KEY_ID=.*|&{key.access_key}|; s|^AWS_SECRET_ACCESS_KEY=.*|&{key.secret_key}|",
+        SETTINGS,
+    )
+    began = time.monotonic()
+    box.run("systemctl", "start", "lnd-backup", "lnd")
+    until("the first version is stored", lambda: s3_http.objects(bucket))
+    start_seconds = time.monotonic() - began
+    (stored,) = s3_http.objects(bucket).values()
+    prefix = box.sh("uname -n").strip()
+    assert stored.key.startswith(f"{prefix}/")
+    assert box.run("systemctl", "is-system-running", check=False).stdout.strip() == "running"
+    # The same by hand, in the same box, and as it was.
+    box.run("systemctl", "stop", "lnd", "lnd-backup")
+    box.make("purge")
+    box.sh(f"rm -rf {SCB}")
+    began = time.monotonic()
+    for line in BY_HAND:
+        box.sh(line)
+    by_hand = time.monotonic() - began
+    box.sh(f"systemctl -q disable lnd-backup; rm -rf /opt/lnd-backup {SCB} /etc/systemd/system/lnd-backup.service {SETTINGS}; "
+           "userdel lnd-backup; systemctl daemon-reload")  # fmt: skip
+    figures = (
+        f"systemd {SUITES[box.suite]}: make install: 1 command, {seconds:.1f} s; by hand: {len(BY_HAND)} commands, "
+        f"{by_hand:.1f} s (packages at hand, no typing); start to first version stored: {start_seconds:.1f} s"
+    )
+    record_property("figures", figures)
+    with capsys.disabled():
+        print(f"\n{figures}")  # noqa: T201 - the figures of the README
+    box.make("install", "LND_USER=bitcoin")
+
+
+# --- the unit ---
+
+
+def test_systemd_understands_what_was_installed(installed: Box) -> None:
+    """Nothing is said of the units as they were installed, and the exposure is low."""
+    units = ["lnd-backup.service", "lnd-backup@a.service", "lnd-backup.timer", "lnd-backup@a.timer"]
+    units += ["lnd-backup-alert@a.service", "lnd-backup-mounts@a.service", "lnd-backup-mounts@a.timer"]
+    told = installed.run("systemd-analyze", "verify", "--man=no", *units)
+    assert (told.stdout, told.stderr) == ("", "")
+    for unit in ("lnd-backup.service", "lnd-backup@a.service"):
+        installed.run("systemd-analyze", "security", "--offline=true", "--threshold=12", unit)
+    assert installed.run(
+        "test", "-e", "/etc/systemd/system/lnd-backup.service.d/restart-steps.conf", check=False
+    ).returncode == (SUITES[installed.suite] < "254")
+
+
+def test_it_starts_before_the_directory_of_lnd_is_there(node: Node) -> None:
+    """The start waits for nothing, and the first version in a directory made later is stored."""
+    node.set_up(MONITOR_FILE_PATH="/srv/scb/channel.backup")
+    node.box.sh("rm -rf /srv/scb")
+    node.lnd_in("/srv/scb")
+    node.systemctl("start", "lnd-backup")
+    assert node.is_active()
+    node.box.run("install", "-d", "-o", "bitcoin", "-g", "lnd-backup", "-m", "2750", "/srv/scb")
+    node.systemctl("start", "lnd")
+    until("LND has written", lambda: node.current("/srv/scb/channel.backup"))
+    node.wait_for_stored(node.current("/srv/scb/channel.backup"))
+
+
+@pytest.mark.skipif("STATUS=" not in PROGRAM, reason="the program does not send STATUS= yet")
+def test_the_status_says_how_it_goes(node: Node) -> None:
+    """`systemctl status` tells what was stored and when, how many are staged, and what is wrong."""
+    node.systemctl("start", "lnd-backup")
+    until("nothing stored yet", lambda: "nothing stored yet, 0 staged" in node.box.show("lnd-backup", "StatusText"))
+    node.systemctl("start", "lnd")
+    node.wait_for_stored()
+    pattern = r"stored 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, 0 staged"
+    until("the version is in the status", lambda: re.fullmatch(pattern, node.box.show("lnd-backup", "StatusText")))
+    assert re.search(rf'Status: "{pattern}"', node.systemctl("status", "lnd-backup").stdout)
+    node.set_up(AWS_SECRET_ACCESS_KEY="wrong")
+    node.systemctl("restart", "lnd-backup")
+    until(
+        "the trouble is in the status", lambda: "1 staged; cannot store: " in node.box.show("lnd-backup", "StatusText")
+    )
+
+
+@pytest.mark.skipif('"METRICS_FILE"' not in PROGRAM, reason="the program does not write METRICS_FILE yet")
+def test_metrics_are_readable_by_others_and_stay(node: Node) -> None:
+    """METRICS_FILE in the service's runtime directory can be read by anybody, and is still there after a stop."""
+    node.set_up(METRICS_FILE="/run/lnd-backup/metrics.prom")
+    node.systemctl("start", "lnd-backup", "lnd")
+    node.wait_for_stored()
+    stored = r"grep -Eq '^lnd_backup_last_stored_timestamp_seconds [1-9]' /run/lnd-backup/metrics.prom"
+    as_nobody = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "sh", "-c", stored]
+    until("the metrics tell of it", lambda: node.box.run(*as_nobody, check=False).returncode == 0)
+    node.systemctl("stop", "lnd-backup")
+    node.box.run(*as_nobody)
+
+
+def test_a_daemon_that_hangs_is_replaced(node: Node) -> None:
+    """The watchdog ends a process that no longer looks at the file, without a core dump, and another one goes on."""
+    node.box.drop_in("lnd-backup.service", "[Service]\nWatchdogSec=3\nRestartSec=100ms\n")
+    node.systemctl("start", "lnd-backup", "lnd")
+    node.wait_for_stored()
+    frozen = node.pid()
+    node.systemctl("kill", "--signal=STOP", "--kill-whom=main", "lnd-backup")
+    until("it was replaced", lambda: node.is_active() and node.pid() not in {frozen, "0"})
+    assert node.box.show("lnd-backup", "NRestarts") == "1"
+    log = node.box.run("journalctl", "--no-pager", "--output=cat", "--unit=lnd-backup").stdout
+    assert "Watchdog timeout" in log
+    assert "core-dump" not in log.replace("code=dumped", "")
+    node.wait_for_stored(node.lnd_writes())
+
+
+def test_it_stops_in_time_while_s3_hangs(node: Node, hanging_s3: S3Server) -> None:
+    """A stop during an upload that hangs is in order, and what is staged goes out after the next start."""
+    node.systemctl("start", "lnd-backup", "lnd")
+    until("a version is staged", node.staged)
+    node.systemctl("stop", "lnd-backup")
+    assert (node.box.show("lnd-backup", "Result"), node.box.show("lnd-backup", "ExecMainStatus")) == ("success", "0")
+    assert node.staged()
+    hanging_s3.resume()
+    node.systemctl("start", "lnd-backup")
+    node.wait_for_stored()
+    until("nothing is staged", lambda: not node.staged())
+
+
+@pytest.mark.skipif("EXTEND_TIMEOUT_USEC" not in PROGRAM, reason="the program does not ask for time yet")
+def test_a_grace_longer_than_the_unit_s_time_out_is_kept(node: Node, hanging_s3: S3Server) -> None:
+    """With SHUTDOWN_GRACE_SECONDS above TimeoutStopSec the program asks systemd for more time, and is not killed."""
+    assert hanging_s3.pid
+    node.box.drop_in("lnd-backup.service", "[Service]\nTimeoutStopSec=2\n")
+    node.set_up(SHUTDOWN_GRACE_SECONDS="5")
+    node.systemctl("start", "lnd-backup", "lnd")
+    until("a version is staged", node.staged)
+    node.systemctl("stop", "lnd-backup")
+    assert (node.box.show("lnd-backup", "Result"), node.box.show("lnd-backup", "ExecMainStatus")) == ("success", "0")
+
+
+def test_a_wrong_configuration_does_not_loop(node: Node, listener: Listener) -> None:
+    """Exit 78 is not tried again at once; somebody hears why, what it was, and what the log says."""
+    node.box.write("/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\n")
+    node.set_up(S3_BUCKET_NAME="")
+    failed = node.systemctl("start", "lnd-backup", check=False)
+    assert failed.returncode != 0
+    until("the alert came", lambda: listener.bodies)
+    assert [node.box.show("lnd-backup", name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")] == [
+        "failed",
+        "78",
+        "0",
+    ]
+    (body,) = listener.bodies
+    assert "lnd-backup.service failed (exit-code, status 78: the configuration is wrong)" in body
+    assert "S3_BUCKET_NAME=: is not set" in body
+    assert node.box.show("lnd-backup.timer", "ActiveState") == "active"
+
+
+def test_alerts_come_once_an_hour_by_each_way(node: Node, listener: Listener) -> None:
+    """The next failure within the hour is in the journal alone; a redirect is a failure; a mail says the same."""
+    node.box.write("/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\nALERT_MAIL=me@example.org\n")
+    node.box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/var/tmp/mail.$(id -un)\n")
+    node.box.sh("chmod 0755 /usr/sbin/sendmail; chmod 1777 /var/tmp; rm -f /var/tmp/mail.*")
+    alert = "lnd-backup-alert@lnd-backup.service.service"
+    listener.redirect = "file:///etc/passwd"
+    assert node.systemctl("start", alert, check=False).returncode != 0
+    listener.redirect = ""
+    node.systemctl("start", alert)
+    assert len(listener.bodies) == 2
+    node.systemctl("start", alert)
+    assert len(listener.bodies) == 2
+    log = node.box.run("journalctl", "--no-pager", "--output=cat", f"--unit={alert}").stdout
+    assert "the alert could not be sent: ALERT_URL" in log
+    assert "not sent: there was an alert within the hour" in log
+    assert "secret-topic" not in log
+    assert node.is_active("lnd-backup-alert@lnd-backup.service.service") is False
+
+
+def test_after_the_start_limit_the_timer_tries_again(node: Node, listener: Listener) -> None:
+    """A service that fails again and again is one alert; the timer starts it when it can, and never beside a stop."""
+    node.box.write("/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\n")
+    fails = "[Unit]\nStartLimitIntervalSec=20s\n[Service]\nRestartSec=50ms\nExecStartPre=/usr/bin/test -e /run/healed\n"
+    if SUITES[node.box.suite] >= "254":
+        fails += "RestartMaxDelaySec=100ms\n"
+    node.box.drop_in("lnd-backup.service", fails)
+    node.systemctl("start", "--no-block", "lnd-backup")
+    until(
+        "the start limit was hit",
+        lambda: "start-limit-hit" in node.box.sh("journalctl -o cat -u lnd-backup --no-pager"),
+    )
+    until("the alert came", lambda: listener.bodies)
+    assert len(listener.bodies) == 1
+    assert "lnd-backup.service failed" in listener.bodies[0]
+    assert node.box.show("lnd-backup", "ActiveState") == "failed"
+    node.box.sh("touch /run/healed; systemctl reset-failed lnd-backup")
+    node.box.drop_in(
+        "lnd-backup.timer", "[Timer]\nOnCalendar=\nOnCalendar=*:*:*\nRandomizedDelaySec=0\nAccuracySec=100ms\n"
+    )
+    node.systemctl("restart", "lnd-backup.timer")
+    until("the timer has started it", node.is_active)
+    first = node.pid()
+    tick = node.box.show("lnd-backup.timer", "LastTriggerUSecMonotonic")
+    until("the timer ticked again", lambda: node.box.show("lnd-backup.timer", "LastTriggerUSecMonotonic") != tick)
+    assert node.pid() == first
+    node.systemctl("stop", "lnd-backup")
+    assert not node.is_active("lnd-backup.timer")
+    node.systemctl("start", "lnd-backup")
+    assert node.is_active("lnd-backup.timer")
+
+
+def test_credentials_come_from_the_store_unless_the_environment_has_some(node: Node) -> None:
+    """The key in /etc/credstore reaches the service alone; a stale one in the settings wins, and the log says so."""
+    profile = f"[default]\naws_access_key_id = {node.key.access_key}\naws_secret_access_key = {node.key.secret_key}\n"
+    node.box.write("/etc/credstore/aws-credentials", profile)
+    node.box.run("chmod", "0600", "/etc/credstore/aws-credentials")
+    node.set_up(AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
+    node.systemctl("start", "lnd-backup", "lnd")
+    node.wait_for_stored()
+    assert "credentials: shared-credentials-file" in node.box.log()
+    check = node.box.run("lnd-backup", "check", check=False)
+    assert (check.returncode, "proof: receipt" in check.stdout) == (0, True), check.stderr
+    node.set_up(AWS_SECRET_ACCESS_KEY="stale")
+    node.systemctl("restart", "lnd-backup")
+    until("the log says which are used", lambda: "credentials: env" in node.box.log())
+
+
+def test_the_service_sees_what_it_needs(node: Node) -> None:
+    """In its mounts it can write its own directory alone, and execute nothing there."""
+    node.systemctl("start", "lnd-backup")
+    inside = ["nsenter", f"--mount=/proc/{node.pid()}/ns/mnt", "setpriv", "--reuid=lnd-backup", "--regid=lnd-backup"]
+    inside += ["--clear-groups", "sh", "-c"]
+    node.box.run(*inside, f"touch {STAGING}/.probe && rm {STAGING}/.probe")
+    for forbidden in (
+        f"touch {SCB}/channel.backup",
+        "touch /opt/lnd-backup/probe",
+        f"cp /usr/bin/true {STAGING}/.probe && {STAGING}/.probe",
+        "ls /home/bitcoin",
+        f"cat {SETTINGS}",
+    ):
+        assert node.box.run(*inside, forbidden, check=False).returncode != 0, forbidden
+
+
+# --- the command ---
+
+
+def test_the_command_runs_as_the_service_and_as_the_caller(node: Node) -> None:
+    """`once` and `check` act as the service's user; `list` and `restore` as root, with another key."""
+    node.systemctl("start", "lnd")
+    until("LND has written", node.current)
+    once = node.box.run("lnd-backup", "once")
+    assert "stored box/" in once.stdout
+    node.wait_for_stored()
+    assert set(node.box.sh(f"stat -c '%U %a' {STAGING} {STAGING}/.??*").split()) <= {"lnd-backup", "700", "600"}
+    node.systemctl("start", "lnd-backup")
+    assert node.box.run("lnd-backup", "once", check=False).returncode == 75
+    answer = node.box.run("lnd-backup", "check", "--json")
+    assert json.loads(answer.stdout)["current"] is True
+    denied = node.box.run("lnd-backup", "list", check=False)
+    assert (denied.returncode, "s3:ListBucket" in denied.stderr) == (1, True)
+    reader = node.s3.reader_user(node.bucket)
+    key = [f"AWS_ACCESS_KEY_ID={reader.access_key}", f"AWS_SECRET_ACCESS_KEY={reader.secret_key}"]
+    listed = node.box.run("env", *key, "lnd-backup", "list", "--json")
+    assert len(json.loads(listed.stdout)) == len(node.stored())
+    node.box.sh("rm -rf /root/out && mkdir /root/out")
+    node.box.run("env", *key, "lnd-backup", "restore", "--output", "/root/out/scb")
+    assert node.current("/root/out/scb") in node.stored()
+    assert node.box.sh("stat -c '%U %a' /root/out/scb") == "root 600\n"
+
+
+def test_another_node_on_the_same_host(node: Node) -> None:
+    """An instance has its own settings, staging directory and prefix, and the same command."""
+    node.box.sh(
+        f"sed 's,^S3_BACKUP_PREFIX=.*,S3_BACKUP_PREFIX=box/alice/,' {SETTINGS} >/etc/default/lnd-backup@alice-env"
+    )
+    node.systemctl("start", "lnd-backup@alice", "lnd")
+    until("it is stored", lambda: any(key.startswith("box/alice/") for key in node.s3.objects(node.bucket)))
+    assert node.is_active("lnd-backup@alice.timer")
+    assert node.box.run("lnd-backup", "@alice", "check").returncode == 0
+    assert "lnd-backup" in node.box.sh("stat -c %U /var/lib/lnd-backup@alice")
+    node.systemctl("stop", "lnd-backup@alice")
+    node.box.sh("rm -rf /etc/default/lnd-backup@alice-env /var/lib/lnd-backup@alice")
+
+
+# --- a file left in LND's directory ---
+
+
+def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
+    """With LND_DIRECTORY= only that directory is seen, a macaroon in it cannot be read, and its replacement is noticed."""
+    directory = "/home/bitcoin/.lnd/data/chain/bitcoin/mainnet"
+    node.box.sh(
+        f"rm -rf /home/bitcoin/.lnd; su -s /bin/sh bitcoin -c 'umask 077; mkdir -p {directory}; umask 022; "
+        f"echo m >{directory}/admin.macaroon; chmod 0640 {directory}/admin.macaroon; echo k >/home/bitcoin/.lnd/tls.key'"
+    )
+    node.box.make("install", f"LND_DIRECTORY={directory}")
+    node.set_up(MONITOR_FILE_PATH=f"{directory}/channel.backup")
+    node.lnd_in(directory)
+    node.box.drop_in(
+        "lnd-backup-mounts@lnd-backup.timer", "[Timer]\nOnActiveSec=1\nOnUnitInactiveSec=1\nAccuracySec=100ms\n"
+    )
+    node.systemctl("start", "lnd-backup", "lnd")
+    until("LND has written", lambda: node.current(f"{directory}/channel.backup"))
+    node.wait_for_stored(node.current(f"{directory}/channel.backup"))
+    inside = ["nsenter", f"--mount=/proc/{node.pid()}/ns/mnt", "setpriv", "--reuid=lnd-backup", "--regid=lnd-backup"]
+    inside += ["--clear-groups"]
+    assert node.box.run(*inside, "cat", f"{directory}/channel.backup").stdout
+    assert node.box.run(*inside, "cat", f"{directory}/admin.macaroon", check=False).returncode != 0
+    assert node.box.run(*inside, "ls", "/home/bitcoin/.lnd/tls.key", check=False).returncode != 0
+    answer = node.box.run("lnd-backup", "check", check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    node.systemctl("stop", "lnd")
+    before = node.pid()
+    node.box.sh(
+        f"mv {directory} {directory}.old; cp -a {directory}.old {directory}; setfacl -m u:lnd-backup:rx {directory}"
+    )
+    until("it was restarted", lambda: node.is_active() and node.pid() not in {before, "0"})
+    node.systemctl("start", "lnd")
+    node.wait_for_stored(node.lnd_writes())
+    settled = node.pid()
+    tick = node.box.show("lnd-backup-mounts@lnd-backup.timer", "LastTriggerUSecMonotonic")
+    until(
+        "it was looked at again",
+        lambda: node.box.show("lnd-backup-mounts@lnd-backup.timer", "LastTriggerUSecMonotonic") != tick,
+    )
+    assert node.pid() == settled
+    node.systemctl("stop", "lnd", "lnd-backup")
+    node.box.sh("rm /etc/systemd/system/lnd-backup.service.d/lnd-directory.conf")
+    assert not node.is_active("lnd-backup-mounts@lnd-backup.timer")
+
+
+# --- upgrade, reboot, removal ---
+
+
+def copy_of_the_checkout(box: Box, line: str) -> str:
+    """Return a checkout in the box whose program has this line more."""
+    source = "/root/newer"
+    box.sh(
+        f"rm -rf {source}; mkdir {source}; cd /src; cp -a Makefile docs systemd requirements.txt lnd-backup.service "
+        f"lnd-backup-env.example {SCRIPT.name} {source}/"
+    )
+    text = PROGRAM.replace("\nif __name__ ==", f"\n{line}\nif __name__ ==")
+    assert text != PROGRAM
+    box.write(f"{source}/{SCRIPT.name}", text)
+    return source
+
+
+def test_an_upgrade_keeps_what_is_staged(node: Node, hanging_s3: S3Server) -> None:
+    """Without packages the running version goes on undisturbed; with them the new one sends what the old one staged."""
+    node.systemctl("start", "lnd-backup", "lnd")
+    until("a version is staged", node.staged)
+    staged, old = node.staged(), node.pid()
+    source = copy_of_the_checkout(node.box, "# newer")
+    node.box.sh("mv /etc/pip.conf /etc/pip.conf.away; printf '[global]\\nno-index = true\\n' >/etc/pip.conf")
+    failed = node.box.make("install", check=False, source=source)
+    node.box.sh("mv /etc/pip.conf.away /etc/pip.conf")
+    assert failed.returncode != 0
+    assert "what was running still runs" in failed.stderr
+    assert (node.pid(), node.staged()) == (old, staged)
+    node.box.make("install", source=source)
+    assert node.is_active()
+    assert node.pid() != old
+    assert set(staged) <= set(node.staged())
+    assert all(line.startswith("lnd-backup 600 ") for line in node.staged())
+    hanging_s3.resume()
+    node.wait_for_stored()
+    until("nothing is staged", lambda: not node.staged())
+
+
+def test_an_upgrade_that_does_not_start_is_taken_back(node: Node) -> None:
+    """A new version that is installed and then fails makes way for the one before."""
+    node.systemctl("start", "lnd-backup", "lnd")
+    node.wait_for_stored()
+    version = node.box.sh("readlink /opt/lnd-backup/current")
+    faster = "[Unit]\nStartLimitBurst=3\n[Service]\nRestartSec=50ms\n"
+    faster += "RestartMaxDelaySec=100ms\n" if SUITES[node.box.suite] >= "254" else ""
+    node.box.drop_in("lnd-backup.service", faster)
+    source = copy_of_the_checkout(node.box, "if os.environ.get('NOTIFY_SOCKET'):\n    sys.exit(1)")
+    failed = node.box.make("install", check=False, source=source)
+    assert failed.returncode != 0
+    assert "the new version did not start" in failed.stderr
+    assert node.box.sh("readlink /opt/lnd-backup/current") == version
+    assert node.is_active()
+    node.wait_for_stored(node.lnd_writes())
+
+
+def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
+    """At a shutdown LND stops first; what it writes then is stored, and after the boot everything runs again."""
+    node.systemctl("--quiet", "enable", "lnd", "lnd-backup")
+    node.systemctl("start", "lnd", "lnd-backup")
+    node.wait_for_stored()
+    before = node.current()
+    node.box.control("down")
+    last = (node.box.directory / f"changes{SCB}/channel.backup").read_bytes()
+    assert last != before
+    assert last in node.stored()
+    node.box.up()
+    until("it runs again", lambda: node.is_active() and node.is_active("lnd") and node.is_active("lnd-backup.timer"))
+    until("LND has written", lambda: node.current() not in {last, b""})
+    node.wait_for_stored()
+    node.systemctl("--quiet", "disable", "lnd")
+
+
+def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Server) -> None:
+    """`make uninstall` leaves what cannot be had again; another installation sends it; `make purge` leaves nothing."""
+    node.systemctl("start", "lnd-backup", "lnd")
+    until("a version is staged", node.staged)
+    data = node.current()
+    told = node.box.make("uninstall").stdout
+    assert f"kept: settings and staged versions: {SETTINGS}" in told
+    assert node.box.sh("find /etc/systemd /run/systemd/system /usr/local /opt -name '*lnd-backup*'") == ""
+    assert node.box.show("lnd-backup", "LoadState") == "not-found"
+    assert node.staged()
+    hanging_s3.resume()
+    node.box.make("install")
+    node.systemctl("start", "lnd-backup")
+    node.wait_for_stored(data)
+    told = node.box.make("purge").stdout
+    assert "versions that never reached the bucket" in told
+    left = node.box.sh(
+        "find / -xdev -name '*lnd-backup*' ! -path '/src/*' ! -path '/proc/*' ! -path '/root/newer/*'"
+    ).split()
+    assert left == []
+    assert node.box.run("getent", "passwd", "lnd-backup", check=False).returncode != 0
+    assert node.current()
+
+
+# --- the alert rules ---
+
+
+@pytest.mark.xdist_group("bookworm")
+def test_the_alert_rules_are_right(tmp_path: Path) -> None:
+    """The tool of Prometheus accepts the rules, and they fire in the cases that are written down beside this file."""
+    for name in (CHECKOUT / "docs/alerts.yml", CHECKOUT / "tests/systemd/alerts_test.yml"):
+        shutil.copy(name, tmp_path)
+    for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(
+            ["promtool", *command],  # noqa: S607 - of Debian's prometheus, asked for before
+            cwd=tmp_path,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

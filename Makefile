@@ -57,6 +57,7 @@ test-systemd: $(VENV) $(VENV_S3) ## as root: install and test the service on sys
 	@$(BIN) -m pip download --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
 		--dest $(BOXES)/wheels -r requirements.txt
 	$(BIN) -m pytest --numprocesses 2 --dist loadgroup --timeout 150 tests/systemd/on_systemd.py
+	@cat $(BOXES)/figures-*
 
 lint: $(VENV) ## check format, style and types
 	$(BIN) -m ruff format --check --quiet

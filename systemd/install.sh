@@ -137,6 +137,7 @@ lnd-backup.service $units/lnd-backup.service 0644
 systemd/lnd-backup@.service $units/lnd-backup@.service 0644
 systemd/lnd-backup.timer $units/lnd-backup.timer 0644
 systemd/lnd-backup@.timer $units/lnd-backup@.timer 0644
+systemd/lnd-backup-retry@.service $units/lnd-backup-retry@.service 0644
 systemd/lnd-backup-alert@.service $units/lnd-backup-alert@.service 0644
 systemd/lnd-backup-mounts@.service $units/lnd-backup-mounts@.service 0644
 systemd/lnd-backup-mounts@.timer $units/lnd-backup-mounts@.timer 0644
@@ -324,7 +325,7 @@ say_what_is_left() {
     if [ -n "$lnd_user" ]; then
         say "left to do, so that LND writes its file to $scb (docs/access.md has the lines for your system):
   stop LND, copy the old file as $lnd_user:  sudo -u $lnd_user cp OLD/channel.backup $scb/
-  add to lnd.conf:  backupfilepath=$scb/channel.backup
+  add to lnd.conf below [Application Options]:  backupfilepath=$scb/channel.backup
   start LND"
     fi
     if [ ! -e /etc/credstore/aws-credentials ] && ! grep -q '^AWS_SECRET_ACCESS_KEY=.' "$settings"; then
@@ -347,7 +348,8 @@ running() { # names of the services that run now
 restart() {
     running=$(running)
     [ -n "$running" ] || return 0
-    if step systemctl restart $running; then
+    # Its start waits for nothing, so a minute is long even on a small board.
+    if step timeout 60 systemctl restart $running; then
         return 0
     fi
     if [ -n "$before" ] && [ "$before" != "$number" ] && [ -d "$home/$before" ]; then
@@ -413,6 +415,7 @@ uninstall_all() {
         for unit in lnd-backup.service $(running); do
             [ ! -e "$units/lnd-backup.service" ] || step systemctl --quiet disable --now "$unit"
         done
+        step systemctl stop 'lnd-backup*.timer'
     fi
     bind=$(sed -n 's/^BindReadOnlyPaths=-//p' "$DESTDIR$drop_in/lnd-directory.conf" 2>/dev/null) || bind=''
     if [ -n "$bind" ] && [ -d "$bind" ]; then

@@ -159,7 +159,7 @@ def test_systemd_has_nothing_to_say_of_the_units(runnable_units: Path) -> None:
     units = [
         path for path in runnable_units.iterdir() if path.suffix in {".service", ".timer"} and "@." not in path.name
     ]
-    assert len(units) == 7
+    assert len(units) == 8
     told = run("systemd-analyze", "verify", "--man=no", *units, env={"SYSTEMD_UNIT_PATH": f"{runnable_units}:"})
     assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
 

@@ -27,7 +27,10 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-stores lint format pins clean install uninstall purge test-systemd
+.PHONY: help demo test test-stores lint format pins clean install uninstall purge test-systemd faults soak
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +61,14 @@ test-systemd: $(VENV) $(VENV_S3) ## as root: install and test the service on sys
 		--dest $(BOXES)/wheels -r requirements.txt
 	$(BIN) -m pytest --numprocesses 2 --dist loadgroup --timeout 150 tests/systemd/on_systemd.py
 	@cat $(BOXES)/figures-*
+faults: $(VENV) $(VENV_S3) ## try to make it lose something, the long way, as root (installs strace and faketime)
+	@mkdir -p "$(TMPDIR)"
+	@PYTHONPATH=tests $(BIN) -m faults
+
+SECONDS ?= 300
+soak: $(VENV) $(VENV_S3) ## a random schedule of writes, faults and kills: make soak SECONDS=300 [SEED=1]
+	@mkdir -p "$(TMPDIR)"
+	@PYTHONPATH=tests $(BIN) -m faults.soak $(SECONDS) $(SEED)
 
 lint: $(VENV) ## check format, style and types
 	$(BIN) -m ruff format --check --quiet

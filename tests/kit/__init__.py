@@ -1,7 +1,7 @@
 """The test kit: an LND, an S3 server, a line between them that fails on demand, and the invariant they are held to."""
 
 from .fake_s3 import Answer, FakeS3, Request
-from .invariant import VERSION_NAME, assert_nothing_lost, normalised_prefix
+from .invariant import VERSION_NAME, Holder, Problems, assert_nothing_lost, find_problems, normalised_prefix
 from .lnd import Lnd, Written, channel_backup
 from .proxy import Counts, FaultProxy, Mode
 from .s3 import CHECKOUT, Credentials, S3Server, StoredObject, allow, foreign_settings, make_client
@@ -17,9 +17,11 @@ __all__ = [
     "Daemon",
     "FakeS3",
     "FaultProxy",
+    "Holder",
     "Lnd",
     "Mode",
     "NotifySocket",
+    "Problems",
     "Request",
     "S3Server",
     "Script",
@@ -28,6 +30,7 @@ __all__ = [
     "allow",
     "assert_nothing_lost",
     "channel_backup",
+    "find_problems",
     "foreign_settings",
     "make_client",
     "normalised_prefix",

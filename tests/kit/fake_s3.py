@@ -10,8 +10,14 @@ import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+from .s3 import StoredObject
+
+if TYPE_CHECKING:
+    import ssl
 
 PATIENCE_SECONDS = 10.0
 HTML = b"<html><body>Please accept our terms of use.</body></html>"
@@ -61,16 +67,24 @@ class FakeS3:
     With `hold` requests are taken in and recorded, and answered only after `release`.
     """
 
-    def __init__(self, *answers: Answer, defaults: dict[str, Answer] | None = None, hold: bool = False) -> None:
+    def __init__(
+        self,
+        *answers: Answer,
+        defaults: dict[str, Answer] | None = None,
+        hold: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         """Script the answers; `defaults` gives by method what follows them (other methods than PUT: AccessDenied)."""
         self.requests: list[Request] = []
+        self._stored: dict[str, StoredObject] = {}
+        self._scheme = "https" if tls else "http"
         self._answers = deque(answers)
         self._defaults = {"PUT": STORED} | (defaults or {})
         self._changed = threading.Condition()
         self._released = threading.Event()
         if not hold:
             self._released.set()
-        self._server = _Server(self)
+        self._server = _Server(self, tls)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="fake-s3")
 
     def __enter__(self) -> Self:
@@ -94,7 +108,14 @@ class FakeS3:
     @property
     def endpoint(self) -> str:
         """Return the URL of the server."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
+
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
+        """Return by key what was answered as a good PUT is, as a server would show it."""
+        start = f"/{bucket}/"
+        with self._changed:
+            found = {path.removeprefix(start): entry for path, entry in self._stored.items() if path.startswith(start)}
+        return {key: entry for key, entry in found.items() if key.startswith(prefix)}
 
     def script(self, *answers: Answer) -> None:
         """Append answers for the PUTs to come."""
@@ -130,7 +151,20 @@ class FakeS3:
                 answer = self._answers.popleft()
             self._changed.notify_all()
         self._released.wait()
+        if request.method == "PUT" and answer == STORED:
+            self._store(request)
         return answer
+
+    def _store(self, request: Request) -> None:
+        """Keep what is acknowledged."""
+        key, metadata = (
+            request.path.lstrip("/").partition("/")[2],
+            {"sha256": request.headers.get("x-amz-meta-sha256", "")},
+        )
+        etag = hashlib.md5(request.body, usedforsecurity=False).hexdigest()
+        with self._changed:
+            self._stored[request.path] = StoredObject(key, request.body, metadata, datetime.now(UTC), etag)
+            self._changed.notify_all()
 
     def _of(self, method: str) -> list[Request]:
         """Return the requests of one method."""
@@ -143,11 +177,13 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = False
     block_on_close = True
 
-    def __init__(self, fake: FakeS3) -> None:
+    def __init__(self, fake: FakeS3, tls: ssl.SSLContext | None) -> None:
         self.fake = fake
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
+        if tls:  # the handshake belongs to the thread of the connection
+            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
         """Remember the connection."""

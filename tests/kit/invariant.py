@@ -6,17 +6,32 @@ import hashlib
 import itertools
 import re
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from .lnd import Lnd
-    from .s3 import S3Server, StoredObject
+    from .s3 import StoredObject
 
 VERSION_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-([0-9a-f]{6})", re.ASCII)
 MAX_REPORTED = 20
+
+
+class Holder(Protocol):
+    """Whatever can show the objects that it holds: a server, or a scripted one."""
+
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
+        """Return every object below the prefix by key."""
+
+
+class Problems(NamedTuple):
+    """What is wrong, a line each: versions lost, captures under two keys, and what is false in either place."""
+
+    lost: list[str]
+    repeated: list[str]
+    false: list[str]
 
 
 def normalised_prefix(prefix: str) -> str:
@@ -26,7 +41,7 @@ def normalised_prefix(prefix: str) -> str:
 
 def assert_nothing_lost(
     lnd: Lnd,
-    server: S3Server,
+    server: Holder,
     bucket: str,
     prefix: str,
     staging: Path,
@@ -37,6 +52,29 @@ def assert_nothing_lost(
 ) -> None:
     """Fail unless every version is stored or staged, and all that is stored or staged is true to its name.
 
+    The arguments are those of `find_problems`.
+    """
+    found = find_problems(
+        lnd, server, bucket, prefix, staging, replaced_ok=replaced_ok, refreshes=refreshes, foreign=foreign
+    )
+    if problems := [*found.false, *found.lost, *found.repeated]:
+        more = [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
+        raise AssertionError("\n  ".join(["the invariant is broken:", *problems[:MAX_REPORTED], *more]))
+
+
+def find_problems(
+    lnd: Lnd,
+    server: Holder,
+    bucket: str,
+    prefix: str,
+    staging: Path,
+    *,
+    replaced_ok: bool | Collection[int] = False,
+    refreshes: int | None = 0,
+    foreign: Collection[str] = (),
+) -> Problems:
+    """Return whatever breaks the invariant.
+
     `replaced_ok`: the indexes in `lnd.written` of versions that LND replaced before anyone could look, or True for any
     but the last. `refreshes`: how many second names the same bytes may have in all (one for each restart and each
     refresh of an unchanged file), None for any number. `foreign`: names that others left in the bucket or in staging.
@@ -44,18 +82,17 @@ def assert_nothing_lost(
     stored = _in_bucket(server.objects(bucket, normalised_prefix(prefix)), normalised_prefix(prefix), foreign)
     staged = _in_staging(staging, foreign)
     excused = range(len(lnd.written) - 1) if replaced_ok is True else replaced_ok or ()
-    problems = [
-        *_false_objects(stored),
-        *_false_files(staging, foreign),
-        *_lost(lnd, stored, staged, excused),
-        *_unknown(lnd, {name: entry.data for name, entry in stored.items()} | staged),
-        *_clashes(stored, staged),
-        *_repeated(stored, staged, refreshes),
-        *_disordered(lnd, stored, staged),
-    ]
-    if problems:
-        more = [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        raise AssertionError("\n  ".join(["the invariant is broken:", *problems[:MAX_REPORTED], *more]))
+    return Problems(
+        lost=_lost(lnd, stored, staged, excused),
+        repeated=_repeated(stored, staged, refreshes),
+        false=[
+            *_false_objects(stored),
+            *_false_files(staging, foreign),
+            *_unknown(lnd, {name: entry.data for name, entry in stored.items()} | staged),
+            *_clashes(stored, staged),
+            *_disordered(lnd, stored, staged),
+        ],
+    )
 
 
 def _in_bucket(objects: Mapping[str, StoredObject], prefix: str, foreign: Collection[str]) -> dict[str, StoredObject]:

@@ -1,0 +1,373 @@
+"""The node being a node, the long way: tests for `make faults` alone, in a mount namespace of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import Daemon, FakeS3, Lnd, Script, assert_nothing_lost, channel_backup
+from kit import fake_s3 as answers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BUCKET = "bucket"
+TRY_AGAIN = 75
+UPDATES = 100_000
+AWAY_STAGED = 10_000
+SUSPENDED_SECONDS = 60.0
+DAY, YEAR = 86_400, 31_557_600
+FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeS3]:
+    """Return a scripted S3."""
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
+    """Return the settings of the program."""
+    return {
+        "MONITOR_FILE_PATH": str(lnd.path),
+        "BACKUP_DIRECTORY": str(staging),
+        "S3_BUCKET_NAME": BUCKET,
+        "S3_BACKUP_PREFIX": prefix,
+        "AWS_ACCESS_KEY_ID": "key-of-the-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_ENDPOINT_URL_S3": fake.endpoint,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+@pytest.fixture
+def check(lnd: Lnd, fake: FakeS3, prefix: str, staging: Path) -> Callable[..., None]:
+    """Return the invariant, to be called at the end."""
+
+    def invariant(**allowed: int | bool) -> None:
+        assert_nothing_lost(lnd, fake, BUCKET, prefix, staging, **allowed)  # type: ignore[arg-type]
+
+    return invariant
+
+
+def names_in(fake: FakeS3) -> list[str]:
+    """Return the names in the bucket in the order in which they were put."""
+    return [request.path.rpartition("/")[2] for request in fake.requests if request.method == "PUT"]
+
+
+def staged(staging: Path) -> list[str]:
+    """Return the names of the staged versions."""
+    return sorted(path.name for path in staging.iterdir() if not path.name.startswith("."))
+
+
+# --- the disk ---
+
+
+@pytest.fixture
+def small_disk(staging: Path) -> Iterator[Path]:
+    """Put the staging directory on a file system of its own with room for a few versions."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(staging)], check=True)  # noqa: S607
+    yield staging
+    subprocess.run(["umount", "--lazy", str(staging)], check=True)  # noqa: S607
+
+
+def test_staging_disk_is_full(
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, small_disk: Path, check: Callable[..., None]
+) -> None:
+    """While the disk is full versions go out from memory; what was not sent is staged when there is room again."""
+    filler = small_disk / ".filler"
+    with Daemon(env | {"RESCAN_SECONDS": "0.2"}) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        for _ in range(5):
+            daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_log("error: cannot stage: ")
+        fake.hold()
+        for _ in range(4):
+            daemon.wait_for_captured(lnd.write())
+        filler.unlink()
+        daemon.wait_for_log("staging works again")
+        daemon.wait_for_looks()
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    fake.release()
+    with Daemon(env) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0
+    assert {path.name for path in small_disk.iterdir()} == {".lock", ".receipt"}
+    check()
+
+
+def test_staging_disk_becomes_read_only(
+    env: dict[str, str], lnd: Lnd, tmp_path: Path, fake: FakeS3, prefix: str
+) -> None:
+    """When the file system gives up and goes read-only, versions go out from memory; mounted anew it is used again."""
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)  # noqa: S607
+    mount = ["mount", "-o", "loop,errors=remount-ro", str(image), str(disk)]
+    subprocess.run(mount, check=True)
+    env["BACKUP_DIRECTORY"] = str(disk / "staging")
+    with Daemon(env) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_stored(lnd.write())
+        subprocess.run(["mount", "-o", "remount,abort", str(disk)], check=True)  # noqa: S607 - as an error on disk does
+        for _ in range(5):
+            daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_log("error: cannot stage: .*Read-only")
+        assert daemon.stop() == 0
+    subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+    subprocess.run(mount, check=True)
+    with Daemon(env) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0
+    try:
+        assert_nothing_lost(lnd, fake, BUCKET, prefix, disk / "staging", refreshes=2)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+
+
+def lowest_free_descriptor(pid: int) -> int:
+    """Return the lowest descriptor that is free whenever the process does nothing."""
+    lowest = []
+    for _ in range(50):
+        used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+        lowest.append(min(set(range(len(used) + 1)) - used))
+    return min(lowest)
+
+
+def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: Callable[..., None]) -> None:
+    """Without a free descriptor nothing can be read, and the log says so; with one it goes on by itself."""
+    with Daemon(env | {"RESCAN_SECONDS": "0.2"}) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_looks()
+        limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(daemon.pid), limits[1]))
+        version = lnd.write()
+        daemon.wait_for_log("cannot (read|watch).*Too many open files")
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+        daemon.wait_for_stored(version)
+        daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0
+    check()
+
+
+# --- the clock ---
+
+
+def test_clock_jumps(env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None], tmp_path: Path) -> None:
+    """A year forward, a day back and home again, while it runs and between two runs: names increase all the same."""
+    if not FAKETIME:
+        pytest.fail("libfaketime is missing: apt install faketime")
+    clock = tmp_path / "clock"
+    faked = {
+        "LD_PRELOAD": str(FAKETIME[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    clock.write_text("+0")
+    for jumps in ([0, YEAR, -DAY, 0], [-DAY, 0, YEAR, 0]):
+        with Daemon(env | faked) as daemon:
+            for jump in jumps:
+                clock.write_text(f"{jump:+d}")
+                daemon.wait_for_stored(lnd.write())
+            daemon.signal(signal.SIGKILL)
+            daemon.wait()
+    names = names_in(fake)
+    assert max(names)[:8] > f"{time.gmtime().tm_year + 1}", "the clock was not moved"
+    check(refreshes=1, replaced_ok=False)
+
+
+@pytest.mark.once
+@pytest.mark.timeout(180)
+def test_suspended_for_a_minute(env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None]) -> None:
+    """Stopped for a minute in the middle of an upload, the daemon finishes it, or does it again under the same name."""
+    fake.hold()
+    lnd.write()
+    with Daemon(env) as daemon:
+        fake.wait_for_requests(1)
+        daemon.signal(signal.SIGSTOP)
+        last = lnd.write()
+        time.sleep(SUSPENDED_SECONDS)  # as long as a short suspend
+        daemon.signal(signal.SIGCONT)
+        fake.release()
+        for version in lnd.written:
+            daemon.wait_for_stored(version)
+        assert last is version
+        assert daemon.stop() == 0
+    assert len(set(names_in(fake))) == 2
+    check()
+
+
+# --- processes ---
+
+
+def test_two_daemons_at_once(env: dict[str, str], lnd: Lnd, check: Callable[..., None]) -> None:
+    """Of two that are started at the same moment one works and the other leaves with 75."""
+    version = lnd.write()
+    with Script(env) as one, Script(env) as other, ThreadPoolExecutor() as pool:
+        ends = {pool.submit(each.wait): each for each in (one, other)}
+        (first,) = wait(ends, return_when=FIRST_COMPLETED).done
+        ends.pop(first)
+        assert first.result() == TRY_AGAIN
+        (working,) = ends.values()
+        working.wait_for_log(f"stored .*{version.sha256[-6:]}")
+        assert working.stop() == 0
+    check()
+
+
+def _kill_while_starting(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:  # noqa: ARG001 - like the others
+    """Kill it right after it is ready."""
+    lnd.write()
+
+
+def _kill_when_idle(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:  # noqa: ARG001 - like the others
+    """Kill it when all is stored."""
+    daemon.wait_for_stored(lnd.write())
+
+
+def _kill_while_sending(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:  # noqa: ARG001 - like the others
+    """Kill it when S3 has the bytes and has not answered."""
+    before = len(fake.requests)
+    fake.hold()
+    lnd.write()
+    fake.wait_for_requests(before + 1)
+
+
+def _kill_while_versions_wait(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
+    """Kill it with one version on its way and more behind it."""
+    _kill_while_sending(daemon, lnd, fake)
+    for _ in range(5):
+        daemon.wait_for_captured(lnd.write())
+
+
+def _kill_between_attempts(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
+    """Kill it while it waits to try again."""
+    fake.set_default(answers.SLOW_DOWN)
+    lnd.write()
+    daemon.wait_for_log("cannot store")
+    fake.set_default(answers.STORED)
+
+
+def _kill_while_stopping(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
+    """Kill it in its grace period."""
+    _kill_while_versions_wait(daemon, lnd, fake)
+    daemon.begin_to_stop()
+
+
+STATES = {
+    "starting": _kill_while_starting,
+    "idle": _kill_when_idle,
+    "sending": _kill_while_sending,
+    "versions waiting": _kill_while_versions_wait,
+    "between attempts": _kill_between_attempts,
+    "stopping": _kill_while_stopping,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_killed_in_each_state(
+    state: str, env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None], staging: Path
+) -> None:
+    """Killed in any state as the OOM killer does it, the next start sends what was staged, under the same names."""
+    with Daemon(env) as daemon:
+        STATES[state](daemon, lnd, fake)
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    waiting = staged(staging)
+    fake.release()
+    with Daemon(env) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0
+    assert set(waiting) <= set(names_in(fake))
+    assert {path.name for path in staging.iterdir()} == {".lock", ".receipt"}
+    check(refreshes=int(state in ("starting", "idle")), replaced_ok=state == "starting")
+
+
+# --- very many ---
+
+
+@pytest.mark.once
+@pytest.mark.timeout(900)
+def test_a_hundred_thousand_updates(
+    env: dict[str, str],
+    lnd: Lnd,
+    fake: FakeS3,
+    check: Callable[..., None],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Under updates as fast as the file system takes them it captures what it can, and the last one without fail."""
+    lnd.archive = False
+    with Daemon(env) as daemon:
+        for _ in range(UPDATES):
+            lnd.write(data=os.urandom(45))
+        last = lnd.written[-1]
+        assert daemon.systemd  # it is still there
+        daemon.wait_for_log(f"stored .*{last.sha256[-6:]}", timeout=120)
+        daemon.signal(signal.SIGTERM)
+        daemon.wait(timeout=120)
+    with Script(env, "once") as rest:  # what did not fit into the grace period
+        assert rest.wait(timeout=300) == 0
+    record_property("injected", UPDATES)
+    check(replaced_ok=True, refreshes=1)
+    assert Counter(names_in(fake)).most_common(1)[0][1] <= 2, "a version was sent again and again"
+
+
+@pytest.mark.once
+@pytest.mark.timeout(900)
+def test_a_month_away(
+    env: dict[str, str],
+    lnd: Lnd,
+    fake: FakeS3,
+    staging: Path,
+    check: Callable[..., None],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """After an outage with 10,000 versions staged all are delivered, newest first, with hardly more memory."""
+    for number in range(AWAY_STAGED):
+        data = channel_backup(1)
+        name = f"2026{number // 672 % 12 + 1:02}{number // 24 % 28 + 1:02}T{number % 24:02}0000.{number:06}Z"
+        path = staging / f"{name}-{hashlib.sha256(data).hexdigest()[-6:]}"
+        path.write_bytes(data)
+        path.chmod(0o600)
+        lnd.placed.append(data)
+    waiting = staged(staging)
+    fake.hold()
+    last = lnd.write()
+    with Daemon(env) as daemon:
+        fake.wait_for_requests(1)
+        before = _memory(daemon.pid)
+        fake.release()
+        daemon.wait_for_log(f"stored .*{waiting[0]}", timeout=600)
+        assert _memory(daemon.pid) < 1.2 * before
+        assert daemon.stop() == 0
+    assert names_in(fake)[0].endswith(last.sha256[-6:])
+    assert names_in(fake)[1:] == waiting[::-1]
+    record_property("injected", 1)
+    check()
+
+
+def _memory(pid: int) -> int:
+    """Return the memory of a process in kB."""
+    found = re.search(r"^Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])

@@ -1,0 +1,95 @@
+"""The faults that tests inject: which tests belong to which row of the table, and how they are run and counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from faults.counting import RECORD, ROUNDS
+from faults.table import Tally
+from kit import CHECKOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+OUTAGE = "test_outage.py::test_a_fault_is_told_survived_and_over"
+# Row of the table: the tests, below tests/.
+ROWS = {
+    "staging disk full": ["faults/node.py::test_staging_disk_is_full", "test_daemon.py::test_a_full_disk_is_no_end"],
+    "staging disk read-only": ["faults/node.py::test_staging_disk_becomes_read_only"],
+    "staging directory removed": ["test_daemon.py::test_the_staging_directory_may_vanish"],
+    "LND's directory missing": ["test_watching.py::test_a_directory_made_later_is_watched"],
+    "LND's directory replaced": [
+        "test_watching.py::test_a_directory_removed_and_made_again_is_watched",
+        "test_watching.py::test_a_directory_put_in_the_place_of_another_is_watched",
+        "test_watching.py::test_a_directory_renamed_away_and_back_is_watched",
+    ],
+    "an ancestor renamed, a link switched": [
+        "test_watching.py::test_a_replaced_ancestor_is_found_by_the_rescan",
+        "test_watching.py::test_a_switched_link_to_the_directory_is_found_by_the_rescan",
+    ],
+    "another directory mounted over LND's": [
+        "test_watching.py::test_a_mount_over_the_directory_is_found_by_the_rescan"
+    ],
+    "LND's file system unmounted, mounted": ["test_watching.py::test_an_unmounted_file_system_is_no_end"],
+    "inotify: queue overflow": ["test_watching.py::test_an_overflow_of_events_loses_nothing"],
+    "inotify: no instance or watch left": ["test_watching.py::test_the_limits_of_the_kernel_are_survived"],
+    "no descriptor left": ["faults/node.py::test_no_descriptors"],
+    "clock: a year ahead, a day back": ["faults/node.py::test_clock_jumps"],
+    "suspended for a minute while sending": ["faults/node.py::test_suspended_for_a_minute"],
+    "two daemons at once": ["faults/node.py::test_two_daemons_at_once"],
+    "SIGKILL in each state": ["faults/node.py::test_killed_in_each_state"],
+    "SIGKILL in a burst": ["test_daemon.py::test_kills_at_any_moment_lose_nothing_that_was_staged"],
+    "100,000 updates at full speed": ["faults/node.py::test_a_hundred_thousand_updates"],
+    "an outage with 10,000 versions staged": ["faults/node.py::test_a_month_away"],
+}
+ROW_OF = {test.rpartition(":")[2]: row for row, tests in ROWS.items() for test in tests}
+KILLS_IN_A_BURST = 10  # in one run of that test
+
+
+def inject_by_tests(directory: Path, rounds: int, only: str) -> list[Tally]:
+    """Run the tests in a mount namespace of their own, and return what came of them, by row."""
+    record = directory / "record"
+    tests = [f"tests/{test}" for test in [OUTAGE, *(test for tests in ROWS.values() for test in tests)]]
+    options = ["-q", "--no-header", "-p", "faults.counting", "-n", "2", "-k", only, "--tb", "no", "-r", "N"]
+    environment = os.environ | {"PYTHONPATH": "tests", RECORD: str(record), ROUNDS: str(rounds)}
+    subprocess.run(
+        ["unshare", "-m", "--propagation", "private", sys.executable, "-m", "pytest", *options, *tests],  # noqa: S607
+        cwd=CHECKOUT,
+        env=environment,
+        stdout=sys.stderr,
+        check=False,  # what failed is in the record
+    )
+    return read_record(record.read_text().splitlines() if record.exists() else [])
+
+
+def read_record(lines: Iterable[str]) -> list[Tally]:
+    """Return a tally for each row of which the record tells."""
+    rows: dict[str, Tally] = defaultdict(lambda: Tally(""))
+    for line in lines:
+        facts: dict[str, Any] = json.loads(line)
+        row = row_of(facts["test"])
+        tally = rows[row]
+        tally.fault = row
+        tally.injected += facts.get("injected", 0) * (KILLS_IN_A_BURST if row == "SIGKILL in a burst" else 1)
+        tally.at_stake += facts.get("at_stake", 0)
+        tally.lost += facts.get("lost", 0)
+        tally.duplicates += facts.get("duplicates", 0)
+        tally.damaged += facts.get("damaged", 0)
+        tally.complaints += [f"{facts['test']}: {facts[how]}" for how in ("failed", "skipped") if how in facts]
+    order = list(ROWS)
+    return sorted(rows.values(), key=lambda tally: order.index(tally.fault) if tally.fault in order else -1)
+
+
+def row_of(test: str) -> str:
+    """Return the row of a test by its id."""
+    name, _, parameters = test.rpartition("::")[2].partition("[")
+    if found := re.match(r"(.*)-(https?)-round", parameters):
+        return f"S3: {found[1].replace('-', ' ')}"
+    return ROW_OF.get(name, name)

@@ -1,0 +1,234 @@
+"""`make soak`: a random schedule of LND's writes, faults and kills, with the invariant checked all the time.
+
+The schedule is cut into rounds of a few seconds, each with a seed of its own and everything else new, so that the
+round that failed can be run again alone. What the schedule does is given by the seed; when exactly, is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kit import (
+    VERSION_NAME,
+    Daemon,
+    FaultProxy,
+    Lnd,
+    S3Server,
+    assert_nothing_lost,
+    run_script,
+    settings_for,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kit import Mode
+
+STEPS = 40
+PATIENCE_SECONDS = 90.0
+LINES: list[tuple[Mode, dict[str, float]]] = [
+    ("refuse", {}),
+    ("rst", {}),
+    ("rst_after_up", {"n": 900}),
+    ("rst_after_up", {"n": 4000}),
+    ("swallow_response", {}),
+    ("corrupt", {}),
+    ("portal", {}),
+    ("portal", {"etag": 1}),
+    ("latency", {"up": 0.05, "down": 0.05}),
+    ("throttle", {"bps": 20_000}),
+]
+
+
+class Round:
+    """One LND, one bucket, one staging directory and the daemon, which is killed and started again."""
+
+    def __init__(self, seed: int, server: S3Server, directory: Path) -> None:
+        """Prepare everything; nothing runs yet."""
+        self.chance = random.Random(seed)  # noqa: S311 - a schedule is no secret
+        self.server, self.directory = server, directory
+        self.lnd, self.staging, self.prefix = Lnd(directory / "lnd"), directory / "staging", "alice/"
+        self.bucket = server.create_bucket()
+        self.proxy = FaultProxy(server.host, server.port)
+        self.daemon: Daemon | None = None
+        self.starts = 0
+        self.seen: set[str] = set()
+        self.history: list[str] = []
+        self.done: Counter[str] = Counter()
+
+    def run(self) -> None:
+        """Go through the schedule, then let all be well and check the whole invariant."""
+        actions: list[Callable[[], None]] = [
+            *[self.write] * 6,
+            *[self.burst] * 2,
+            *[self.fail] * 3,
+            *[self.heal] * 2,
+            *[self.kill] * 2,
+            self.stop,
+            self.suspend,
+            self.pause,
+            self.move_directory,
+        ]
+        with self.proxy:
+            self.env = settings_for(
+                self.server, self.bucket, self.prefix, self.lnd, self.staging, endpoint=self.proxy.endpoint()
+            ) | {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
+            try:
+                self.start()
+                for _ in range(STEPS):
+                    action = self.chance.choice(actions)
+                    self.note(action.__name__)
+                    action()
+                    self.check_staged()
+                self.end()
+            finally:
+                if self.daemon:
+                    self.history.append(self.daemon.log)
+                    self.daemon.close()
+
+    def note(self, what: str) -> None:
+        """Remember what is done."""
+        self.done[what] += 1
+        self.history.append(f"{time.monotonic():.3f} {what}")
+
+    def start(self) -> None:
+        """Start the daemon."""
+        self.daemon = Daemon(self.env).__enter__()
+        self.starts += 1
+
+    def running(self) -> Daemon:
+        """Return the daemon, which has to run."""
+        assert self.daemon
+        assert self.daemon.returncode is None, f"the daemon ended by itself with {self.daemon.returncode}"
+        return self.daemon
+
+    def again(self) -> None:
+        """Start the daemon again, and keep the log of the one before."""
+        if self.daemon:
+            self.history.append(self.daemon.log)
+            self.daemon.close()
+        self.start()
+
+    # --- what may happen ---
+
+    def write(self) -> None:
+        """LND writes once."""
+        self.lnd.write(channels=self.chance.choice([0, 1, 10, 10, 300]))
+
+    def burst(self) -> None:
+        """LND writes many times in a row."""
+        for _ in range(self.chance.randrange(2, 30)):
+            self.write()
+
+    def fail(self) -> None:
+        """The line to S3 fails in some way, with or without what is under way."""
+        mode, settings = self.chance.choice(LINES)
+        self.history.append(f"  {mode} {settings}")
+        self.proxy.set(mode, cut=self.chance.random() < 0.5, **settings)
+
+    def heal(self) -> None:
+        """The line is well again."""
+        self.proxy.set("pass", cut=True)
+
+    def kill(self) -> None:
+        """The daemon is killed and started again."""
+        self.running().signal(signal.SIGKILL)
+        self.running_ended()
+        self.again()
+
+    def stop(self) -> None:
+        """The daemon is stopped in order and started again."""
+        assert self.running().stop() == 0
+        self.again()
+
+    def running_ended(self) -> None:
+        """Wait for the end of the daemon."""
+        assert self.daemon
+        self.daemon.wait()
+
+    def suspend(self) -> None:
+        """The daemon stands still for a moment, while LND writes."""
+        self.running().signal(signal.SIGSTOP)
+        self.burst()
+        self.pause()
+        self.running().signal(signal.SIGCONT)
+
+    def pause(self) -> None:
+        """Nothing happens for a moment."""
+        time.sleep(self.chance.uniform(0, 0.5))  # the moment
+
+    def move_directory(self) -> None:
+        """LND's directory is renamed away, and another one comes in its place."""
+        self.lnd.directory.rename(self.directory / f"old-{secrets.token_hex(4)}")
+        self.lnd.directory.mkdir(mode=0o700)
+        self.write()
+
+    # --- what has to be so ---
+
+    def check_staged(self) -> None:
+        """Fail unless whatever was once staged is still staged or stored."""
+        self.running()
+        staged = {path.name for path in self.staging.iterdir() if VERSION_NAME.fullmatch(path.name)}
+        self.seen |= staged
+        pages = self.server.admin.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
+        stored = {entry["Key"].removeprefix(self.prefix) for page in pages for entry in page.get("Contents", [])}
+        assert self.seen <= staged | stored, f"lost: {sorted(self.seen - staged - stored)}"
+
+    def end(self) -> None:
+        """Let all be well, wait until all is stored, and check everything."""
+        self.heal()
+        last = self.lnd.write()
+        daemon = self.running()
+        daemon.wait_for_log(rf"stored \S+-{last.sha256[-6:]}\b", timeout=PATIENCE_SECONDS)
+        assert daemon.stop() == 0
+        done = run_script(self.env, "once")  # whatever the grace period was too short for
+        self.starts += 1
+        assert done.returncode == 0, done.stderr
+        assert {path.name for path in self.staging.iterdir()} == {".lock", ".receipt"}
+        # Each start puts the version on disk once more, unless it is still to be sent.
+        assert_nothing_lost(
+            self.lnd, self.server, self.bucket, self.prefix, self.staging, replaced_ok=True, refreshes=self.starts - 1
+        )
+
+
+def main() -> int:
+    """Run rounds until the time is over, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
+    parser.add_argument("seconds", type=float, help="how long")
+    parser.add_argument("seed", type=int, nargs="?", help="the seed of the first round; each round adds one")
+    options = parser.parse_args()
+    seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
+    until, totals, versions, rounds = time.monotonic() + options.seconds, Counter[str](), 0, 0
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as name,
+        S3Server(Path(name, "s3")) as server,
+    ):
+        while not rounds or time.monotonic() < until:
+            directory = Path(name, str(rounds))
+            directory.mkdir()
+            one = Round(seed + rounds, server, directory)
+            try:
+                one.run()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the seed is said
+                print(*one.history, sep="\n")
+                print(f"{type(error).__name__}: {error}\nfailed: make soak SECONDS=1 SEED={seed + rounds}")
+                return 1
+            totals += one.done
+            versions += len(one.lnd.written)
+            rounds += 1
+            print(f"seed {seed + rounds - 1}: {len(one.lnd.written)} versions, {one.starts} starts", flush=True)
+    print(f"{rounds} rounds, {versions} versions, nothing lost; {dict(totals)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""Killed at every step, and every step failing: the program under strace, from its first look to its last receipt."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from faults.forked import Forked
+from faults.order import ORDER, order_of
+from faults.strace import KIND_OF, TURN, Call, Strace, counts
+from faults.table import Tally
+from kit import VERSION_NAME, Lnd, S3Server, find_problems, script_environment, settings_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from kit import Written
+
+WORKERS = 3  # some of their time is waiting
+ERRORS = ("EIO", "ENOSPC", "EACCES", "EMFILE", "EINTR")
+PATIENCE_SECONDS = 20.0
+LASTING_SECONDS = 2.0
+CALM = 10  # so many times the turns and failures of an undisturbed run are still no busy loop
+EARLIER = "20260101T000000.000000Z"
+IN_ORDER = "none: the order of its steps, read off a trace"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run with one fault: from the n-th call on of this name, which kills, or fails once or for a while."""
+
+    scenario: str
+    call: str
+    number: int
+    error: str = ""
+    lasting: bool = False
+
+    @property
+    def fault(self) -> str:
+        """Return its row in the table."""
+        if not self.call:
+            return "none"
+        if not self.error:
+            return f"killed at: {KIND_OF[self.call]}"
+        name = f"{self.error} ({os.strerror(getattr(errno, self.error)).lower()})"
+        return f"every call fails for {LASTING_SECONDS:.0f} s: {name}" if self.lasting else f"a call fails: {name}"
+
+    def injections(self) -> list[str]:
+        """Return what strace is told; nothing in an undisturbed run."""
+        what = f"error={self.error}" if self.error else "signal=KILL"
+        return [f"{self.call}:{what}:when={self.number}{'+' if self.lasting else ''}"] if self.call else []
+
+    def __str__(self) -> str:
+        """Name it for a complaint, so that it can be found again."""
+        return ", ".join([self.scenario, *self.injections()])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the cases run: a server that another process runs, one bucket, one key, and a directory for all of them."""
+
+    directory: Path
+    server_directory: Path
+    port: int
+    bucket: str
+    settings: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def at(cls, server: S3Server, directory: Path) -> Self:
+        """Make a bucket and a key that may put into it, and nothing else."""
+        directory.mkdir()
+        bucket = server.create_bucket()
+        settings = settings_for(server, bucket, "", Lnd(directory / "unused"), directory)
+        return cls(directory, server.directory, server.port, bucket, tuple(settings.items()))
+
+
+@cache
+def server_at(place: Place) -> S3Server:
+    """Return the server, to read from; another process runs it."""
+    server = S3Server(place.server_directory)
+    server.port = place.port
+    if (place.server_directory / "ca.pem").exists():
+        server.scheme, server.ca_file = "https", place.server_directory / "ca.pem"
+    return server
+
+
+class Run:
+    """One LND, one staging directory and one prefix, with the program at work on them."""
+
+    def __init__(self, place: Place, case: Case) -> None:
+        """Prepare a directory of its own."""
+        self.case, self.place, self.server = case, place, server_at(place)
+        self.directory = Path(tempfile.mkdtemp(dir=place.directory))
+        self.prefix = f"{self.directory.name}/"
+        self.lnd = Lnd(self.directory / "lnd")
+        self.staging = self.directory / "staging"
+        self.trace = self.directory / "trace"
+        self.env = script_environment(
+            dict(place.settings)
+            | {
+                "MONITOR_FILE_PATH": str(self.lnd.path),
+                "BACKUP_DIRECTORY": str(self.staging),
+                "S3_BACKUP_PREFIX": self.prefix,
+                "RESCAN_SECONDS": "2",
+            },
+            home=str(self.directory),
+        )
+        self.tally = Tally(case.fault)
+        self.log = ""
+
+    def note(self, log: str, strace: Strace, code: int | None) -> None:
+        """Note what the program did, and how often the fault was injected."""
+        self.log = log
+        self.tally.injected = strace.injected() if self.case.error else int(code == -signal.SIGKILL)
+
+    def complain(self, what: str) -> None:
+        """Note what is not as it should be."""
+        self.tally.complaints.append(f"[{self.case}] {what}\n{self.log}")
+
+    def damage(self, what: Iterable[str]) -> None:
+        """Note what is damaged."""
+        for each in what:
+            self.tally.damaged += 1
+            self.complain(each)
+
+    def staged(self) -> dict[str, bytes]:
+        """Return the staged versions by name."""
+        if not self.staging.is_dir():
+            return {}
+        return {path.name: path.read_bytes() for path in self.staging.iterdir() if VERSION_NAME.fullmatch(path.name)}
+
+    def stored(self) -> dict[str, bytes]:
+        """Return the stored versions by name."""
+        objects = self.server.objects(self.place.bucket, self.prefix)
+        return {key.removeprefix(self.prefix): entry.data for key, entry in objects.items()}
+
+    def judge(self) -> None:
+        """Start the program again, plainly, and count what has become of the versions."""
+        self.tally.at_stake = len(self.lnd.written)
+        before = find_problems(self.lnd, self.server, self.place.bucket, self.prefix, self.staging, replaced_ok=True)
+        self.damage(before.false)
+        staged, stored = self.staged(), self.stored()
+        with Forked(self.env, "once") as again:
+            code = again.wait()
+        self.log += f"--- the plain start afterwards ---\n{again.log}"
+        if code != 0 or re.search("damaged|error:|Traceback", again.log):
+            self.damage([f"the plain start afterwards ended with {code}"])
+        after = self.stored()
+        problems = find_problems(
+            self.lnd, self.server, self.place.bucket, self.prefix, self.staging, refreshes=None, replaced_ok=False
+        )
+        self.damage(problems.false)
+        leftovers = {path.name for path in self.staging.iterdir()} - {".lock", ".receipt"}
+        self.damage(f"left over: {name}" for name in sorted(leftovers))
+        gone = [name for name, data in (staged | stored).items() if after.get(name) != data]
+        for each in [*problems.lost, *(f"lost after it was captured: {name}" for name in gone)]:
+            self.tally.lost += 1
+            self.complain(each)
+        # The start puts the version on disk under a new name, unless the very same bytes were still to be sent.
+        expected = int(self.lnd.written[-1].data not in staged.values())
+        names = Counter((staged | stored).values())
+        extra = sum(number - 1 for number in names.values()) + len(after.keys() - staged.keys() - stored.keys())
+        if extra > expected:
+            self.tally.duplicates += extra - expected
+            self.complain(f"{extra - expected} captures under two keys: {sorted(after)}")
+
+
+def run_once(run: Run) -> list[Call]:
+    """`once`, with a version that an earlier run had to leave staged: from its first touch of the staging directory."""
+    earlier = run.lnd.write(channels=3)
+    run.staging.mkdir(mode=0o700)
+    name = f"{EARLIER}-{hashlib.sha256(earlier.data).hexdigest()[-6:]}"
+    (run.staging / name).write_bytes(earlier.data)
+    (run.staging / name).chmod(0o600)
+    run.lnd.write(channels=10)
+    with Forked(run.env, "once", hold_at=run.staging) as program:
+        with Strace(program, run.trace, *run.case.injections()) as strace:
+            program.go_on()
+            program.wait_until(lambda _: strace.injected(), PATIENCE_SECONDS)
+        code = program.wait()
+        run.note(program.log, strace, code)
+    if code == 0 and (run.staged() or run.lnd.written[-1].data not in run.stored().values()):
+        run.complain("exit 0, and not everything is stored")
+    if code not in (0, -signal.SIGKILL) and not re.search("error: |warning: ", run.log):
+        run.complain(f"exit {code}, and nothing in the log")
+    if code not in (0, 1, 75, 78, -signal.SIGKILL):
+        run.complain(f"exit {code}")
+    return strace.calls()
+
+
+def run_daemon(run: Run) -> list[Call]:
+    """The daemon, up and with a connection that it has used, takes in a version and stops."""
+    first = run.lnd.write(channels=10)
+    return run_on(run, is_stored(first))
+
+
+def run_cold_daemon(run: Run) -> list[Call]:
+    """The daemon, up and without a connection, takes in its first version and stops."""
+    return run_on(run, re.compile("cannot read channel.backup").search)
+
+
+def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
+    """Let the daemon come up, and then take in a version and stop."""
+    with Forked(run.env, "run") as program:
+        if not program.wait_until(is_up, PATIENCE_SECONDS):
+            raise AssertionError(f"the daemon did not come up:\n{program.log}")
+        with Strace(program, run.trace, *run.case.injections()) as strace:
+            stored = is_stored(run.lnd.write(channels=300))
+            program.wait_until(lambda log: strace.injected() or stored(log), PATIENCE_SECONDS)
+            if run.case.lasting:
+                time.sleep(LASTING_SECONDS)  # the fault lasts
+            elif not strace.injected():  # it may still come, or comes while the daemon stops
+                program.signal(signal.SIGTERM)
+                program.wait_until(lambda _: strace.injected(), PATIENCE_SECONDS)
+        by_itself = program.wait_until(stored, PATIENCE_SECONDS)
+        program.signal(signal.SIGTERM)
+        code = program.wait()
+        run.note(program.log, strace, code)
+    if not by_itself and code != -signal.SIGKILL:
+        run.complain("the daemon did not store the version by itself")
+    if code not in (0, -signal.SIGKILL):
+        run.complain(f"the daemon ended with {code}")
+    return strace.calls()
+
+
+def is_stored(version: Written) -> Callable[[str], object]:
+    """Return what finds the receipt for a version in a log."""
+    return re.compile(f"stored .*{version.sha256[-6:]}").search
+
+
+SCENARIOS = {"once": run_once, "run": run_daemon, "run over https": run_cold_daemon}
+
+
+@cache
+def undisturbed(place: Place, scenario: str) -> tuple[Tally, dict[str, int], tuple[Call, ...]]:
+    """Run a scenario without a fault, and return its tally and how often each call is made."""
+    run = Run(place, Case(scenario, "", 0))
+    calls = SCENARIOS[scenario](run)
+    run.judge()
+    if run.tally.complaints:
+        raise AssertionError(f"without any fault: {run.tally.complaints}")
+    return run.tally, counts(calls), tuple(calls)
+
+
+def check_order(place: Place) -> Tally:
+    """Read the order of operations off the trace of an undisturbed run, and compare it with what it has to be."""
+    tally = Tally(IN_ORDER, injected=1, at_stake=1)
+    _, _, calls = undisturbed(place, "run")
+    text = "\n".join(call.line for call in calls)
+    name, staging = re.findall(r'renameat\w*\(\d+<([^>]+)>, "[^"]+", .*"(\d{8}T[^"]+)"', text)[0][::-1]
+    found = order_of(calls, name, staging)
+    if found != ORDER:
+        tally.damaged += 1
+        tally.complaints.append(f"the order is {found}, where it has to be {ORDER}")
+    return tally
+
+
+def attempt(place: Place, case: Case) -> Tally:
+    """Run one case, and return what came of it."""
+    run = Run(place, case)
+    try:
+        calls = SCENARIOS[case.scenario](run)
+        run.judge()
+        if case.lasting:
+            _, normal, _ = undisturbed(place, case.scenario)
+            busy = Counter(call.name for call in calls)
+            for name in (TURN, case.call):
+                if busy[name] > CALM * max(normal.get(name, 0), 5) * LASTING_SECONDS:
+                    run.complain(f"a busy loop? {name} {busy[name]} times in {LASTING_SECONDS} s: {normal.get(name)}")
+    except AssertionError as error:
+        run.complain(str(error))
+    if not run.tally.complaints:
+        shutil.rmtree(run.directory)
+    return run.tally
+
+
+FAULTS = [
+    IN_ORDER,
+    *dict.fromkeys(Case("", call, 1).fault for call in KIND_OF),
+    *(Case("", "read", 1, error).fault for error in ERRORS),
+    *(Case("", "read", 1, error, lasting=True).fault for error in ERRORS),
+]
+
+
+def cases(scenario: str, normal: dict[str, int]) -> Iterator[Case]:
+    """Return every case of a scenario, in which each call is made so many times."""
+    for call, number in normal.items():
+        if call == TURN:
+            continue
+        for n in range(1, number + 1):
+            yield Case(scenario, call, n)
+            for error in ERRORS:
+                yield Case(scenario, call, n, error)
+        if scenario != "once":
+            for error in ERRORS:
+                yield Case(scenario, call, 1, error, lasting=True)
+
+
+def inject_all(http: Place, https: Place, progress: Callable[[str], None]) -> list[Tally]:
+    """Run every case of every scenario, and return what came of them."""
+    places = {"once": http, "run": http, "run over https": https}
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        normals = {name: pool.submit(undisturbed, place, name) for name, place in places.items()}
+        tallies = [pool.submit(check_order, http).result()]
+        futures = []
+        for name, place in places.items():
+            futures += [pool.submit(attempt, place, case) for case in cases(name, normals[name].result()[1])]
+        for number, future in enumerate(futures, 1):
+            tallies.append(future.result())
+            if number % 50 == 0:
+                progress(f"{number} of {len(futures)} runs under strace")
+    return sorted(tallies, key=lambda tally: FAULTS.index(tally.fault))

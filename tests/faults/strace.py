@@ -1,0 +1,93 @@
+"""strace, attached to the running program: it writes down the system calls, and lets some of them fail or kill."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from faults.forked import Forked
+
+# Every call with which the program captures and uploads, by the word for it in the table.
+KINDS = {
+    "open": ("openat",),
+    "read": ("read",),
+    "write": ("write",),
+    "fsync": ("fsync",),
+    "rename": ("rename", "renameat", "renameat2", "linkat"),
+    "unlink": ("unlink", "unlinkat"),
+    "lock, mode or directory": ("flock", "fchmod", "mkdir", "getdents64"),
+    "watch": ("inotify_init1", "inotify_add_watch", "inotify_rm_watch"),
+    "connect": ("socket", "connect"),
+    "send": ("sendto", "sendmsg"),
+    "receive": ("recvfrom", "recvmsg"),
+}
+KIND_OF = {call: kind for kind, calls in KINDS.items() for call in calls}
+TURN = "epoll_wait"  # one for each turn of the event loop
+END_SECONDS = 5.0
+
+
+class Call(NamedTuple):
+    """One system call as strace wrote it down."""
+
+    thread: str
+    name: str
+    line: str
+
+
+class Strace:
+    """strace on one process and the threads that it will start; leaving the block lets go of it."""
+
+    def __init__(self, program: Forked, output: Path, *inject: str) -> None:
+        """Return when it is attached; `inject` are its fault injections."""
+        self.program, self.output = program, output
+        options = [option for each in inject for option in ("-e", f"inject={each}")]
+        calls = ",".join(["?" + name for name in KIND_OF] + [TURN])
+        command = ["strace", "-f", "-y", "-s", "300", "-o", str(output), "-e", f"trace={calls}", *options]
+        self.process = subprocess.Popen([*command, "-p", str(program.pid)], stderr=subprocess.PIPE, text=True)
+        if not (self.process.stderr and "attached" in (said := self.process.stderr.readline())):
+            self.process.kill()
+            raise RuntimeError(f"strace could not attach: {said}{self.process.stderr.read()}")  # type: ignore[union-attr]
+
+    def __enter__(self) -> Self:
+        """Return it, attached."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the program go on without it."""
+        if not self.program.ended:
+            self.process.terminate()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:  # told to let go just when its tracee died, it may wait for ever
+            self.process.kill()
+            self.process.wait()
+        if self.process.stderr:
+            self.process.stderr.close()
+
+    def calls(self) -> list[Call]:
+        """Return the calls up to now, in the order in which they began."""
+        return read_calls(self.output)
+
+    def injected(self) -> int:
+        """Return how many calls it let fail."""
+        return self.output.read_text(errors="replace").count(" (INJECTED)")
+
+
+def read_calls(output: Path) -> list[Call]:
+    """Return the calls in strace's output."""
+    found = re.finditer(r"^(\d+) +(\w+)\(.*$", output.read_text(errors="replace"), re.MULTILINE)
+    return [Call(match[1], match[2], match[0]) for match in found]
+
+
+def counts(calls: list[Call]) -> dict[str, int]:
+    """Return for each call how often the thread that makes it most often makes it: strace counts by thread."""
+    by_thread = Counter((call.name, call.thread) for call in calls)
+    most: dict[str, int] = {}
+    for (name, _), number in by_thread.items():
+        most[name] = max(most.get(name, 0), number)
+    return most

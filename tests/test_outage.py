@@ -1,0 +1,242 @@
+"""S3 fails in every way that it, and the line to it, can fail: the log says why, capture goes on, and all is sent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+from kit import Answer, Daemon, FakeS3, FaultProxy, Lnd, Mode, assert_nothing_lost, channel_backup
+from kit import fake_s3 as answers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+AWAY_STAGED = 10_000
+# One attempt lasts half a second instead of half a minute; names are resolved unless a file says that they are not.
+LAUNCHER = """
+import importlib.util, os, socket, sys
+spec = importlib.util.spec_from_file_location("program", SCRIPT)
+program = sys.modules["program"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+assert program.ATTEMPT_SECONDS > 0.5
+program.ATTEMPT_SECONDS = 0.5
+resolve = socket.getaddrinfo
+def getaddrinfo(*arguments, **more):
+    if os.path.exists({dead!r}):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    return resolve(*arguments, **more)
+socket.getaddrinfo = getaddrinfo
+sys.exit(program.main())
+"""
+
+
+class Outage:
+    """S3 behind a line: both fail on demand, and are well again on demand."""
+
+    def __init__(self, directory: Path, scheme: str) -> None:
+        """Make the servers; the second one has a certificate from an authority that nobody trusts."""
+        self.scheme = scheme
+        self.dns_is_dead = directory / "dns-is-dead"
+        self.ca_file = directory / "ca.pem"
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(self.ca_file))
+        secure = scheme == "https"
+        self.fake = FakeS3(tls=_context(authority) if secure else None)
+        self.impostor = FakeS3(tls=_context(trustme.CA()) if secure else None)
+        self.proxy = FaultProxy("127.0.0.1", self.fake.port)
+
+    def settings(self) -> dict[str, str]:
+        """Return what the program needs to get there; the name is resolved at each connection."""
+        endpoint = self.proxy.endpoint(self.scheme).replace("127.0.0.1", "localhost")
+        return {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_CA_BUNDLE": str(self.ca_file)}
+
+    def line(self, mode: Mode, **settings: float) -> None:
+        """Let the line fail."""
+        self.proxy.set(mode, cut=True, **settings)
+
+    def answer(self, answer: Answer) -> None:
+        """Let S3 answer in this way."""
+        self.fake.set_default(answer)
+
+    def resolver(self) -> None:
+        """Let no name be resolved any more."""
+        self.dns_is_dead.touch()
+
+    def certificate(self) -> None:
+        """Let somebody else answer."""
+        self.proxy.upstream = ("127.0.0.1", self.impostor.port)
+        self.proxy.cut_all()
+
+    def end(self) -> None:
+        """Let everything be well again."""
+        self.dns_is_dead.unlink(missing_ok=True)
+        self.proxy.upstream = ("127.0.0.1", self.fake.port)
+        self.fake.set_default(answers.STORED)
+        self.proxy.set("pass", cut=True)
+
+    def attempts(self) -> int:
+        """Return how many times a version was sent to S3 until now."""
+        return sum(request.method == "PUT" for request in self.fake.requests)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to fail: how it begins, and a pattern for the log that says so, and one for the hint."""
+
+    begin: Callable[[Outage], None]
+    says: str
+    hint: str = "versions stay staged"
+    schemes: tuple[str, ...] = ("http", "https")
+
+
+def _line(mode: Mode, **settings: float) -> Callable[[Outage], None]:
+    """Return what lets the line fail."""
+    return lambda outage: outage.line(mode, **settings)
+
+
+def _answer(answer: Answer) -> Callable[[Outage], None]:
+    """Return what lets S3 answer like this."""
+    return lambda outage: outage.answer(answer)
+
+
+FAULTS = {
+    "refused": Fault(_line("refuse"), "Could not connect.*refused"),
+    "black-holed": Fault(_line("blackhole"), "timed? ?out|given up"),
+    "reset at once": Fault(_line("rst"), "reset by peer|Connection was closed|SSL"),
+    "reset in mid-body": Fault(_line("rst_after_up", n=4000), "reset by peer|Connection was closed|SSL|Broken pipe"),
+    "stalled in mid-body": Fault(_line("stall_after_up", n=4000), "timed? ?out|given up"),
+    "answers lost": Fault(_line("swallow_response"), "timed? ?out|given up"),
+    "a byte per second": Fault(_line("throttle", bps=1), "timed? ?out|given up"),
+    "500": Fault(_answer(answers.INTERNAL_ERROR), r"InternalError.*HTTP 500"),
+    "503": Fault(_answer(Answer(503, etag=False)), "503"),
+    "slow down": Fault(_answer(answers.SLOW_DOWN), "SlowDown"),
+    "another region": Fault(_answer(answers.WRONG_REGION), "PermanentRedirect.*301", "AWS_REGION"),
+    "expired": Fault(_answer(answers.EXPIRED_TOKEN), "ExpiredToken.*403", "check the access key"),
+    "revoked": Fault(_answer(answers.UNKNOWN_KEY), "InvalidAccessKeyId.*403", "check the access key"),
+    "denied": Fault(_answer(answers.ACCESS_DENIED), "AccessDenied.*403", "s3:PutObject"),
+    "skewed": Fault(_answer(answers.CLOCK_SKEW), "RequestTimeTooSkewed.*403", "set the clock"),
+    "bucket gone": Fault(_answer(answers.NO_SUCH_BUCKET), "NoSuchBucket.*404", "check the bucket"),
+    "bit flipped": Fault(_answer(Answer(400, "BadDigest")), "BadDigest.*400"),
+    "captive portal": Fault(_answer(answers.PORTAL), "the answer is no receipt", "captive portal"),
+    "portal with an ETag": Fault(_answer(answers.PORTAL_WITH_ETAG), "the answer is no receipt", "captive portal"),
+    "resolver dead": Fault(Outage.resolver, "Could not connect.*name resolution"),
+    "certificate changed": Fault(Outage.certificate, "CERTIFICATE_VERIFY_FAILED", "AWS_CA_BUNDLE", ("https",)),
+}
+CASES = [
+    pytest.param(fault, scheme, id=f"{name.replace(' ', '-')}-{scheme}")
+    for name, fault in FAULTS.items()
+    for scheme in fault.schemes
+]
+
+
+def _context(authority: trustme.CA) -> ssl.SSLContext:
+    """Return the TLS settings of a server on this machine."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0  # they would be taken for answers
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    return context
+
+
+@pytest.fixture
+def outage(tmp_path: Path, scheme: str) -> Iterator[Outage]:
+    """Return S3 behind a line, over this scheme."""
+    made = Outage(tmp_path, scheme)
+    with made.fake, made.impostor, made.proxy:
+        yield made
+
+
+@pytest.fixture
+def env(lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
+    """Return the settings without the endpoint."""
+    return {
+        "MONITOR_FILE_PATH": str(lnd.path),
+        "BACKUP_DIRECTORY": str(staging),
+        "S3_BUCKET_NAME": "bucket",
+        "S3_BACKUP_PREFIX": prefix,
+        "AWS_ACCESS_KEY_ID": "key-of-the-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_REGION": "us-east-1",
+        "RESCAN_SECONDS": "600",  # only events are left
+        "SHUTDOWN_GRACE_SECONDS": "5",
+    }
+
+
+@pytest.mark.parametrize(("fault", "scheme"), CASES)
+def test_a_fault_is_told_survived_and_over(
+    fault: Fault,
+    outage: Outage,
+    env: dict[str, str],
+    lnd: Lnd,
+    staging: Path,
+    prefix: str,
+    started_by: Callable[[str], None],
+) -> None:
+    """The log says what is wrong, once, and what to do; versions are captured; each is sent once when it is over."""
+    started_by(LAUNCHER.format(dead=str(outage.dns_is_dead)))
+    fault.begin(outage)
+    lnd.write()
+    with Daemon(env | outage.settings()) as daemon:
+        daemon.wait_for_log(rf"cannot store: .*({fault.says}).*\n.*hint: .*{fault.hint}")
+        daemon.wait_for_captured(lnd.write())
+        assert daemon.stored_names() == []
+        outage.end()
+        before = outage.attempts()
+        for version in lnd.written:
+            daemon.wait_for_stored(version)
+        assert daemon.stop() == 0
+        assert daemon.log.count("cannot store") == 1, daemon.log
+        assert len(re.findall(r"S3 stores versions again, after \d+ failures", daemon.log)) == 1, daemon.log
+    assert outage.attempts() - before <= len(lnd.written) + 1, "one may have been on its way when the fault ended"
+    assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
+
+
+def fill(staging: Path, lnd: Lnd, count: int) -> None:
+    """Stage versions as a long outage leaves them, so many, one an hour."""
+    for number in range(count):
+        data = channel_backup(1)
+        name = f"2026{number // 672 % 12 + 1:02}{number // 24 % 28 + 1:02}T{number % 24:02}0000.{number:06}Z"
+        descriptor = os.open(
+            staging / f"{name}-{hashlib.sha256(data).hexdigest()[-6:]}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
+        )
+        os.write(descriptor, data)
+        os.close(descriptor)
+        lnd.placed.append(data)
+
+
+def proportional_set_size(pid: int) -> int:
+    """Return how much memory a process has, in kB."""
+    found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def processor_ticks(pid: int) -> int:
+    """Return how long a process has been computing."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_a_month_of_versions_is_no_burden(env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path) -> None:
+    """With 10,000 versions staged the start and the memory are hardly more than with none."""
+    fill(staging, lnd, AWAY_STAGED)
+    lnd.write()
+    away = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "SHUTDOWN_GRACE_SECONDS": "0"}
+    empty = {"BACKUP_DIRECTORY": str(tmp_path / "empty")}
+    memory, ticks = [], []
+    with Daemon(env | away | empty) as twin, Daemon(env | away) as daemon:
+        for each in (twin, daemon):
+            each.wait_for_log("cannot store")
+            memory.append(proportional_set_size(each.pid))
+            ticks.append(processor_ticks(each.pid))
+            each.signal(signal.SIGKILL)
+    assert f"{AWAY_STAGED} staged" in daemon.log
+    assert memory[1] < 1.2 * memory[0]
+    assert ticks[1] < 3 * ticks[0]

@@ -63,10 +63,11 @@ class Forked:
             self._set(os.waitpid(self.pid, 0)[1])
         os.close(self._pipe)
 
-    def signal(self, number: int) -> None:
-        """Send it a signal, if it still runs."""
+    def signal(self, number: int) -> bool:
+        """Send it a signal, if it still runs; tell whether it did."""
         if self.returncode is None:
             os.kill(self.pid, number)
+        return self.returncode is None
 
     def go_on(self) -> None:
         """Let it go on from where it stands still."""

@@ -198,6 +198,47 @@ def test_a_fault_is_told_survived_and_over(
     assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
 
 
+@pytest.mark.parametrize("scheme", ["http"])
+@pytest.mark.parametrize(
+    "answer", [answers.INTERNAL_ERROR, Answer(503, etag=False), answers.SLOW_DOWN], ids=["500", "503", "slow-down"]
+)
+def test_it_never_gives_up(
+    answer: Answer,
+    outage: Outage,
+    env: dict[str, str],
+    lnd: Lnd,
+    staging: Path,
+    prefix: str,
+    started_by: Callable[[str], None],
+) -> None:
+    """A version that S3 refuses seven times is sent an eighth time, under the same key, and that was all."""
+    hurried = "program.BACKOFF_FIRST_SECONDS = 0.01\nsys.exit"
+    started_by(LAUNCHER.format(dead=str(outage.dns_is_dead)).replace("sys.exit", hurried))
+    outage.fake.script(*[answer] * 7)
+    version = lnd.write()
+    with Daemon(env | outage.settings()) as daemon:
+        daemon.wait_for_stored(version)
+        assert daemon.stop() == 0
+        assert "S3 stores versions again, after 7 failures" in daemon.log
+    assert outage.attempts() == 8
+    assert len({request.path for request in outage.fake.requests}) == 1
+    assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
+
+
+@pytest.mark.parametrize("scheme", ["http"])
+def test_it_does_not_storm(outage: Outage, env: dict[str, str], lnd: Lnd, staging: Path, prefix: str) -> None:
+    """While S3 answers with errors it is asked ever more seldom: in 20 looks at the file there are 4 attempts."""
+    outage.answer(answers.INTERNAL_ERROR)
+    lnd.write()
+    with Daemon(env | outage.settings() | {"RESCAN_SECONDS": "0.1"}) as daemon:
+        outage.fake.wait_for_requests(1)
+        daemon.wait_for_looks(20)
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    assert outage.attempts() <= 4  # after pauses of at least 0.5, 1 and 2 s
+    assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
+
+
 def fill(staging: Path, lnd: Lnd, count: int) -> None:
     """Stage versions as a long outage leaves them, so many, one an hour."""
     for number in range(count):

@@ -28,14 +28,14 @@ def order_of(calls: Iterable[Call], name: str, staging: str) -> list[str]:
     """Return what happened to the version of this name, up to its deletion."""
     version, directory = re.escape(name), re.escape(staging)
     patterns = {
-        rf"fsync\(\d+<{directory}/\.partial-{version}>\) += 0": "the version is synced",
+        rf"fsync\(\d+<{directory}/\.partial-{version}>": "the version is synced",
         rf'(rename|link)\w*\(.*"\.partial-{version}", .*"{version}"': "the version gets its name",
-        rf"fsync\(\d+<{directory}>\) += 0": "the directory is synced",
+        rf"fsync\(\d+<{directory}>": "the directory is synced",
         rf"send\w+\(.*PUT /\S*/{version} HTTP": "the version is sent",
         r"recv\w+\(.*HTTP/1\.1 200 ": "S3 acknowledges it",
-        rf"fsync\(\d+<{directory}/\.partial-\.receipt>\) += 0": "the receipt is synced",
+        rf"fsync\(\d+<{directory}/\.partial-\.receipt>": "the receipt is synced",
         r'(rename|link)\w*\(.*"\.partial-\.receipt", .*"\.receipt"': "the receipt gets its name",
-        rf'unlink\w*\(.*"{version}", 0\)': DELETED,
+        rf'unlink\w*\(.*"{version}"': DELETED,
     }
     found = [what for call in calls for pattern, what in patterns.items() if re.search(pattern, call.line)]
     return found[: found.index(DELETED) + 1] if DELETED in found else found

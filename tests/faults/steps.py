@@ -214,7 +214,7 @@ def run_once(run: Run) -> list[Call]:
 def run_daemon(run: Run) -> list[Call]:
     """The daemon, up and with a connection that it has used, takes in a version and stops."""
     first = run.lnd.write(channels=10)
-    return run_on(run, is_stored(first))
+    return run_on(run, lambda _: first.sha256 in run.receipt() and not run.staged())
 
 
 def run_cold_daemon(run: Run) -> list[Call]:

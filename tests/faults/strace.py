@@ -79,9 +79,20 @@ class Strace:
 
 
 def read_calls(output: Path) -> list[Call]:
-    """Return the calls in strace's output."""
-    found = re.finditer(r"^(\d+) +(\w+)\(.*$", output.read_text(errors="replace"), re.MULTILINE)
-    return [Call(match[1], match[2], match[0]) for match in found]
+    """Return the calls in strace's output, those that another thread interrupted in one piece."""
+    calls: list[Call] = []
+    unfinished: dict[str, int] = {}
+    for line in output.read_text(errors="replace").splitlines():
+        thread, _, rest = line.partition(" ")
+        if resumed := re.match(r"<\.\.\. \w+ resumed>(.*)", rest.lstrip()):
+            if thread in unfinished:
+                number = unfinished.pop(thread)
+                calls[number] = calls[number]._replace(line=calls[number].line + resumed[1])
+        elif call := re.match(r"(\w+)\(", rest.lstrip()):
+            if line.endswith("<unfinished ...>"):
+                unfinished[thread] = len(calls)
+            calls.append(Call(thread, call[1], line))
+    return calls
 
 
 def counts(calls: list[Call]) -> dict[str, int]:

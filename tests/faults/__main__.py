@@ -20,7 +20,7 @@ NEEDED = {"strace": "strace", "faketime": "faketime", "mkfs.ext4": "e2fsprogs", 
 def main() -> int:
     """Run everything, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each test is run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each test is run (default: %(default)s)")
     parser.add_argument("--only", default="", help="run only the tests that pytest -k takes by this, nothing else")
     parser.add_argument("--steps", action="store_true", help="run only what strace injects")
     options = parser.parse_args()

@@ -559,7 +559,7 @@ def explain(what: str, error: Exception, permission: str = "") -> Failure:
     else:
         why = " ".join(str(error).split()) or type(error).__name__
         cause = next((cause for cause, classes in CLASSES if isinstance(error, classes)), Cause.OTHER)
-        if "CERTIFICATE_VERIFY_FAILED" in why:
+        if "CERTIFICATE_VERIFY_FAILED" in why or "doesn't match" in why:  # the certificate is for another name
             cause = Cause.CLOCK if "not yet valid" in why or "expired" in why else Cause.BUCKET
         reason = str(getattr(error, "kwargs", {}).get("error", "")).rpartition(": ")[
             2
@@ -617,11 +617,12 @@ class Bucket:
                 meta, method = self.client.meta, credentials.method if credentials else "none"
                 url, proxies = urlsplit(meta.endpoint_url), get_environ_proxies(meta.endpoint_url)
                 using = f"endpoint {meta.endpoint_url}, region {meta.region_name}, credentials: {method}"
-                using += f", proxy: {proxies.get(url.scheme, 'none')}"
+                using += f", proxy: {proxies[url.scheme]}" if url.scheme in proxies else ""
                 if using != self.using:
                     log.info("using %s", using)
                     if url.scheme == "http" and not LOCAL_HOST.fullmatch(str(url.hostname)):
-                        log.warning("plain http to %s: whoever is on the way can forge receipts", url.hostname)
+                        hint = "use https: whoever is on the way can read along and forge receipts"
+                        log.warning("not encrypted: %s", meta.endpoint_url, extra={"hint": hint})
                 self.using = using
             answer: dict[str, Any] = getattr(self.client, action)(Bucket=self.name, **arguments)
             if action == "get_object":  # within the time that the call may take; what is too large stays there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import SCRIPT, VERSION_NAME, Answer, Daemon, FakeS3, run_script
+from kit import SCRIPT, VERSION_NAME, Answer, Daemon, FakeS3, channel_backup, run_script
 from kit import fake_s3 as answers
 from kit import script as script_module
 
@@ -235,9 +236,12 @@ def test_the_metrics_tell_a_life(
         for count in (1, 2):
             daemon.wait_for_captured(lnd.write())
             wait_for_status(daemon, STORED + f"{count} staged; .*SlowDown.*")
+        left = channel_backup(2)  # by a run long ago
+        (staging / f"20260101T000000.000000Z-{hashlib.sha256(left).hexdigest()[-6:]}").write_bytes(left)
+        wait_for_status(daemon, STORED + "3 staged; .*SlowDown.*")
         away = metrics(prom)
-        oldest, newest = times_of(staging)
-        assert (away["staged"], away["oldest_staged_timestamp_seconds"]) == (2, oldest)
+        oldest, _, newest = times_of(staging)
+        assert (away["staged"], away["oldest_staged_timestamp_seconds"]) == (3, oldest)
         assert away["last_seen_timestamp_seconds"] == newest
         assert away["last_stored_timestamp_seconds"] == stored["last_stored_timestamp_seconds"]
         assert away["last_size_bytes"] == len(version.data)
@@ -246,13 +250,13 @@ def test_the_metrics_tell_a_life(
 
         fake.script(answers.ACCESS_DENIED)
         fake.set_default(answers.STORED)
-        daemon.wait_for_log("stored s3://", count=3)
+        daemon.wait_for_log("stored s3://", count=4)
         wait_for_status(daemon, STORED + "0 staged")
         over = metrics(prom)
         assert (over["staged"], over["oldest_staged_timestamp_seconds"]) == (0, 0)
         assert over["last_stored_timestamp_seconds"] >= newest
         assert over['failures_total{cause="denied"}'] == 1
-        assert over['failures_total{cause="network"}'] == len(fake.requests) - 3 - 1
+        assert over['failures_total{cause="network"}'] == len(fake.requests) - 4 - 1
 
 
 def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
@@ -486,9 +490,10 @@ def test_a_lasting_trouble_alarms_once(
             assert (len(beats(beat)), len(beats(beat, "POST"))) == (alarms + 1, alarms)
         assert len(fake.requests) == 1
 
-        fake.set_default(answers.SLOW_DOWN)
+        document = "<Error><Code>SlowDown</Code><Message>a\u202eb&#10;c</Message></Error>"
+        fake.set_default(Answer(503, body=document.encode()))
         daemon.wait_for_captured(lnd.write())
-        assert b"SlowDown" in beat.wait_for_requests(3, method="POST")[-1].body
+        assert rb"SlowDown: a\u202eb\nc (HTTP 503)" in beat.wait_for_requests(3, method="POST")[-1].body
         fake.set_default(answers.STORED)
         beat.wait_for_requests(4, method="GET")
         expect_secret(daemon)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.server
 import os
 import re
+import shlex
 import shutil
 import stat
+import subprocess
 import threading
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import SCRIPT, VERSION_NAME, Answer, Daemon, FakeS3, channel_backup, run_script
+from kit import SCRIPT, VERSION_NAME, Answer, Daemon, FakeS3, NotifySocket, Script, channel_backup, run_script
 from kit import fake_s3 as answers
 from kit import script as script_module
 
@@ -36,6 +40,13 @@ GAUGES = {
     "lnd_backup_staged",
     "lnd_backup_last_size_bytes",
 }
+# Run before the program: start it again without root's leave to read everything.
+ORDINARY = """
+if os.geteuid() == 0 and "ORDINARY" not in os.environ:
+    os.environ["ORDINARY"] = "yes"
+    drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    os.execvp(drop[0], [*drop, sys.executable, *sys.orig_argv[1:]])
+"""
 FAMILY = re.compile(
     r"# TYPE (?P<name>lnd_backup_[a-z_]+) (?P<type>gauge|counter)\n"
     r'(?P<samples>((?P=name)(\{cause="[a-z]+"\})? (0|[1-9][0-9]*)\n)+)'
@@ -326,6 +337,38 @@ def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, pro
         assert daemon.stop() == 0
 
 
+def test_metrics_that_somebody_removed_come_back(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+    """A metrics file that is gone, as from a directory in memory, is written again without a change of state."""
+    lnd.write()
+    with Daemon(env) as daemon:
+        wait_for_status(daemon, STORED + "0 staged")
+        prom.unlink()
+        wait_for_reports(daemon)
+        assert metrics(prom)["last_size_bytes"] == len(lnd.written[-1].data)
+
+
+def test_the_hint_for_a_missing_directory_of_metrics_mends_it(env: dict[str, str], lnd: Lnd, tmp_path: Path) -> None:
+    """The command in the hint makes what is missing, and not a directory in place of the file."""
+    lnd.write()
+    env["METRICS_FILE"] = str(tmp_path / "no such" / "lnd.prom")
+    done = run_script(env, "once")
+    assert done.returncode == 78
+    hint = re.search(r"hint: run: (?:sudo )?(.*)", done.stderr)
+    assert hint
+    subprocess.run(shlex.split(hint[1]), check=True)
+    done = run_script(env, "once")
+    assert (done.returncode, metrics(tmp_path / "no such" / "lnd.prom")["staged"]) == (0, 0)
+    assert "cannot" not in done.stderr
+
+
+def test_a_directory_in_place_of_the_metrics(env: dict[str, str], lnd: Lnd, tmp_path: Path) -> None:
+    """A METRICS_FILE that is a directory is wrong configuration."""
+    lnd.write()
+    done = run_script(env | {"METRICS_FILE": str(tmp_path)}, "once")
+    assert done.returncode == 78
+    assert "METRICS_FILE" in done.stderr
+
+
 @pytest.mark.parametrize("place", ["", "chan-backup-archives", "data/below"])
 def test_no_metrics_in_lnds_directory(env: dict[str, str], lnd: Lnd, place: str) -> None:
     """A METRICS_FILE in or below LND's directory is wrong configuration, and nothing is written there."""
@@ -543,15 +586,139 @@ def test_a_heartbeat_without_a_refresh_is_warned_of(beating: dict[str, str], env
             assert bool(re.search("warning: REFRESH_SECONDS=0.*heartbeat", daemon.log)) is expected
 
 
-@pytest.mark.parametrize("scheme", ["ftp://", "file://", "javascript:", "", "http:"])
-def test_a_heartbeat_must_be_http(env: dict[str, str], lnd: Lnd, scheme: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://{}",
+        "file://{}",
+        "javascript:{}",
+        "{}",
+        "http:{}",
+        "http://user:word@{}",
+        "http://{}\x01",
+        "http://{}\xe9",
+    ],
+)
+def test_a_heartbeat_must_be_http(env: dict[str, str], lnd: Lnd, url: str) -> None:
     """Any other URL is wrong configuration, and the message names the variable and not the URL."""
     lnd.write()
-    done = run_script(env | {"HEARTBEAT_URL": f"{scheme}heartbeat.example{SECRET_PATH}"})
+    done = run_script(env | {"HEARTBEAT_URL": url.format(f"127.0.0.1{SECRET_PATH}")}, "once")
     assert done.returncode == 78
     assert "HEARTBEAT_URL" in done.stderr
-    assert "heartbeat.example" not in done.stderr
-    assert "top-secret" not in done.stderr
+    assert "127.0.0.1" not in done.stderr.replace(env["AWS_ENDPOINT_URL_S3"], "")
+    assert not re.search("top-secret|word@", done.stderr)
+
+
+def test_once_sends_one_heartbeat(beating: dict[str, str], lnd: Lnd, staging: Path, fake: FakeS3, beat: FakeS3) -> None:
+    """The command once sends one heartbeat, also when what was left is sent long after the newest version."""
+    lnd.write()
+    data = channel_backup(3)
+    (staging / f"20260101T000000.000000Z-{hashlib.sha256(data).hexdigest()[-6:]}").write_bytes(data)
+    fake.hold()
+    beat.hold()
+    with NotifySocket() as systemd, Script(beating | {"NOTIFY_SOCKET": systemd.path}, "once") as script:
+        fake.wait_for_requests(1)
+        fake.release()
+        fake.hold()
+        fake.wait_for_requests(2)
+        looked = "".join(systemd.messages).count("WATCHDOG=1")
+        systemd.wait_for("WATCHDOG=1", count=looked + 5)  # time enough for a report
+        fake.release()
+        script.wait_for_log("stopped, 0 versions")
+        beat.release()
+        assert script.wait() == 0
+    assert [request.path for request in beat.requests] == [SECRET_PATH]
+
+
+def test_the_heartbeat_is_named(beating: dict[str, str], lnd: Lnd, beat: FakeS3) -> None:
+    """A heartbeat that fails is called by its variable, and what to do is not what one does about S3."""
+    lnd.write()
+    beat.set_default(answers.INTERNAL_ERROR, "GET")
+    for url in (f"http://127.0.0.1:1{SECRET_PATH}", beating["HEARTBEAT_URL"]):
+        done = run_script(beating | {"HEARTBEAT_URL": url}, "once")
+        (message, hint) = (line for line in done.stderr.splitlines() if re.search("warning|error", line))
+        assert "HEARTBEAT_URL" in message
+        assert not re.search("staged|bucket|list shows", hint)
+
+
+def test_metrics_that_cannot_be_written_do_not_silence_the_heartbeat(
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, tmp_path: Path
+) -> None:
+    """What watches over the heartbeat is not to hear of a death that is none."""
+    lnd.write()
+    directory = tmp_path / "textfile"
+    directory.mkdir()
+    (directory / "lnd.prom.partial").mkdir()
+    with Daemon(beating | {"METRICS_FILE": str(directory / "lnd.prom")}) as daemon:
+        daemon.wait_for_log("cannot write METRICS_FILE")
+        beat.wait_for_requests(1, method="GET")
+
+
+def test_a_heartbeat_works_again_only_when_it_did(
+    beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3
+) -> None:
+    """While there is nothing to tell the heartbeat, nobody knows that it works again, and nothing is said of it."""
+    beat.set_default(answers.INTERNAL_ERROR, "GET")
+    lnd.write()
+    with Daemon(beating) as daemon:
+        beat.wait_for_requests(2, method="GET")
+        fake.set_default(answers.SLOW_DOWN)
+        daemon.wait_for_captured(lnd.write())
+        wait_for_status(daemon, STORED + "1 staged; .*SlowDown.*")
+        wait_for_reports(daemon)
+        assert "HEARTBEAT_URL work again" not in daemon.log
+
+
+def test_a_heartbeat_that_drips_stops_no_upload(
+    beating: dict[str, str], lnd: Lnd, hurried: Callable[..., None]
+) -> None:
+    """However many heartbeats hang, answered by a byte now and then, versions are sent."""
+    hurried(HEARTBEAT_SECONDS=0.1, STUCK_THREADS_MAX=3)
+    ended = threading.Event()
+    dripping = threading.Semaphore(0)
+
+    class Dripping(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            dripping.release()
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+                while not ended.wait(0.02):
+                    self.wfile.write(b"x")
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    lnd.write()
+    try:
+        with Daemon(beating | {"HEARTBEAT_URL": f"http://127.0.0.1:{server.server_port}{SECRET_PATH}"}) as daemon:
+            for _ in range(3):
+                assert dripping.acquire(timeout=PATIENCE_SECONDS)
+            daemon.wait_for_log("cannot .*given up")
+            daemon.wait_for_stored(lnd.write())
+            expect_secret(daemon)
+    finally:
+        ended.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_staged_version_that_can_be_read_again(
+    beating: dict[str, str], lnd: Lnd, staging: Path, beat: FakeS3, hurried: Callable[..., None]
+) -> None:
+    """When a staged version that could not be read is stored at last, nothing is wrong any more."""
+    hurried(ORDINARY)
+    lnd.write()
+    data = channel_backup(3)
+    left = staging / f"20260101T000000.000000Z-{hashlib.sha256(data).hexdigest()[-6:]}"
+    left.write_bytes(data)
+    left.chmod(0)
+    with Daemon(beating) as daemon:
+        daemon.wait_for_log("cannot read: ")
+        left.chmod(0o600)
+        daemon.wait_for_log("stored s3://bucket/20260101T000000")
+        wait_for_status(daemon, STORED + "0 staged")
+        beat.wait_for_requests(1, method="GET")
 
 
 # --- What this user can read beside the file ---
@@ -574,11 +741,7 @@ def test_no_warning_of_secrets_that_cannot_be_read(env: dict[str, str], lnd: Lnd
     lnd.leave_decoys()
     for name in ("admin.macaroon", "wallet.db"):
         (lnd.directory / name).chmod(0)
-    drop = "['setpriv', '--bounding-set', '-dac_override,-dac_read_search']" if os.geteuid() == 0 else "['env']"
-    hurried(
-        f"if not os.environ.get('ORDINARY'):\n    os.environ['ORDINARY'] = '1'\n    command = {drop}\n"
-        "    os.execvp(command[0], [*command, sys.executable, *sys.orig_argv[1:]])"
-    )
+    hurried(ORDINARY)
     with Daemon(env) as daemon:
         assert "can read" not in daemon.log
         daemon.wait_for_stored(lnd.written[-1])

@@ -479,6 +479,13 @@ def test_wrong_configuration(reader: dict[str, str], lnd: Lnd, wrong: dict[str, 
     assert next(iter(wrong)) in done.stderr
 
 
+def test_what_reporting_needs_is_not_checked(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+    """It reports to nobody, so that where and how the daemon does is no matter, as to another user."""
+    lnd.write()
+    back_up(env)
+    assert check(reader | {"METRICS_FILE": "/nowhere/lnd.prom"}).code == 0
+
+
 def test_s3_refuses_connections(reader: dict[str, str], lnd: Lnd) -> None:
     """When S3 is out of reach it is exit 75, not a verdict."""
     lnd.write()

@@ -458,8 +458,9 @@ def test_a_missing_bucket(s3: S3Server, prefix: str) -> None:
         {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
         {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
         {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
+        {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"},
     ],
-    ids=["empty", "tilde", "nowhere", "impossible"],
+    ids=["empty", "tilde", "nowhere", "impossible", "reporting"],
 )
 def test_the_node_is_not_needed(s3: S3Server, bucket: str, reader: dict[str, str], node: dict[str, str]) -> None:
     """The node's settings may be absent, empty or wrong; nothing is said of them."""

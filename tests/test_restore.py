@@ -728,8 +728,9 @@ def test_the_statements_suffice(s3: S3Server, bucket: str, prefix: str, home: Pa
         {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
         {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
         {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
+        {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"},
     ],
-    ids=["absent", "tilde", "nowhere", "impossible"],
+    ids=["absent", "tilde", "nowhere", "impossible", "reporting"],
 )
 def test_the_node_is_not_needed(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path, node: dict[str, str]

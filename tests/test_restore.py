@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from kit import (
+    CHECKOUT,
     SCRIPT,
     Answer,
     FakeS3,
@@ -825,3 +826,43 @@ def test_below_a_home_of_lnd_nothing_is_written(s3: S3Server, bucket: str, reade
     done = restore(reader, home, "--output", str(network / "channel.backup"), code=1)
     assert "directory of LND's" in done.stderr
     assert list(network.iterdir()) == []
+
+
+def test_the_steps_of_the_recovery_page(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """The page's commands, pasted with one's own values into a shell where nothing is set, lead to the file."""
+    wanted = channel_backup(5)
+    put(s3, bucket, NOON, wanted)
+    page = (CHECKOUT / "docs" / "recovery.md").read_text(encoding="utf-8")
+    day = page[page.index("**5. ") : page.index("**8. ")]
+    steps = "".join(re.findall(r"^```sh\n(.*?)^```", day, re.MULTILINE | re.DOTALL))
+    assert [step in steps for step in ("channels.py list\n", "channels.py restore --output ~/recovery/")] == [
+        True,
+        True,
+    ]
+    own = {
+        "my-lnd-backups": bucket,
+        "my-node/": "alice/",
+        "eu-central-1": "us-east-1",
+        "https://s3.example.org": s3.endpoint,
+    }
+    for example, value in own.items():
+        assert example in steps
+        steps = steps.replace(example, value)
+    (home / "venv" / "bin").mkdir(parents=True)
+    (home / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (home / "venv" / "bin" / "python").chmod(0o700)
+    (home / SCRIPT.name).symlink_to(SCRIPT)
+    done = subprocess.run(
+        ["/usr/bin/env", "bash", "-euc", steps],
+        env=script_environment({}, str(home)),
+        cwd=home,
+        input=f"{reader['AWS_ACCESS_KEY_ID']}\n{reader['AWS_SECRET_ACCESS_KEY']}\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (home / "recovery" / "channel.backup").read_bytes() == wanted
+    assert stat.S_IMODE((home / "recovery").stat().st_mode) == 0o700
+    assert f"lncli verifychanbackup --multi_file {home / 'recovery' / 'channel.backup'}" in done.stdout
+    assert reader["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr

@@ -675,7 +675,7 @@ def test_a_heartbeat_that_drips_stops_no_upload(
     beating: dict[str, str], lnd: Lnd, hurried: Callable[..., None]
 ) -> None:
     """However many heartbeats hang, answered by a byte now and then, versions are sent."""
-    hurried(HEARTBEAT_SECONDS=0.1, STUCK_THREADS_MAX=3)
+    hurried(HEARTBEAT_SECONDS=0.5, STUCK_THREADS_MAX=2)
     ended = threading.Event()
     dripping = threading.Semaphore(0)
 
@@ -693,9 +693,10 @@ def test_a_heartbeat_that_drips_stops_no_upload(
     lnd.write()
     try:
         with Daemon(beating | {"HEARTBEAT_URL": f"http://127.0.0.1:{server.server_port}{SECRET_PATH}"}) as daemon:
-            for _ in range(3):
+            for _ in range(2):
                 assert dripping.acquire(timeout=PATIENCE_SECONDS)
             daemon.wait_for_log("cannot .*given up")
+            wait_for_reports(daemon)
             daemon.wait_for_stored(lnd.write())
             expect_secret(daemon)
     finally:

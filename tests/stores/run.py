@@ -41,6 +41,10 @@ class Matrix:
         self.versions: dict[str, str] = {}
         self.faults: list[str] = []
 
+    def fill(self, store: str, result: str) -> None:
+        """Give all cells of a store the same result."""
+        self.cells.update({(feature, store, scheme): result for feature in FEATURES for scheme in ("http", "https")})
+
     def cell(self, feature: str, store: str) -> str:
         """Return what both schemes gave, once if they agree."""
         found = {scheme: self.cells.get((feature, store, scheme), "") for scheme in ("http", "https")}
@@ -82,13 +86,25 @@ def install(store: Store, matrix: Matrix) -> bool:
         store.install()
     except NotInstalledError as error:
         matrix.faults.append(f"not installed: {store.name}: {error}")
-        for feature in FEATURES:
-            matrix.cells.update({(feature, store.name, scheme): "not installed" for scheme in ("http", "https")})
+        matrix.fill(store.name, "not installed")
         return False
     matrix.versions[store.name] = f"{store.name} {store.version} ({store.source})".replace(
         f"{store.name} {store.name.rpartition(' ')[2]}.", f"{store.name}."
     )
     return True
+
+
+def serve(matrix: Matrix, store: Store, directory: Path) -> None:
+    """Run a store and try all features on it; if it does not start, every one of its cells says so."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.stop)
+        try:
+            store.start(directory / "server")
+        except RuntimeError as error:
+            matrix.faults.append(str(error))
+            matrix.fill(store.name, "FAILED: did not start")
+        else:
+            measure(matrix, store, directory)
 
 
 def differences(measured: str) -> list[str]:
@@ -107,19 +123,16 @@ def main(wanted: list[str]) -> int:
     stores = [store() for store in STORES if not wanted or store.name in wanted]
     directory = Path(tempfile.mkdtemp(prefix="stores-"))
     try:
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(3) as pool:
+            # The last of the list take longest to install, and the first are tried meanwhile.
+            jobs = {store: pool.submit(install, store, matrix) for store in reversed(stores)}
             if not wanted:
                 pool.submit(make_venv, "aws")  # for the bucket, which tells if that fails
-            installed = dict(zip(stores, pool.map(lambda store: install(store, matrix), stores), strict=True))
-        print(f"installed after {time.monotonic() - began:.0f} s", flush=True)
-        for store in [each for each, there in installed.items() if there]:
-            # One after the other, and from the main thread: a server ends with the thread that started it.
-            with contextlib.ExitStack() as stack:
-                stack.callback(store.stop)
-                home = directory / store.name.lower().replace(" ", "-")
-                store.start(home / "server")
-                measure(matrix, store, home)
-            print(f"{matrix.versions[store.name]} after {time.monotonic() - began:.0f} s", flush=True)
+            for store in stores:
+                if jobs[store].result():
+                    # From the main thread: a server ends with the thread that started it.
+                    serve(matrix, store, directory / store.name.lower().replace(" ", "-"))
+                    print(f"{matrix.versions[store.name]} after {time.monotonic() - began:.0f} s", flush=True)
         shown, faults = bucket.measure(directory / "bucket") if not wanted else ([], [])
     finally:
         shutil.rmtree(directory, ignore_errors=True)

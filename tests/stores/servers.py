@@ -172,6 +172,7 @@ class Ministack(Store):
     """The strict one, which `make test` uses."""
 
     name, source = "ministack", "PyPI"
+    _server: S3Server | None = None
 
     def install(self) -> None:
         """It is there: the Makefile has made its venv."""
@@ -188,11 +189,18 @@ class Ministack(Store):
 
     def stop(self) -> None:
         """End the server at once."""
-        self._server.kill()
+        if self._server:
+            self._server.kill()
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:
         """Return the key of an IAM user."""
-        return self._server.put_only_user(bucket, prefix)
+        return self._running().put_only_user(bucket, prefix)
+
+    def _running(self) -> S3Server:
+        """Return the kit's server, which must be there."""
+        if self._server is None:
+            raise RuntimeError("ministack is not running")
+        return self._server
 
 
 def iam_user(iam: Any, *statements: dict[str, Any], name: str) -> Credentials:  # noqa: ANN401 - not typed
@@ -448,4 +456,4 @@ class CephOld(Ceph):
         return Credentials("node-key", self.owner.secret_key)
 
 
-STORES: tuple[type[Store], ...] = (Ministack, Moto, CephNew, CephOld, Swift, Rclone)
+STORES: tuple[type[Store], ...] = (Ministack, Moto, Rclone, Swift, CephNew, CephOld)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,11 +17,11 @@ from kit.tunnel import ConnectProxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 NAME = "s3.example.org"
 TARGET = f"{NAME}:443"
 METADATA = "169.254.169.254"
+ON_EC2 = any("amazon" in path.read_text().lower() for path in Path("/sys/class/dmi/id").glob("*s_ve*"))
 PATIENCE_SECONDS = 10.0
 # Local sockets (systemd's) have no port, and are left out.
 RECORD = """
@@ -93,6 +94,21 @@ def test_through_a_proxy_only_the_proxy_hears_of_the_program(
     assert len(connections) == len(proxy.asked) == 4
 
 
+def test_the_heartbeat_goes_through_the_proxy_too(
+    s3_https: S3Server, proxy: ConnectProxy, talk: Callable[[], Talk], prefix: str, lnd: Lnd, staging: Path
+) -> None:
+    """The heartbeat is the only other request, its name is looked up by nobody but the proxy, and it loses nothing."""
+    env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
+    through = {"AWS_ENDPOINT_URL_S3": f"https://{NAME}", "HTTPS_PROXY": proxy.url, "HTTP_PROXY": proxy.url}
+    version = lnd.write()
+    with Daemon(env | through | {"HEARTBEAT_URL": "http://heartbeat.example.org/ping"}) as daemon:
+        daemon.wait_for_stored(version)
+        daemon.wait_for_log("cannot reach HEARTBEAT_URL")  # this proxy knows CONNECT alone
+        assert daemon.stop() == 0
+    assert {(host, port) for _, host, port in talk()} == {proxy.address}
+    assert set(proxy.asked) == {f"CONNECT {TARGET}", "GET http://heartbeat.example.org/ping"}
+
+
 def test_without_a_proxy_only_the_endpoint_is_asked(
     s3: S3Server, env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
@@ -160,7 +176,8 @@ def test_the_configured_source_of_credentials_is_asked(
 def test_the_metadata_service_is_asked_only_by_choice(
     env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd, choice: str, *, asked: bool
 ) -> None:
-    """Without credentials the metadata service of EC2 is asked only with AWS_EC2_METADATA_DISABLED=false."""
+    """Without credentials the metadata service is asked on EC2, and elsewhere with AWS_EC2_METADATA_DISABLED=false."""
+    asked = asked or (not choice and ON_EC2)
     del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
     lnd.write()
     assert run_script(env | {"AWS_EC2_METADATA_DISABLED": choice}, "once").returncode == 1

@@ -21,17 +21,17 @@ def main() -> int:
     """Run everything, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often each test is run (default: %(default)s)")
-    parser.add_argument("--only", default="", help="run only the tests that pytest -k takes by this, nothing else")
-    parser.add_argument("--steps", action="store_true", help="run only what strace injects")
+    parser.add_argument("--part", choices=["all", "steps", "tests"], default="all", help="strace's part, or the tests'")
+    parser.add_argument("--only", default="", help="of the tests, run only those that pytest -k takes by this")
     options = parser.parse_args()
     if wrong := prepare():
         print(wrong, file=sys.stderr)
         return 1
     tallies: list[table.Tally] = []
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
-        if not options.only:
+        if options.part != "tests":
             tallies += under_strace(Path(name))
-        if not options.steps:
+        if options.part != "steps":
             tallies += rows.inject_by_tests(Path(name), options.rounds, options.only)
     table.show(merged := table.merged(tallies))
     return 0 if merged and all(row.passed for row in merged) else 1

@@ -144,11 +144,12 @@ def test_staging_disk_becomes_read_only(
         subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
 
 
-def lowest_free_descriptor(pid: int) -> int:
-    """Return the lowest descriptor that is free whenever the process does nothing."""
+def lowest_free_descriptor(daemon: Daemon) -> int:
+    """Return the lowest descriptor that is free whenever the daemon does nothing; it uses some in every look."""
     lowest = []
-    for _ in range(50):
-        used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    for _ in range(10):
+        daemon.wait_for_looks(1)
+        used = {int(name) for name in os.listdir(f"/proc/{daemon.pid}/fd")}
         lowest.append(min(set(range(len(used) + 1)) - used))
     return min(lowest)
 
@@ -159,7 +160,7 @@ def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: Callable[..., None
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_looks()
         limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(daemon.pid), limits[1]))
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(daemon), limits[1]))
         version = lnd.write()
         daemon.wait_for_log("cannot (read|watch).*Too many open files")
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import signal
 import ssl
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import trustme
-from kit import Answer, Daemon, FakeS3, FaultProxy, Lnd, Mode, assert_nothing_lost, channel_backup
+from kit import Answer, Daemon, FakeS3, FaultProxy, Lnd, Mode, Request, assert_nothing_lost, channel_backup
 from kit import fake_s3 as answers
 
 if TYPE_CHECKING:
@@ -225,18 +227,31 @@ def test_it_never_gives_up(
     assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
 
 
-@pytest.mark.parametrize("scheme", ["http"])
-def test_it_does_not_storm(outage: Outage, env: dict[str, str], lnd: Lnd, staging: Path, prefix: str) -> None:
-    """While S3 answers with errors it is asked ever more seldom: in 20 looks at the file there are 4 attempts."""
-    outage.answer(answers.INTERNAL_ERROR)
+class TimedS3(FakeS3):
+    """Answers every PUT with an error, and notes when it came."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        super().__init__(defaults={"PUT": answers.INTERNAL_ERROR})
+        self.came_at: list[float] = []
+
+    def take(self, request: Request) -> Answer:
+        """Note the time of a request, and return the answer."""
+        self.came_at.append(time.monotonic())
+        return super().take(request)
+
+
+def test_it_does_not_storm(env: dict[str, str], lnd: Lnd, staging: Path, prefix: str) -> None:
+    """While S3 answers with errors, it is asked ever more seldom: the pauses are 1, 2 and 4 s, half of it by chance."""
     lnd.write()
-    with Daemon(env | outage.settings() | {"RESCAN_SECONDS": "0.1"}) as daemon:
-        outage.fake.wait_for_requests(1)
-        daemon.wait_for_looks(20)
+    with TimedS3() as fake, Daemon(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as daemon:
+        fake.wait_for_requests(4, timeout=30)
         daemon.signal(signal.SIGKILL)
         daemon.wait()
-    assert outage.attempts() <= 4  # after pauses of at least 0.5, 1 and 2 s
-    assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
+        pauses = [later - earlier for earlier, later in itertools.pairwise(fake.came_at)]
+        # A busy machine makes a pause longer, and never shorter.
+        assert all(pause > shortest for pause, shortest in zip(pauses, [0.45, 0.95, 1.95], strict=False)), pauses
+        assert_nothing_lost(lnd, fake, env["S3_BUCKET_NAME"], prefix, staging)
 
 
 def fill(staging: Path, lnd: Lnd, count: int) -> None:

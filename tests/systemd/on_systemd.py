@@ -398,18 +398,17 @@ def test_it_starts_before_the_directory_of_lnd_is_there(node: Node) -> None:
 @pytest.mark.skipif("STATUS=" not in PROGRAM, reason="the program does not send STATUS= yet")
 def test_the_status_says_how_it_goes(node: Node) -> None:
     """`systemctl status` tells what was stored and when, how many are staged, and what is wrong."""
+    status = partial(node.box.show, "lnd-backup", "StatusText")
     node.systemctl("start", "lnd-backup")
-    until("nothing stored yet", lambda: "nothing stored yet, 0 staged" in node.box.show("lnd-backup", "StatusText"))
+    until("nothing stored yet", lambda: re.match("nothing stored yet[,;] 0 staged", status()))
     node.systemctl("start", "lnd")
     node.wait_for_stored()
-    pattern = r"stored 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, 0 staged"
-    until("the version is in the status", lambda: re.fullmatch(pattern, node.box.show("lnd-backup", "StatusText")))
+    pattern = r"stored 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC[,;] 0 staged"
+    until("the version is in the status", lambda: re.fullmatch(pattern, status()))
     assert re.search(rf'Status: "{pattern}"', node.systemctl("status", "lnd-backup").stdout)
     node.set_up(AWS_SECRET_ACCESS_KEY="wrong")
     node.systemctl("restart", "lnd-backup")
-    until(
-        "the trouble is in the status", lambda: "1 staged; cannot store: " in node.box.show("lnd-backup", "StatusText")
-    )
+    until("the trouble is in the status", lambda: "1 staged; cannot store: " in status())
 
 
 @pytest.mark.skipif('"METRICS_FILE"' not in PROGRAM, reason="the program does not write METRICS_FILE yet")

@@ -54,7 +54,7 @@ def run(
         check=False,
         capture_output=True,
         encoding="utf-8",
-        timeout=55,
+        timeout=150,
     )
 
 
@@ -69,6 +69,7 @@ def system_python() -> str | None:
     return None
 
 
+pytestmark = pytest.mark.timeout(170)  # the first test waits for an installation that all others share
 PYTHON = system_python() or ""
 needs_python = pytest.mark.skipif(not PYTHON, reason="needs a Python 3.11 with venv in /usr (Debian: python3-venv)")
 

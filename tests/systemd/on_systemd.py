@@ -233,6 +233,11 @@ class Listener:
                     self.send_header("Location", listener.redirect)
                 self.end_headers()
 
+            def do_GET(self) -> None:
+                listener.bodies.append("a redirect was followed")
+                self.send_response(200)
+                self.end_headers()
+
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
@@ -488,11 +493,12 @@ def test_alerts_come_once_an_hour_by_each_way(node: Node, listener: Listener) ->
     node.box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/var/tmp/mail.$(id -un)\n")
     node.box.sh("chmod 0755 /usr/sbin/sendmail; chmod 1777 /var/tmp; rm -f /var/tmp/mail.*")
     alert = "lnd-backup-alert@lnd-backup.service.service"
-    listener.redirect = "file:///etc/passwd"
+    listener.redirect = f"{listener.url}/elsewhere"
     assert node.systemctl("start", alert, check=False).returncode != 0
     listener.redirect = ""
     node.systemctl("start", alert)
     assert len(listener.bodies) == 2
+    assert "a redirect was followed" not in listener.bodies
     node.systemctl("start", alert)
     assert len(listener.bodies) == 2
     log = node.box.run("journalctl", "--no-pager", "--output=cat", f"--unit={alert}").stdout

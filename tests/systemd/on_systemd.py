@@ -515,7 +515,7 @@ def test_after_the_start_limit_the_timer_tries_again(node: Node, listener: Liste
     if SUITES[node.box.suite] >= "254":
         fails += "RestartMaxDelaySec=100ms\n"
     node.box.drop_in("lnd-backup.service", fails)
-    ticks = "[Timer]\nOnCalendar=\nOnCalendar=*:*:*\nRandomizedDelaySec=0\nAccuracySec=100ms\n"
+    ticks = "[Timer]\nOnCalendar=\nOnCalendar=*:*:0/3\nRandomizedDelaySec=0\nAccuracySec=100ms\n"
     node.box.drop_in("lnd-backup.timer", ticks)
     node.systemctl("start", "--no-block", "lnd-backup")
     until("the alert came", lambda: listener.bodies)
@@ -620,7 +620,7 @@ def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
     node.set_up(MONITOR_FILE_PATH=f"{directory}/channel.backup")
     node.lnd_in(directory)
     node.box.drop_in(
-        "lnd-backup-mounts@lnd-backup.timer", "[Timer]\nOnActiveSec=1\nOnUnitInactiveSec=1\nAccuracySec=100ms\n"
+        "lnd-backup-mounts@lnd-backup.timer", "[Timer]\nOnActiveSec=3\nOnUnitInactiveSec=3\nAccuracySec=100ms\n"
     )
     node.systemctl("start", "lnd-backup", "lnd")
     until("LND has written", lambda: node.current(f"{directory}/channel.backup"))

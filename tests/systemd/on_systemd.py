@@ -711,9 +711,10 @@ def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
     before = node.current()
     node.box.control("down")
     last = (node.box.directory / f"changes{SCB}/channel.backup").read_bytes()
-    assert last != before
-    assert last in node.stored()
+    stored = node.stored()
     node.box.up()
+    assert last != before
+    assert last in stored
     until("it runs again", lambda: node.is_active() and node.is_active("lnd") and node.is_active("lnd-backup.timer"))
     until("LND has written", lambda: node.current() not in {last, b""})
     node.wait_for_stored()

@@ -27,10 +27,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-stores lint format pins clean install uninstall purge test-systemd faults soak
-
-help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+.PHONY: help demo test lint format pins clean install uninstall purge test-systemd test-stores faults soak
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +47,7 @@ test: lint $(VENV_S3) ## check and test everything, with coverage
 test-stores: $(VENV) $(VENV_S3) ## try the program on every S3 server that can be had (as root, on Debian)
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/stores/run.py
+
 BOXES := .cache/systemd-box
 
 test-systemd: $(VENV) $(VENV_S3) ## as root: install and test the service on systemd 252 and 257, in containers
@@ -61,6 +59,7 @@ test-systemd: $(VENV) $(VENV_S3) ## as root: install and test the service on sys
 		--dest $(BOXES)/wheels -r requirements.txt
 	$(BIN) -m pytest --numprocesses 2 --dist loadgroup --timeout 150 tests/systemd/on_systemd.py
 	@cat $(BOXES)/figures-*
+
 faults: $(VENV) $(VENV_S3) ## try to make it lose something, the long way, as root (installs strace and faketime)
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests $(BIN) -m faults

@@ -174,7 +174,7 @@ class Trouble:
 SECONDS = r"[0-9]{1,9}(\.[0-9]{1,6})?"
 HOST = r"([^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?(/\S*)?"
 URL, PROXY = "write a URL such as https://s3.example.org", "write http://HOST:PORT; SOCKS is not supported"
-LOCAL_HOST = re.compile(r"localhost|127\..*|10\..*|192\.168\..*|172\.(1[6-9]|2.|3[01])\..*|[^.]*|.*\.(local|lan|onion)")
+LOCAL_HOST = re.compile(r"[^.:]+|::1|fd.*:.*|(127|10|192\.168|172\.(1[6-9]|2\d|3[01]))\.[\d.]+|.*\.(local|lan|onion)")
 # Variable: default (None: required), pattern, what to do. Blanks, quotes, # and ${ would name another bucket: systemd
 # and python-dotenv read them differently. The SDK takes blanks in a key; S3 then refuses every signature.
 VALUES: dict[str, tuple[str | None, str, str]] = {

@@ -152,6 +152,14 @@ def test_a_self_signed_certificate_is_refused(some_env: dict[str, str], s3_https
     assert "AWS_CA_BUNDLE" in said
 
 
+def test_a_certificate_for_another_name_is_refused(s3_http: S3Server, some_env: dict[str, str], tmp_path: Path) -> None:
+    """A certificate for another name is an error that says so."""
+    with OtherFront(s3_http.port, tmp_path, name="s3.example.org") as front:
+        said = failure_of(some_env | front.env())
+    assert said.startswith("error: "), said
+    assert "hostname '127.0.0.1' doesn't match 's3.example.org'" in said
+
+
 @pytest.mark.parametrize("content", [b"", b"no certificate\n", None], ids=["empty", "rubbish", "directory"])
 def test_a_ca_bundle_without_a_certificate_is_wrong_configuration(
     some_env: dict[str, str], tmp_path: Path, content: bytes | None

@@ -632,7 +632,7 @@ class Bucket:
         except Exception as error:
             resource = f"arn:aws:s3:::{self.name}" + (f"/{self.prefix}*" if "Object" in permission else "")
             failure = explain(what, error, json.dumps({"Effect": "Allow", "Action": permission, "Resource": resource}))
-            if failure.cause is not Cause.NETWORK:
+            if not isinstance(error, (sdk.ConnectionError, sdk.HTTPClientError)):
                 self.client = self.session = None  # the next attempt reads the AWS settings and credentials anew
             raise failure from error
         return answer
@@ -912,7 +912,8 @@ class Reporter:
         """Write the status line, and METRICS_FILE for node_exporter's textfile collector; raises Failure."""
         names, receipt = self.staging.names(), self.staging.receipt
         stored_at = datetime.fromisoformat(receipt.stored_at) if receipt else None
-        status = [f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet", f"{len(names)} staged"]
+        status = [f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet"]
+        status[0] += f", {len(names)} staged"
         status += [str(trouble.failure) for trouble in self.troubles if trouble.failure]
         notify_systemd("STATUS=" + shown("; ".join(status)))
         times = {"last_stored": stored_at, "last_seen": captured_at(self.staging.newest)}

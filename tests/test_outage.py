@@ -95,7 +95,7 @@ class Fault:
 
     begin: Callable[[Outage], None]
     says: str
-    hint: str = "versions stay staged"
+    hint: str = "what is staged stays staged"
     schemes: tuple[str, ...] = ("http", "https")
 
 

@@ -222,6 +222,7 @@ def test_it_never_gives_up(
         daemon.wait_for_stored(version)
         assert daemon.stop() == 0
         assert "S3 stores versions again, after 7 failures" in daemon.log
+        assert daemon.log.count("cannot store") == 1, daemon.log
     assert outage.attempts() == 8
     assert len({request.path for request in outage.fake.requests}) == 1
     assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)

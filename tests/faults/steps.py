@@ -257,11 +257,14 @@ def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
 
 
 def hit_the_loop(calls: list[Call]) -> bool:
-    """Tell whether what failed was the event loop's own: it can hear nothing then, and has to end, loudly."""
+    """Tell whether what failed was the event loop's own: inotify, or the socket by which threads and signals wake it.
+
+    No kernel does that. Without the one it has to end, loudly; without the other it does not hear of a signal.
+    """
     hit = [call for call in calls if "(INJECTED)" in call.line]
-    return any(
-        "anon_inode" in call.line or (call.name == "recvfrom" and call.thread == calls[0].thread) for call in hit
-    )
+    waking = re.compile(r'anon_inode|write\(\d+<[^>]*>, "[^"]*", 1\)')  # a signal is one byte to the loop
+    main = calls[0].thread
+    return any(waking.search(call.line) or (call.name == "recvfrom" and call.thread == main) for call in hit)
 
 
 def is_stored(version: Written) -> Callable[[str], object]:

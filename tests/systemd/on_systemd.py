@@ -564,7 +564,7 @@ def test_the_command_runs_as_the_service_and_as_the_caller(node: Node) -> None:
     node.systemctl("start", "lnd")
     until("LND has written", node.current)
     once = node.box.run("lnd-backup", "once")
-    assert "stored box/" in once.stdout
+    assert f"stored s3://{node.bucket}/box/" in once.stderr
     node.wait_for_stored()
     assert set(node.box.sh(f"stat -c '%U %a' {STAGING} {STAGING}/.??*").split()) <= {"lnd-backup", "700", "600"}
     node.systemctl("start", "lnd-backup")

@@ -294,6 +294,6 @@ def test_a_month_of_versions_is_no_burden(env: dict[str, str], lnd: Lnd, staging
             memory.append(proportional_set_size(each.pid))
             ticks.append(processor_ticks(each.pid))
             each.signal(signal.SIGKILL)
-    assert f"{AWAY_STAGED} staged" in daemon.log
+    assert f"{AWAY_STAGED + 1} staged" in daemon.log  # and the one on disk
     assert memory[1] < 1.2 * memory[0]
     assert ticks[1] < 3 * ticks[0]

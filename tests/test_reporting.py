@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 30.0
 FINE = Answer(etag=False)
-STORED = r"stored \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC; "
+STORED = r"stored \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
 SECRET_PATH = "/ping/5e3cb1a0-top-secret"
 SECRET_KEY = "wJalr/XUtn+FEMI"
 CAUSES = {"settings", "locked", "absent", "clock", "credentials", "denied", "other", "bucket", "network"}
@@ -172,7 +172,7 @@ def expect_secret(daemon: Daemon) -> None:
 def test_the_status_tells_a_life(env: dict[str, str], lnd: Lnd, fake: FakeS3) -> None:
     """The status line tells what is stored since when, what is staged and what is wrong, and when it is over."""
     with Daemon(env) as daemon:
-        wait_for_status(daemon, rf"nothing stored yet; 0 staged; cannot read channel\.backup: {lnd.path}: No such .*")
+        wait_for_status(daemon, rf"nothing stored yet, 0 staged; cannot read channel\.backup: {lnd.path}: No such .*")
         daemon.wait_for_stored(lnd.write())
         first = wait_for_status(daemon, STORED + "0 staged")
         assert abs(datetime.fromisoformat(first[7:26] + "Z").timestamp() - time.time()) < PATIENCE_SECONDS
@@ -193,7 +193,7 @@ def test_the_status_has_no_secrets_and_no_forged_lines(env: dict[str, str], lnd:
     fake.set_default(Answer(500, body=document.encode()))
     lnd.write()
     with Daemon(env) as daemon:
-        told = wait_for_status(daemon, "nothing stored yet; 1 staged; .*InternalError.*")
+        told = wait_for_status(daemon, "nothing stored yet, 1 staged; .*InternalError.*")
         assert r"signed with ***,\nSTATUS=all is well \u202e" in told
         assert SECRET_KEY not in daemon.log + "\n".join(daemon.systemd.messages)
         assert all(line.isprintable() for line in statuses(daemon))
@@ -202,7 +202,7 @@ def test_the_status_has_no_secrets_and_no_forged_lines(env: dict[str, str], lnd:
 def test_a_path_cannot_forge_the_status(env: dict[str, str], tmp_path: Path) -> None:
     """Control characters of a path are escaped in the status line."""
     with Daemon(env | {"MONITOR_FILE_PATH": str(tmp_path / "a\x1b[31m\rb" / "channel.backup")}) as daemon:
-        told = wait_for_status(daemon, "nothing stored yet; 0 staged; .*No such.*")
+        told = wait_for_status(daemon, "nothing stored yet, 0 staged; .*No such.*")
         assert r"a\x1b[31m\rb" in told
 
 
@@ -227,7 +227,7 @@ def test_the_metrics_tell_a_life(
     """Whatever the umask, all may read what is stored, seen and staged, and how often each cause failed."""
     hurried("os.umask(0o077)")
     with Daemon(env) as daemon:
-        wait_for_status(daemon, "nothing stored yet; 0 staged; .*No such.*")
+        wait_for_status(daemon, "nothing stored yet, 0 staged; .*No such.*")
         assert stat.S_IMODE(prom.stat().st_mode) == 0o644
         values = metrics(prom)
         assert values.pop('failures_total{cause="absent"}') >= 1

@@ -311,7 +311,9 @@ def test_the_newest_comes_first_even_within_a_drain(
     first = lnd.write()
     with Daemon(SELDOM | env) as daemon:
         stepped.wait_for_requests(1)
-        second, third = lnd.write(), lnd.write()
+        second = lnd.write()
+        daemon.wait_for_captured(second)  # else it may be replaced before it is looked at
+        third = lnd.write()
         daemon.wait_for_captured(third)
         stepped.let()
         stepped.wait_for_requests(2)

@@ -194,7 +194,9 @@ def test_a_fault_is_told_survived_and_over(
         for version in lnd.written:
             daemon.wait_for_stored(version)
         assert daemon.stop() == 0
-        assert daemon.log.count("cannot store") == 1, daemon.log
+        told = [line for line in daemon.log.splitlines() if "cannot store" in line]
+        cut = re.compile("reset|Connection was closed|Broken pipe")  # the end of a fault may cut an attempt short
+        assert len([line for line in told if not cut.search(line) or cut.search(fault.says)]) == 1, daemon.log
         assert len(re.findall(r"S3 stores versions again, after \d+ failures", daemon.log)) == 1, daemon.log
     assert outage.attempts() - before <= len(lnd.written) + 1, "one may have been on its way when the fault ended"
     assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)

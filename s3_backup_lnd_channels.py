@@ -1276,7 +1276,6 @@ def main(arguments: list[str] | None = None) -> int:
             fault.say()  # type: ignore[union-attr]
         code = WRONG_CONFIGURATION
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written there at the end
         code = DONE if isinstance(error, BrokenPipeError) else FAILED  # list | head
         if code:
             Failure(Cause.OTHER, f"cannot go on: {error}", "check the disk, the permissions and the limits").say()
@@ -1289,4 +1288,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not by sys.exit: Python aborts if the thread of an attempt that was left behind writes to the log meanwhile.
+    os._exit(main())

@@ -691,6 +691,26 @@ def test_the_staging_directory_may_vanish(env: dict[str, str], lnd: Lnd, check: 
     check()
 
 
+def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
+    env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None]
+) -> None:
+    """An attempt that was given up may write to the log while the program ends; Python alone would abort."""
+    started_by("""
+import sys
+import threading
+
+def chatter():
+    while True:
+        sys.stderr.write("chatter\\n")
+        sys.stderr.flush()
+
+threading.Thread(target=chatter, daemon=True).start()
+""")
+    lnd.write()
+    assert [run_script(env, "once").returncode for _ in range(3)] == [0, 0, 0]
+    check(refreshes=2)
+
+
 # --- manners ---
 
 

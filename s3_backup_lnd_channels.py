@@ -889,11 +889,13 @@ class Reporter:
 
     async def run(self) -> None:
         """Report every change, many at once as one, until cancelled, which may happen at any time."""
+        reported_at = -math.inf
         while True:
+            await self.staging.news.wait()
+            await asyncio.sleep(max(reported_at + REPORT_SECONDS - time.monotonic(), 0))
             self.staging.news.clear()
             await self.report()
-            await asyncio.sleep(REPORT_SECONDS)
-            await self.staging.news.wait()
+            reported_at = time.monotonic()
 
     async def report(self) -> None:
         """Report how it goes; that nobody can be told is itself a trouble, and no more."""

@@ -691,6 +691,29 @@ def test_the_staging_directory_may_vanish(env: dict[str, str], lnd: Lnd, check: 
     check()
 
 
+def test_a_staging_directory_that_cannot_be_listed_is_explained(
+    env: dict[str, str], lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+) -> None:
+    """A disk that cannot list the staging directory is named, and is no fault of the program."""
+    started_by("""
+import os
+
+original = os.scandir
+
+def scandir(path="."):
+    if isinstance(path, int):
+        raise OSError(5, os.strerror(5))
+    return original(path)
+
+os.scandir = scandir
+""")
+    lnd.write()
+    done = run_script(env, "once")
+    assert done.returncode == 1
+    assert f"error: cannot list: {staging}: Input/output error" in done.stderr
+    assert "a fault of this program" not in done.stderr
+
+
 def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
     env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None]
 ) -> None:

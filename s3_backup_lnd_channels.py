@@ -266,7 +266,8 @@ def sdk_faults(environ: Mapping[str, str]) -> dict[str, tuple[str, str] | None]:
     """Return what is wrong with the SDK's variables where the SDK would find it late, or never."""
     faults: dict[str, tuple[str, str] | None] = {}
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):  # some providers show it so; the bucket is then in the key
-        if environ.get(name, "").rstrip("/").endswith(f"/{environ.get('S3_BUCKET_NAME')}"):
+        path = re.sub("^[a-z]+://[^/]*", "", environ.get(name, "")).rstrip("/")  # a host may be called like the bucket
+        if path.endswith(f"/{environ.get('S3_BUCKET_NAME')}"):
             faults[name] = "ends with the bucket", "leave the bucket's name out"
     try:
         if bundle := environ.get("AWS_CA_BUNDLE"):
@@ -561,12 +562,17 @@ def explain(what: str, error: Exception, permission: str = "") -> Failure:
         cause = next((cause for cause, classes in CLASSES if isinstance(error, classes)), Cause.OTHER)
         if "CERTIFICATE_VERIFY_FAILED" in why or "doesn't match" in why:  # the certificate is for another name
             cause = Cause.CLOCK if "not yet valid" in why or "expired" in why else Cause.BUCKET
-        reason = str(getattr(error, "kwargs", {}).get("error", "")).rpartition(": ")[
-            2
-        ]  # botocore may keep it to itself
-        why += f" ({reason})" if reason not in why else ""
+        _, _, reason = str(getattr(error, "kwargs", {}).get("error", "")).rpartition(": ")
+        why += f" ({reason})" if reason not in why else ""  # botocore may keep it to itself
         why = re.sub(r"(header value) b?'.*?'", r"\1 ***", why)  # a session token with a line break in it
     return Failure(cause, f"{what}: {why}", cause.hint.replace("{permission}", permission))
+
+
+def is_on_ec2(dmi: Path) -> bool:
+    """Tell whether this machine says of itself that it is Amazon's; one that does not say is not."""
+    with contextlib.suppress(OSError):
+        return any("amazon" in path.read_text().lower() for path in dmi.glob("*s_ve*"))
+    return False
 
 
 class Damaged(Failure):
@@ -576,9 +582,9 @@ class Damaged(Failure):
 class Bucket:
     """The bucket, by way of one SDK client: made at the first use, and anew when its credentials or settings fail."""
 
-    def __init__(self, name: str = "", prefix: str = "") -> None:
+    def __init__(self) -> None:
         """Check what can be checked on this machine, without asking any source of credentials; raises Failure."""
-        self.name, self.prefix, self.using = name, prefix, ""
+        self.name, self.prefix, self.using = "", "", ""
         self.session: Any = None
         self.client: Any = None
         try:
@@ -589,7 +595,7 @@ class Bucket:
 
     def new_client(self, **credentials: str) -> Any:
         """Return an SDK client, its limits explicit; what the user chose in the environment or a file is left alone."""
-        if not any("amazon" in path.read_text().lower() for path in Path("/sys/class/dmi/id").glob("*s_ve*")):
+        if not is_on_ec2(Path("/sys/class/dmi/id")):
             os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # off EC2, nobody is asked for a role
         self.session = self.session or boto3.session.Session()  # only a new one reads changed files
         chosen = {name for name, value in self.session._session.get_scoped_config().items() if value}  # noqa: SLF001
@@ -626,9 +632,8 @@ class Bucket:
                 self.using = using
             answer: dict[str, Any] = getattr(self.client, action)(Bucket=self.name, **arguments)
             if action == "get_object":  # within the time that the call may take; what is too large stays there
-                answer["Body"] = (
-                    answer["Body"].read() if answer.get("ContentLength", math.inf) <= LARGEST_SIZE_BYTES else b""
-                )
+                fits = answer.get("ContentLength", math.inf) <= LARGEST_SIZE_BYTES
+                answer["Body"] = answer["Body"].read() if fits else b""
         except Exception as error:
             resource = f"arn:aws:s3:::{self.name}" + (f"/{self.prefix}*" if "Object" in permission else "")
             failure = explain(what, error, json.dumps({"Effect": "Allow", "Action": permission, "Resource": resource}))
@@ -820,7 +825,7 @@ class Uploader:
         self.failure: Failure | None = None  # of the last attempt
         self.attempt_seconds = ATTEMPT_SECONDS
 
-    async def run(self, stopping: asyncio.Event, patience_seconds: float = float("inf")) -> None:
+    async def run(self, stopping: asyncio.Event, patience_seconds: float = math.inf) -> None:
         """Send until cancelled (a version in flight stays staged), or, if stopping, until all are sent or hope ends."""
         failures, give_up_at = 1, time.monotonic() + patience_seconds
         # Each of connect, proxy, TLS and answer may take long, as over Tor; a one-shot is to end within a minute.
@@ -914,8 +919,8 @@ class Reporter:
         """Write the status line, and METRICS_FILE for node_exporter's textfile collector; raises Failure."""
         names, receipt = self.staging.names(), self.staging.receipt
         stored_at = datetime.fromisoformat(receipt.stored_at) if receipt else None
-        status = [f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet"]
-        status[0] += f", {len(names)} staged"
+        stored = f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet"
+        status = [f"{stored}, {len(names)} staged"]
         status += [str(trouble.failure) for trouble in self.troubles if trouble.failure]
         notify_systemd("STATUS=" + shown("; ".join(status)))
         times = {"last_stored": stored_at, "last_seen": captured_at(self.staging.newest)}
@@ -1073,10 +1078,8 @@ def check_receipt(settings: Settings, digest: str) -> tuple[bool, Stored | None,
     """Return whether the last receipt is for this digest and not too old, that receipt, and a remark."""
     receipt, why = recall_receipt(settings.staging), ""
     if not receipt or (receipt.bucket, receipt.key) != (settings.bucket, settings.prefix + receipt.name):
-        receipt, why = (
-            None,
-            "this key may not read the bucket, and this user finds no receipt of it in BACKUP_DIRECTORY",
-        )
+        why = "this key may not read the bucket, and this user finds no receipt of it in BACKUP_DIRECTORY"
+        receipt = None
     elif receipt.sha256 == digest and 0 < 2 * settings.refresh_seconds < receipt.age_seconds():
         why = "the last receipt is old: nothing refreshes it, or refreshing fails"
     return bool(receipt and receipt.sha256 == digest and not why), receipt, why
@@ -1143,13 +1146,13 @@ def again(options: argparse.Namespace, *arguments: str) -> str:
 def choose_version(bucket: Bucket, options: argparse.Namespace) -> tuple[bytes, Stored]:
     """Return the newest version that holds channels, before a time if given, and its bytes; raises Failure."""
     what, limit = f"cannot restore: s3://{bucket.name}/{bucket.prefix}", options.before
-    time = f" before {limit.isoformat()}" if limit else ""
+    earlier = f" before {limit.isoformat()}" if limit else ""
     versions = [each for each in bucket.versions()[0] if limit is None or each.at() < limit]
     versions = [each for each in versions if each.size_bytes >= EMPTY_SIZE_BYTES]
     full, damaged = [each for each in versions if each.size_bytes > EMPTY_SIZE_BYTES], 0
     if versions and not full:
         hint = f"to restore it all the same: {again(options, '--key', versions[0].key)}"
-        raise Failure(Cause.OTHER, f"{what}: no version{time} holds channels", hint)
+        raise Failure(Cause.OTHER, f"{what}: no version{earlier} holds channels", hint)
     for empty in versions[: versions.index(full[0])] if full else []:
         log.warning("passed over: %s: no channels; LND writes such a file in a recovery", empty.key)
     for each, older in zip(full, [*full[1:], None], strict=False):
@@ -1162,11 +1165,11 @@ def choose_version(bucket: Bucket, options: argparse.Namespace) -> tuple[bytes, 
         if damaged:
             hint = f"the next good one: {again(options, '--key', each.key)}"
             raise Failure(Cause.OTHER, f"{what}: {damaged} newer than the next good one cannot be used", hint)
-        log.info("chosen: %s, the newest version%s that holds channels", each.key, time)
+        log.info("chosen: %s, the newest version%s that holds channels", each.key, earlier)
         for mark in each.marks(older):
             log.warning("%s: %s", each.key, mark)
         return data, version
-    why = f"not one of {damaged} versions can be used" if damaged else f"there is no version{time}"
+    why = f"not one of {damaged} versions can be used" if damaged else f"there is no version{earlier}"
     raise Failure(Cause.OTHER, f"{what}: {why}", "check the bucket and the prefix; object versions: docs/recovery.md")
 
 

@@ -68,6 +68,15 @@ def test_the_bucket_in_the_endpoint_is_wrong_configuration(some_env: dict[str, s
     assert "AWS_ENDPOINT_URL_S3=" in done.stderr
 
 
+def test_a_host_may_be_called_like_the_bucket(some_env: dict[str, str]) -> None:
+    """An endpoint whose host bears the bucket's name is right: only a path that ends with it is not."""
+    with FakeS3() as fake:
+        named = {"AWS_ENDPOINT_URL_S3": "http://some-bucket", "HTTP_PROXY": fake.endpoint}
+        done = run_script(some_env | named, "once")
+        assert len(fake.requests) == 1, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("host", "warned"),
     [

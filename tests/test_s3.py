@@ -800,6 +800,26 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
     assert max(seconds for _, seconds in results.values()) < ONE_MINUTE
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"sys_vendor": "Amazon EC2\n"}, True),
+        ({"sys_vendor": "Xen\n", "bios_version": "4.11.amazon\n"}, True),
+        ({"sys_vendor": "QEMU\n", "bios_version": "1.16\n"}, False),
+        ({"sys_vendor": None}, False),  # a directory: it cannot be read
+        ({}, False),
+    ],
+)
+def test_only_on_ec2_is_a_role_looked_for(tmp_path: Path, files: dict[str, str | None], *, expected: bool) -> None:
+    """A machine is Amazon's only if its firmware says so; one whose firmware cannot be read is not, and starts."""
+    for name, text in files.items():
+        if text is None:
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_text(text)
+    assert program.is_on_ec2(tmp_path) is expected
+
+
 # --- Silence, slowness and lost answers ---
 
 

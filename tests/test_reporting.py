@@ -8,7 +8,6 @@ import http.server
 import os
 import re
 import shlex
-import shutil
 import stat
 import subprocess
 import threading
@@ -325,7 +324,7 @@ def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, pro
     lnd.write()
     with Daemon(env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
-        shutil.rmtree(prom.parent)
+        prom.parent.rename(prom.parent.with_name("gone"))  # in one step: a report may be under way
         daemon.wait_for_stored(lnd.write(5))
         daemon.wait_for_log(f"cannot write METRICS_FILE: {prom.parent}.*: No such file or directory")
         daemon.wait_for_stored(lnd.write(7))

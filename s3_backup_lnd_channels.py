@@ -49,8 +49,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 try:
-    import boto3.session
     import botocore.exceptions as sdk
+    import botocore.session  # boto3's core: the rest of boto3 would cost 3 MB, and is not used
     from asyncinotify import InitFlags, Inotify, Mask, Watch
     from botocore.config import Config
     from botocore.utils import get_environ_proxies
@@ -597,8 +597,8 @@ class Bucket:
         """Return an SDK client, its limits explicit; what the user chose in the environment or a file is left alone."""
         if not is_on_ec2(Path("/sys/class/dmi/id")):
             os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # off EC2, nobody is asked for a role
-        self.session = self.session or boto3.session.Session()  # only a new one reads changed files
-        chosen = {name for name, value in self.session._session.get_scoped_config().items() if value}  # noqa: SLF001
+        self.session = self.session or botocore.session.get_session()  # only a new one reads changed files
+        chosen = {name for name, value in self.session.get_scoped_config().items() if value}
         chosen |= {name[4:].lower() for name, value in os.environ.items() if name.startswith("AWS_") and value}
         limits: dict[str, Any] = {"connect_timeout": ATTEMPT_SECONDS, "read_timeout": ATTEMPT_SECONDS}
         for checksums in {"request_checksum_calculation", "response_checksum_validation"} - chosen:
@@ -606,7 +606,7 @@ class Bucket:
         if not chosen & {"max_attempts", "retry_mode"}:  # the SDK's own attempts run dry; the uploader's never do
             limits["retries"] = {"mode": "standard", "total_max_attempts": 1}
         region = os.environ.get("AWS_REGION") or None  # which people set, and the SDK ignores
-        client = self.session.client("s3", region_name=region, config=Config(**limits), **credentials)
+        client = self.session.create_client("s3", region_name=region, config=Config(**limits), **credentials)
         self.is_aws = str(urlsplit(client.meta.endpoint_url).hostname).endswith((".amazonaws.com", ".amazonaws.com.cn"))
         on = client.meta.events.register
         # It costs a round trip, and a second where a proxy ignores it (botocore#3613).

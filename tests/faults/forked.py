@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 # What the program imports, for every fork to come.
 import asyncinotify  # noqa: F401 - see above
-import boto3.session  # noqa: F401 - see above
-import botocore.config  # noqa: F401 - see above
+import botocore.config
+import botocore.session  # noqa: F401 - see above
 import dotenv  # noqa: F401 - see above
 from kit import script
 

@@ -203,6 +203,8 @@ build() {
         *) install -m 0644 "$file" "$partial/${file##*/}" ;;
         esac
     done
+    # Where `python -m` finds it, and compiles it.
+    ln -s ../../../../s3_backup_lnd_channels.py "$partial"/venv/lib/python3*/site-packages/
     step "$partial/venv/bin/python" -I -m compileall -q -s "$partial" -p "$home/current" "$partial/venv/lib"
     check_runs "$partial"
     step mv "$partial" "$new"
@@ -210,7 +212,7 @@ build() {
 }
 
 check_runs() { # DIRECTORY: what was built there starts
-    "$1/venv/bin/python" -I "$1/s3_backup_lnd_channels.py" --version >/dev/null ||
+    "$1/venv/bin/python" -I -m s3_backup_lnd_channels --version >/dev/null ||
         give_up 'what was installed does not start' 'see the message above; nothing has changed'
 }
 

@@ -341,8 +341,11 @@ class TestInstall:
         }
         assert {name: (root / name).stat().st_mode & 0o7777 for name in modes} == modes
         assert os.readlink(root / HOME / "current") in os.listdir(root / HOME)
-        version = run(root / HOME / "current/venv/bin/python", "-I", root / HOME / "current" / SCRIPT.name, "--version")
-        assert version.returncode == 0, version.stderr
+        (start,) = re.findall(r"^ExecStart=(.+)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
+        interpreter, *arguments = start.split()
+        for started in (arguments, ["-I", str(root / HOME / "current" / SCRIPT.name)]):
+            version = run(root / interpreter.removeprefix("/"), *started, "--version")
+            assert version.returncode == 0, version.stderr
         for path in (UNIT, CHECKOUT / "systemd/lnd-backup.timer"):
             assert (root / UNITS / path.name).read_bytes() == path.read_bytes()
         assert "MONITOR_FILE_PATH=: is not set" in told

@@ -50,7 +50,7 @@ useradd --system --shell /usr/sbin/nologin lnd-backup
 mkdir -p /opt/lnd-backup
 python3 -m venv /opt/lnd-backup/venv
 /opt/lnd-backup/venv/bin/pip install -q --require-hashes -r /src/requirements.txt
-cp /src/s3_backup_lnd_channels.py /opt/lnd-backup/
+cp /src/s3_backup_lnd_channels.py /opt/lnd-backup/venv/lib/python3*/site-packages/
 install -d -m 2750 -o bitcoin -g lnd-backup /var/lib/lnd-scb
 setfacl -d -m u::rwx,g::r-x,o::--- /var/lib/lnd-scb
 install -m 0600 /src/lnd-backup-env.example /etc/default/lnd-backup-env

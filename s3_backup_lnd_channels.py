@@ -279,12 +279,14 @@ def sdk_faults(environ: Mapping[str, str]) -> dict[str, tuple[str, str] | None]:
 
 def load_settings(environ: Mapping[str, str], unneeded: Collection[str] = (), *more: Failure) -> Settings:
     """Return the settings; raises an ExceptionGroup of all faults, and more. Empty counts as not set."""
-    values = {name: environ.get(name) or default for name, (default, _, _) in VALUES.items()}
-    values["BACKUP_DIRECTORY"] = values["BACKUP_DIRECTORY"] or environ.get("STATE_DIRECTORY", "").split(":")[0] or None
+    values = {name: environ.get(name) or default or "" for name, (default, _, _) in VALUES.items()}
+    values["BACKUP_DIRECTORY"] = values["BACKUP_DIRECTORY"] or environ.get("STATE_DIRECTORY", "").split(":")[0]
     faults: dict[str, tuple[str, str] | None] = dict.fromkeys(unneeded)
-    for name, (_, pattern, advice) in VALUES.items():
-        if (value := values[name]) is None or (value and not re.fullmatch(pattern, value)):
-            faults.setdefault(name, ("cannot be used" if value else "is not set", advice))
+    for name, (default, pattern, advice) in VALUES.items():
+        if values[name] and not re.fullmatch(pattern, values[name]):
+            faults.setdefault(name, ("cannot be used", advice))
+        elif not values[name] and default is None:
+            faults.setdefault(name, ("is not set", advice))
     paths = {name: Path(os.path.abspath(values[name] or os.devnull)) for name in PATH_NAMES}
     monitored = None if faults.get("MONITOR_FILE_PATH") else paths["MONITOR_FILE_PATH"]
     for name in (name for name in paths if values[name]):
@@ -299,10 +301,17 @@ def load_settings(environ: Mapping[str, str], unneeded: Collection[str] = (), *m
         failures += more
     if failures:
         raise ExceptionGroup("configuration", failures)
-    bucket, prefix, *seconds = [value or "" for value in values.values()][2:7]
-    rescan, refresh, grace = map(float, seconds)
-    prefix, outputs = prefix and prefix.rstrip("/") + "/", (values["METRICS_FILE"] or "", values["HEARTBEAT_URL"] or "")
-    return Settings(monitored or Path(), paths["BACKUP_DIRECTORY"], bucket, prefix, rescan, refresh, grace, *outputs)
+    return Settings(
+        monitored=monitored or Path(),
+        staging=paths["BACKUP_DIRECTORY"],
+        bucket=values["S3_BUCKET_NAME"],
+        prefix=values["S3_BACKUP_PREFIX"] and values["S3_BACKUP_PREFIX"].rstrip("/") + "/",
+        rescan_seconds=float(values["RESCAN_SECONDS"]),
+        refresh_seconds=float(values["REFRESH_SECONDS"]),
+        grace_seconds=float(values["SHUTDOWN_GRACE_SECONDS"]),
+        metrics=values["METRICS_FILE"],
+        heartbeat=values["HEARTBEAT_URL"],
+    )
 
 
 # --- Versions: one content of channel.backup, its name, and how it is read -------------------------------------------
@@ -920,26 +929,32 @@ class Reporter:
         names, receipt = self.staging.names(), self.staging.receipt
         stored_at = datetime.fromisoformat(receipt.stored_at) if receipt else None
         stored = f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet"
-        status = [f"{stored}, {len(names)} staged"]
-        status += [str(trouble.failure) for trouble in self.troubles if trouble.failure]
-        notify_systemd("STATUS=" + shown("; ".join(status)))
-        times = {"last_stored": stored_at, "last_seen": captured_at(self.staging.newest)}
-        times["oldest_staged"] = captured_at(names[-1]) if names else None
+        wrong = [str(trouble.failure) for trouble in self.troubles if trouble.failure]
+        notify_systemd("STATUS=" + shown("; ".join([f"{stored}, {len(names)} staged", *wrong])))
+        times = {
+            "last_stored": stored_at,
+            "last_seen": captured_at(self.staging.newest),
+            "oldest_staged": captured_at(names[-1]) if names else None,
+        }
         values = {f"{name}_timestamp_seconds": at.timestamp() if at else 0 for name, at in times.items()}
         values |= {"staged": len(names), "last_size_bytes": receipt.size_bytes if receipt else 0}
         lines = [f"# TYPE lnd_backup_{name} gauge\nlnd_backup_{name} {value:.0f}\n" for name, value in values.items()]
         failures = [f'_total{{cause="{cause.name.lower()}"}} {Trouble.failures[cause]}' for cause in Cause]
         lines += ["# TYPE lnd_backup_failures_total counter\n", *(f"lnd_backup_failures{each}\n" for each in failures)]
         if self.settings.metrics and not (lines == self.metrics and os.path.exists(self.settings.metrics)):
-            try:
-                part = Path(self.settings.metrics + ".partial")
-                part.write_text("".join(lines))
-                part.chmod(0o644)
-                part.rename(self.settings.metrics)
-            except OSError as error:
-                hint = "check its directory, and that the disk is not full"
-                raise Failure(Cause.OTHER, f"cannot write METRICS_FILE: {part}: {error.strerror}", hint) from None
+            self.place_metrics("".join(lines))
         self.metrics = lines
+
+    def place_metrics(self, text: str) -> None:
+        """Replace METRICS_FILE in one step, readable by others; raises Failure."""
+        part = Path(self.settings.metrics + ".partial")
+        try:
+            part.write_text(text)
+            part.chmod(0o644)
+            part.rename(self.settings.metrics)
+        except OSError as error:
+            hint = "check its directory, and that the disk is not full"
+            raise Failure(Cause.OTHER, f"cannot write METRICS_FILE: {part}: {error.strerror}", hint) from None
 
     async def beat(self) -> None:
         """Request HEARTBEAT_URL when the bucket holds the current file, URL/fail when a trouble lasts ten minutes."""

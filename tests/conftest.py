@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Lnd, S3Server, foreign_settings, settings_for
+from kit import (
+    NOBODY,
+    FakeS3,
+    Lnd,
+    S3Server,
+    assert_nothing_lost,
+    foreign_settings,
+    reader_settings,
+    settings_at,
+    settings_for,
+)
 from kit import script as script_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +51,16 @@ def s3_https(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(params=["http", "https"])
-def s3(request: pytest.FixtureRequest) -> S3Server:
-    """Return the session's server, over http and then over https, since the SDK takes another path over each."""
-    server: S3Server = request.getfixturevalue(f"s3_{request.param}")
+@pytest.fixture
+def scheme() -> str:
+    """Return http; a test for which TLS makes a difference is run with both."""
+    return "http"
+
+
+@pytest.fixture
+def s3(request: pytest.FixtureRequest, scheme: str) -> S3Server:
+    """Return the session's server over this scheme."""
+    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
     return server
 
 
@@ -82,6 +101,42 @@ def staging(tmp_path: Path) -> Path:
 def env(s3: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path) -> dict[str, str]:
     """Return the settings of the program, with a key that may put below the prefix and nothing else."""
     return settings_for(s3, bucket, prefix, lnd, staging)
+
+
+@pytest.fixture
+def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
+    """Return the bucket's settings with a key that may list and get."""
+    return reader_settings(s3, bucket, prefix, s3.reader_user(bucket))
+
+
+@pytest.fixture
+def check(lnd: Lnd, s3: S3Server, bucket: str, prefix: str, staging: Path) -> partial[None]:
+    """Return the invariant, to be called at the end."""
+    return partial(assert_nothing_lost, lnd, s3, bucket, prefix, staging)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeS3]:
+    """Return a scripted S3 that stores everything unless it is told otherwise."""
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def fake_env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
+    """Return the settings of the program for the scripted S3."""
+    return settings_at(fake.endpoint, lnd, staging, prefix=prefix)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """Return a directory with a short path that every user can reach, and that the unprivileged one owns."""
+    directory = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
+    directory.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(directory, NOBODY, NOBODY)
+    yield directory
+    shutil.rmtree(directory)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from kit import (
     allow,
     run_script,
     script_environment,
-    settings_for,
 )
 from kit import fake_s3 as answers
 
@@ -34,12 +33,6 @@ if TYPE_CHECKING:
 FIELDS = {"current", "proof", "key", "captured_at", "stored_at", "staged", "reason"}
 FIVE_HOURS = 5 * 3600
 AWAY = "http://127.0.0.1:1"
-
-
-@pytest.fixture
-def s3(s3_http: S3Server) -> S3Server:
-    """Return the session's server over http."""
-    return s3_http
 
 
 def with_key(env: dict[str, str], user: Credentials) -> dict[str, str]:
@@ -106,15 +99,11 @@ def newest_key(server: S3Server, bucket: str) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_stored(request: pytest.FixtureRequest, prefix: str, lnd: Lnd, staging: Path, scheme: str) -> None:
+def test_stored(s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
     """When the bucket holds the version on disk it is exit 0, "stored", proved by the bucket."""
-    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
-    bucket = server.create_bucket()
-    env = settings_for(server, bucket, prefix, lnd, staging)
     lnd.write()
     back_up(env)
-    env = with_key(env, server.reader_user(bucket))
-    answer, key = check(env), newest_key(server, bucket)
+    answer, key = check(reader), newest_key(s3, bucket)
     assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (0, "bucket", key)
     assert answer.fields["staged"] == 0
     assert "stored" in answer.reason
@@ -122,7 +111,7 @@ def test_stored(request: pytest.FixtureRequest, prefix: str, lnd: Lnd, staging: 
     assert (captured.utcoffset(), stored.utcoffset()) == (timedelta(0), timedelta(0))
     assert f"{captured:%Y%m%dT%H%M%S}" in key
     assert abs(stored - captured) < timedelta(minutes=1)
-    only = line(env, 0)
+    only = line(reader, 0)
     assert "stored" in only
     assert key in only
     assert "bucket" in only
@@ -452,14 +441,7 @@ def test_an_answer_that_cannot_be_printed(
     lnd.write()
     back_up(env)
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), "check", *options],
-            env=script_environment(reader, "/nonexistent"),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        done = run_script(reader, "check", *options, stdout=full)
     assert done.returncode == 1
     assert len(re.findall("error: (?!hint)", done.stderr)) == 1
     assert "No space left on device" in done.stderr

@@ -30,15 +30,12 @@ from kit import (
     Lnd,
     Mode,
     NotifySocket,
-    Request,
     S3Server,
     Script,
-    StoredObject,
     Written,
     assert_nothing_lost,
     run_script,
 )
-from kit import fake_s3 as answers
 from kit import script as script_module
 
 if TYPE_CHECKING:
@@ -51,12 +48,11 @@ TRY_AGAIN, WRONG_CONFIGURATION = 75, 78
 
 
 class SteppedS3(FakeS3):
-    """Answers a PUT only when it is let, and remembers what it answered with success."""
+    """Answers, and stores, only when it is let."""
 
     def __init__(self, *scripted: Answer, free: bool = False) -> None:
         """Script the answers; a free one answers at once."""
         super().__init__(*scripted)
-        self.stored: list[Request] = []
         self._permits = threading.Semaphore(0)
         self._free = free
 
@@ -70,48 +66,15 @@ class SteppedS3(FakeS3):
         self._permits.release(1000)
         super().release()
 
-    def take(self, request: Request) -> Answer:
-        """Record a request, wait until it may be answered, and return the answer."""
-        answer = super().take(request)
+    def wait_for_leave(self) -> None:
+        """Block until one more answer may be given."""
+        super().wait_for_leave()
         if not self._free:
             self._permits.acquire()
-        if request.method == "PUT" and answer == answers.STORED:
-            self.stored.append(request)
-        return answer
 
     def hashes(self) -> list[str]:
         """Return the last digits of the SHA-256 of each PUT, in the order of their arrival."""
         return [request.path[-6:] for request in self.requests if request.method == "PUT"]
-
-
-class Recorded(S3Server):
-    """What a scripted S3 has stored, as a server would show it."""
-
-    def __init__(self, directory: Path, fake: SteppedS3) -> None:
-        """Show what this one stored."""
-        super().__init__(directory)
-        self._fake = fake
-
-    def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
-        """Return the bodies of the PUTs by key."""
-        start = f"/{bucket}/"
-        return {
-            key: StoredObject(key, put.body, {"sha256": put.headers["x-amz-meta-sha256"]}, datetime.now(UTC), "")
-            for put in self._fake.stored
-            if (key := put.path.removeprefix(start)).startswith(prefix)
-        }
-
-
-@pytest.fixture
-def s3(s3_http: S3Server) -> S3Server:
-    """Return the server over http alone, since nothing here depends on the scheme."""
-    return s3_http
-
-
-@pytest.fixture
-def check(lnd: Lnd, s3: S3Server, bucket: str, prefix: str, staging: Path) -> partial[None]:
-    """Return the invariant, to be called at the end."""
-    return partial(assert_nothing_lost, lnd, s3, bucket, prefix, staging)
 
 
 @pytest.fixture
@@ -123,10 +86,9 @@ def stepped(env: dict[str, str]) -> Iterator[SteppedS3]:
 
 
 @pytest.fixture
-def check_stepped(lnd: Lnd, stepped: SteppedS3, env: dict[str, str], staging: Path, tmp_path: Path) -> partial[None]:
+def check_stepped(lnd: Lnd, stepped: SteppedS3, bucket: str, prefix: str, staging: Path) -> partial[None]:
     """Return the invariant for the scripted S3."""
-    recorded = Recorded(tmp_path / "recorded", stepped)
-    return partial(assert_nothing_lost, lnd, recorded, env["S3_BUCKET_NAME"], env["S3_BACKUP_PREFIX"], staging)
+    return partial(assert_nothing_lost, lnd, stepped, bucket, prefix, staging)
 
 
 @pytest.fixture

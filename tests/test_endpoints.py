@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trustme
-from kit import Answer, FakeS3, Lnd, S3Server, Script, channel_backup, run_script, settings_for
+from kit import Answer, FakeS3, Lnd, S3Server, Script, channel_backup, run_script, settings_at, settings_for
 from kit.fake_s3 import SLOW_DOWN
 from stores.front import TlsFront
 
@@ -28,16 +28,9 @@ EMPTY_LIST = (
 def some_env(lnd: Lnd, staging: Path) -> dict[str, str]:
     """Return settings that lack the endpoint, with a file to back up."""
     lnd.write()
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": "some-bucket",
-        "S3_BACKUP_PREFIX": "alice/",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "geheim",
-        "AWS_REGION": "us-east-1",
-        "SHUTDOWN_GRACE_SECONDS": "0",
-    }
+    env = settings_at("", lnd, staging) | {"SHUTDOWN_GRACE_SECONDS": "0"}
+    del env["AWS_ENDPOINT_URL_S3"]
+    return env
 
 
 def failure_of(env: dict[str, str]) -> str:

@@ -49,6 +49,14 @@ from kit import script as script_module
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+
+@pytest.fixture(params=["http", "https"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    """Return http and then https, since both servers and both kinds of line are used."""
+    scheme: str = request.param
+    return scheme
+
+
 # --- LND ---
 
 EVENTS = {
@@ -521,7 +529,7 @@ def test_a_throttled_line_is_slow(proxy: FaultProxy, put: Callable[[bytes], Any]
     assert time.monotonic() - began >= 0.2
 
 
-@pytest.mark.parametrize("s3", ["http"], indirect=True)
+@pytest.mark.parametrize("scheme", ["http"])
 def test_a_corrupted_body_is_refused(s3: S3Server, bucket: str, proxy: FaultProxy, put: Callable[[bytes], Any]) -> None:
     """A bit that flips on the way makes S3 refuse the object; the line is good again afterwards."""
     proxy.set("corrupt")
@@ -534,7 +542,7 @@ def test_a_corrupted_body_is_refused(s3: S3Server, bucket: str, proxy: FaultProx
     put(b"data")
 
 
-@pytest.mark.parametrize("s3", ["http"], indirect=True)
+@pytest.mark.parametrize("scheme", ["http"])
 @pytest.mark.parametrize("etag", [0, 1])
 def test_a_portal_answers_with_a_page(
     s3: S3Server, bucket: str, proxy: FaultProxy, put: Callable[[bytes], Any], etag: int

@@ -44,18 +44,6 @@ FIELDS = {"key", "name", "captured_at", "stored_at", "size_bytes", "empty"}
 MARKS = ("no channels", "much smaller than the one before", "named later than stored")
 
 
-@pytest.fixture
-def s3(s3_http: S3Server) -> S3Server:
-    """Return the session's server over http."""
-    return s3_http
-
-
-@pytest.fixture
-def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
-    """Return the bucket's settings with a key that may list and get."""
-    return reader_settings(s3, bucket, prefix, s3.reader_user(bucket))
-
-
 def put(server: S3Server, bucket: str, at: datetime, data: bytes | int = 10, prefix: str = "alice/") -> str:
     """Store a version, of a number of channels if no bytes are given, captured at this time, and return its name."""
     data = channel_backup(data) if isinstance(data, int) else data
@@ -105,13 +93,10 @@ def on_terminal(env: dict[str, str], home: Path, *args: str) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_newest_first(request: pytest.FixtureRequest, prefix: str, scheme: str) -> None:
+def test_newest_first(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
     """Versions are listed newest first, over http and over https, whatever the order in which they were stored."""
-    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
-    bucket = server.create_bucket()
-    names = [put(server, bucket, NOON + HOUR * hours) for hours in (1, 3, 0, 2)]
-    rows = listed(reader_settings(server, bucket, prefix, server.reader_user(bucket)))
-    assert [row["name"] for row in rows] == sorted(names, reverse=True)
+    names = [put(s3, bucket, NOON + HOUR * hours) for hours in (1, 3, 0, 2)]
+    assert [row["name"] for row in listed(reader)] == sorted(names, reverse=True)
 
 
 def test_a_year_ahead_is_not_the_newest(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
@@ -325,20 +310,13 @@ def test_a_reader_that_goes_away(
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["lines", "json"])
 @pytest.mark.parametrize("count", [1, 100], ids=["at the end", "in the middle"])
 def test_a_list_that_cannot_be_printed(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, options: tuple[str, ...], count: int
+    s3: S3Server, bucket: str, reader: dict[str, str], options: tuple[str, ...], count: int
 ) -> None:
     """When stdout takes nothing it is exit 1 and one line."""
     for second in range(count):  # the buffer of stdout takes some 50
         put(s3, bucket, NOON + timedelta(seconds=second), 1)
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), "list", *options],
-            env=script_environment(reader, str(tmp_path)),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        done = run_script(reader, "list", *options, stdout=full)
     assert done.returncode == 1
     assert len(re.findall("error: (?!hint)", done.stderr)) == 1
     assert "No space left on device" in done.stderr

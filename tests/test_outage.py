@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trustme
-from kit import Answer, Daemon, FakeS3, FaultProxy, Lnd, Mode, Request, assert_nothing_lost, channel_backup
+from kit import Answer, Daemon, FakeS3, FaultProxy, Lnd, Mode, Request, assert_nothing_lost, channel_backup, settings_at
 from kit import fake_s3 as answers
 
 if TYPE_CHECKING:
@@ -157,18 +157,9 @@ def outage(tmp_path: Path, scheme: str) -> Iterator[Outage]:
 
 @pytest.fixture
 def env(lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
-    """Return the settings without the endpoint."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": "bucket",
-        "S3_BACKUP_PREFIX": prefix,
-        "AWS_ACCESS_KEY_ID": "key-of-the-test",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_REGION": "us-east-1",
-        "RESCAN_SECONDS": "600",  # only events are left
-        "SHUTDOWN_GRACE_SECONDS": "5",
-    }
+    """Return the settings, with an endpoint that is nowhere, for events alone."""
+    seldom = {"RESCAN_SECONDS": "600", "SHUTDOWN_GRACE_SECONDS": "5"}
+    return settings_at("http://127.0.0.1:1", lnd, staging, prefix=prefix) | seldom
 
 
 @pytest.mark.parametrize(("fault", "scheme"), CASES)
@@ -287,7 +278,7 @@ def test_a_month_of_versions_is_no_burden(env: dict[str, str], lnd: Lnd, staging
     """With 10,000 versions staged the start and the memory are hardly more than with none."""
     fill(staging, lnd, AWAY_STAGED)
     lnd.write()
-    away = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "SHUTDOWN_GRACE_SECONDS": "0"}
+    away = {"SHUTDOWN_GRACE_SECONDS": "0"}
     empty = {"BACKUP_DIRECTORY": str(tmp_path / "empty")}
     memory, ticks = [], []
     with Daemon(env | away | empty) as twin, Daemon(env | away) as daemon:

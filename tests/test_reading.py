@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import shutil
 import socket
 import stat
-import tempfile
 import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import FakeS3, Lnd, Script, channel_backup, run_script
+from kit import FakeS3, Lnd, Script, as_nobody, channel_backup, run_script
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 MIB = 1 << 20
-NOBODY = 65534
 
 
 def refusal(path: Path) -> program.Failure:
@@ -33,33 +29,6 @@ def refusal(path: Path) -> program.Failure:
     assert str(path) in str(failure)
     assert failure.hint
     return failure
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Be a user without privileges, unless that is what runs the tests anyway."""
-    if os.geteuid() != 0:
-        yield
-        return
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, 0)
-    os.setresuid(NOBODY, NOBODY, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-        os.setresgid(0, 0, 0)
-        os.setgroups(groups)
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """Return a directory with a short path that every user can reach."""
-    directory = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
 
 
 # --- sizes ---
@@ -295,26 +264,6 @@ def test_file_that_is_replaced_while_it_is_read_is_read_whole(lnd: Lnd, monkeypa
 # --- the commands ---
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeS3]:
-    """Return an S3 that takes everything."""
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake_env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
-    """Return settings for the S3 that takes everything."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": "bucket",
-        "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "made-up",
-    }
-
-
 def test_once_leaves_no_trace_in_lnds_directory(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
     """`once` sends the file and changes nothing in LND's directory."""
     lnd.leave_decoys()
@@ -354,5 +303,5 @@ def test_once_without_a_backup_sends_what_is_staged_and_fails(
     done = run_script(fake_env, "once")
     assert done.returncode == 1
     assert "cannot read channel.backup" in done.stderr
-    assert [(request.path, request.body) for request in fake.requests] == [(f"/bucket/{name}", data)]
+    assert [(request.path, request.body) for request in fake.requests] == [(f"/some-bucket/alice/{name}", data)]
     assert lnd.fingerprint() == before

@@ -16,7 +16,19 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import SCRIPT, VERSION_NAME, Answer, Daemon, FakeS3, NotifySocket, Script, channel_backup, run_script
+from kit import (
+    SCRIPT,
+    VERSION_NAME,
+    Answer,
+    Credentials,
+    Daemon,
+    FakeS3,
+    NotifySocket,
+    Script,
+    channel_backup,
+    run_script,
+    settings_at,
+)
 from kit import fake_s3 as answers
 from kit import script as script_module
 
@@ -53,13 +65,6 @@ FAMILY = re.compile(
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeS3]:
-    """Return a scripted S3 that stores everything unless it is told otherwise."""
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
 def beat() -> Iterator[FakeS3]:
     """Return a service that takes heartbeats."""
     with FakeS3(defaults={"GET": FINE, "POST": FINE}) as server:
@@ -69,16 +74,9 @@ def beat() -> Iterator[FakeS3]:
 @pytest.fixture
 def env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
     """Return the settings of the program, which looks and so reports often."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": "bucket",
-        "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        "AWS_REGION": "us-east-1",
-        "RESCAN_SECONDS": "0.1",
-    }
+    user = Credentials("AKIDEXAMPLE", SECRET_KEY)
+    often = {"RESCAN_SECONDS": "0.1"}
+    return settings_at(fake.endpoint, lnd, staging, bucket="bucket", prefix="", user=user) | often
 
 
 @pytest.fixture

@@ -45,18 +45,6 @@ Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def s3(s3_http: S3Server) -> S3Server:
-    """Return the session's server over http."""
-    return s3_http
-
-
-@pytest.fixture
-def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
-    """Return the bucket's settings with a key that may list and get."""
-    return reader_settings(s3, bucket, prefix, s3.reader_user(bucket))
-
-
-@pytest.fixture
 def home(tmp_path: Path) -> Path:
     """Return the working directory of the one who restores."""
     directory = tmp_path / "home"
@@ -137,15 +125,13 @@ def printed_command(done: Done, words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_the_trap(request: pytest.FixtureRequest, prefix: str, home: Path, scheme: str) -> None:
+def test_the_trap(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """Of a newest version without channels and one with, the latter is restored, and what was passed over is told."""
-    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
-    bucket = server.create_bucket()
-    put(server, bucket, NOON, channel_backup(3))
+    put(s3, bucket, NOON, channel_backup(3))
     wanted = channel_backup(12)
-    key = put(server, bucket, NOON + HOUR, wanted)
-    empty = [put(server, bucket, NOON + HOUR * hours, channel_backup(0)) for hours in (2, 3)]
-    done = restore(reader_settings(server, bucket, prefix, server.reader_user(bucket)), home)
+    key = put(s3, bucket, NOON + HOUR, wanted)
+    empty = [put(s3, bucket, NOON + HOUR * hours, channel_backup(0)) for hours in (2, 3)]
+    done = restore(reader, home)
     assert (home / "channel.backup").read_bytes() == wanted
     assert f"restored {key}" in done.stdout
     assert str(len(wanted)) in done.stdout
@@ -620,23 +606,20 @@ def test_the_mode_after_a_crash(s3: S3Server, bucket: str, reader: dict[str, str
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_s3_away_in_the_middle(request: pytest.FixtureRequest, prefix: str, home: Path, scheme: str) -> None:
+def test_s3_away_in_the_middle(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """When the download is cut it is exit 75, nothing is left, and the next try works."""
-    server: S3Server = request.getfixturevalue(f"s3_{scheme}")
-    bucket = server.create_bucket()
     data = os.urandom(2 << 20)
-    put(server, bucket, NOON, data)
-    env = reader_settings(server, bucket, prefix, server.reader_user(bucket))
-    with FaultProxy(server.host, server.port) as proxy:
-        env["AWS_ENDPOINT_URL_S3"] = proxy.endpoint(scheme)
+    put(s3, bucket, NOON, data)
+    with FaultProxy(s3.host, s3.port) as proxy:
+        through = reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint(s3.scheme)}
         proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
-        with Script(env, "restore", cwd=home) as script:
+        with Script(through, "restore", cwd=home) as script:
             proxy.wait_until(lambda counts: counts.bytes_down > SLOW_BYTES_PER_SECOND // 2)
             proxy.set("pass", cut=True)
             assert script.wait() == 75, script.log
             assert (script.stdout, list(home.iterdir())) == ("", [])
             assert "Traceback" not in script.log
-        restore(env, home)
+        restore(through, home)
     assert (home / "channel.backup").read_bytes() == data
 
 

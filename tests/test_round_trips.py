@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import FaultProxy, Lnd, S3Server, Script, channel_backup
+from kit import FaultProxy, Lnd, S3Server, Script, channel_backup, settings_at
 
 import s3_backup_lnd_channels as program
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 # TCP's handshake, TLS 1.3's, and the request; a connection that is open needs the request alone.
 COLD = {"http": 2, "https": 3}
 WARM = 1
+
+
+@pytest.fixture(params=["http", "https"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    """Return http and then https, which has round trips of its own."""
+    scheme: str = request.param
+    return scheme
 
 
 @pytest.fixture
@@ -116,14 +123,7 @@ def test_an_idle_connection_is_closed(lnd: Lnd, staging: Path, monkeypatch: pyte
     async def scenario() -> None:
         watched = WatchedServer()
         server = await asyncio.start_server(watched.serve, "127.0.0.1", 0)
-        env = {
-            "MONITOR_FILE_PATH": str(lnd.path),
-            "BACKUP_DIRECTORY": str(staging),
-            "S3_BUCKET_NAME": "some-bucket",
-            "AWS_ACCESS_KEY_ID": "AKID",
-            "AWS_SECRET_ACCESS_KEY": "SECRET",
-            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",
-        }
+        env = settings_at(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", lnd, staging)
         stored: asyncio.Queue[program.Stored] = asyncio.Queue()
         with uploading(env, monkeypatch) as uploader:
             discard = uploader.staging.discard

@@ -23,6 +23,7 @@ from botocore.awsrequest import AWSResponse, HeadersDict
 from hypothesis import given
 from hypothesis import strategies as st
 from kit import (
+    MADE_UP,
     Answer,
     FakeS3,
     FaultProxy,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = "20261120T215558.123456Z-a1b2c3"
-SECRET = "t0p-s3cr3t/t0p-s3cr3t"
+SECRET = MADE_UP.secret_key
 STATEMENT = '{"Effect": "Allow"}'
 ONE_MINUTE = 60.0
 PATIENCE_SECONDS = 10.0
@@ -241,28 +242,6 @@ def test_incomplete_answers_are_explained() -> None:
 # --- A bucket in this process ---
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeS3]:
-    """Return an S3 that answers as told and remembers what it got."""
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake_env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
-    """Return the settings of the program for that S3."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": "some-bucket",
-        "S3_BACKUP_PREFIX": "alice/",
-        "AWS_ACCESS_KEY_ID": "AKIDENVIRONMENT",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        "AWS_REGION": "us-east-1",
-    }
-
-
 @contextlib.contextmanager
 def use(env: dict[str, str]) -> Iterator[program.Bucket]:
     """Put the settings into the environment, yield the bucket they describe, and close its connections."""
@@ -342,6 +321,7 @@ def test_a_put_on_the_wire(fake: FakeS3, fake_env: dict[str, str]) -> None:
     assert (receipt.sha256, receipt.size_bytes) == (digest, len(data))
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_put_to_a_strict_server(
     env: dict[str, str], s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -901,6 +881,7 @@ def test_a_slow_uplink_is_not_given_up(
     assert receipt_of(uploader).size_bytes == len(data)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_lost_answer_leaves_one_object(
     s3: S3Server, env: dict[str, str], bucket: str, staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

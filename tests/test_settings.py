@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kit import SCRIPT, Lnd, Script, run_script, script_environment
+from kit import NOBODY, SCRIPT, Lnd, Script, as_nobody, run_script, script_environment
 
 import s3_backup_lnd_channels as program
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-NOBODY = 65534
 REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
 NOWHERE = "http://127.0.0.1:9"
 
@@ -53,35 +46,6 @@ def good(lnd: Lnd, staging: Path) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "geheim",
     }
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """Return a directory that every user can reach, and that the unprivileged one owns."""
-    directory = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
-    directory.chmod(0o755)
-    if os.geteuid() == 0:
-        os.chown(directory, NOBODY, NOBODY)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Be a user without privileges, unless that is what runs the tests anyway."""
-    if os.geteuid() != 0:
-        yield
-        return
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, 0)
-    os.setresuid(NOBODY, NOBODY, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-        os.setresgid(0, 0, 0)
-        os.setgroups(groups)
 
 
 # --- each variable ---

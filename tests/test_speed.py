@@ -139,29 +139,19 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_an_idle_daemon_only_rescans(lnd: Lnd, staging: Path) -> None:
+def test_an_idle_daemon_only_rescans(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
     """While LND writes nothing, the daemon wakes for its rescans alone and uses practically no CPU time."""
     lnd.write(CHANNELS)
-    with FakeS3() as fake:
-        env = {
-            "MONITOR_FILE_PATH": str(lnd.path),
-            "BACKUP_DIRECTORY": str(staging),
-            "S3_BUCKET_NAME": "some-bucket",
-            "AWS_ACCESS_KEY_ID": "AKID",
-            "AWS_SECRET_ACCESS_KEY": "SECRET",
-            "AWS_ENDPOINT_URL_S3": fake.endpoint,
-            "RESCAN_SECONDS": str(RESCAN_SECONDS),
-        }
-        with Script(env) as script:
-            script.wait_for_log("stored s3://")
-            threading.Event().wait(0.5)  # until the staged copy is deleted and the receipt is written
-            assert not list(staging.glob("2*"))
-            woken, used = wake_ups(script.pid), cpu_seconds(script.pid)
-            threading.Event().wait(WATCHED_SECONDS)
-            woken, used = wake_ups(script.pid) - woken, cpu_seconds(script.pid) - used
-            assert script.returncode is None
-            assert script.stop() == 0
-        assert len(fake.requests) == 1
+    with Script(fake_env | {"RESCAN_SECONDS": str(RESCAN_SECONDS)}) as script:
+        script.wait_for_log("stored s3://")
+        threading.Event().wait(0.5)  # until the staged copy is deleted and the receipt is written
+        assert not list(staging.glob("2*"))
+        woken, used = wake_ups(script.pid), cpu_seconds(script.pid)
+        threading.Event().wait(WATCHED_SECONDS)
+        woken, used = wake_ups(script.pid) - woken, cpu_seconds(script.pid) - used
+        assert script.returncode is None
+        assert script.stop() == 0
+    assert len(fake.requests) == 1
     rescans = int(WATCHED_SECONDS / RESCAN_SECONDS)
     print(f"{woken} wake-ups for {rescans} rescans, {used:.2f} s of CPU time in {WATCHED_SECONDS:.0f} s")  # noqa: T201
     assert woken <= rescans + 2  # one of them closes the idle connection

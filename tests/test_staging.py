@@ -21,7 +21,7 @@ from unittest import mock
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kit import VERSION_NAME, FakeS3, Lnd, Script, channel_backup, run_script
+from kit import VERSION_NAME, FakeS3, Lnd, Script, channel_backup, run_script, settings_at
 
 import s3_backup_lnd_channels as program
 
@@ -205,26 +205,14 @@ def test_lock_ends_with_the_process(staging: Path) -> None:
 def test_once_beside_a_daemon_says_so_and_may_be_tried_again(lnd: Lnd, staging: Path) -> None:
     """`once` beside a running daemon exits 75, says what holds the directory, and sends nothing."""
     lnd.write()
-    with FakeS3() as fake, Script(once_env(fake, lnd, staging), "run") as daemon:
+    with FakeS3() as fake, Script(settings_at(fake.endpoint, lnd, staging), "run") as daemon:
         daemon.wait_for_log("stored s3://")
-        done = run_script(once_env(fake, lnd, staging), "once")
+        done = run_script(settings_at(fake.endpoint, lnd, staging), "once")
         assert done.returncode == 75
         assert done.stdout == ""
         assert f"{staging}: another copy holds it" in done.stderr
         assert daemon.stop() == 0
         assert len(fake.requests) == 1
-
-
-def once_env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
-    """Return settings for an S3 that takes everything."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": "bucket",
-        "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "made-up",
-    }
 
 
 # --- what lies around ---
@@ -353,7 +341,7 @@ def test_damaged_and_foreign_files_are_never_sent(lnd: Lnd, staging: Path) -> No
     (staging / "theirs").write_bytes(channel_backup(3))
     make_fifo(staging / true_name(channel_backup(4)))
     with FakeS3() as fake:
-        done = run_script(once_env(fake, lnd, staging), "once")
+        done = run_script(settings_at(fake.endpoint, lnd, staging), "once")
         assert [request.body for request in fake.requests] == [version.data, old]
     assert done.returncode == 0
     assert true_name(cut) in done.stderr
@@ -816,7 +804,7 @@ def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd
     fill(small_disk)
     version = lnd.write()
     with FakeS3() as fake:
-        done = run_script(once_env(fake, lnd, small_disk), "once")
+        done = run_script(settings_at(fake.endpoint, lnd, small_disk), "once")
         assert [request.body for request in fake.requests] == [version.data]
     assert "No space left" in done.stderr
     assert done.returncode == 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import CHECKOUT, SCRIPT, run_script
+from kit import CHECKOUT, NOBODY, SCRIPT, run_script
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 UNIT = CHECKOUT / "lnd-backup.service"
 EXPOSURE_MAX = "12"  # ten times the score
-NOBODY = 65534
 SETTINGS = "etc/default/lnd-backup-env"
 HOME = "opt/lnd-backup"
 UNITS = "etc/systemd/system"

@@ -11,33 +11,21 @@ import signal
 import subprocess
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, Lnd, S3Server, Written, assert_nothing_lost, channel_backup
+from kit import Daemon, Lnd, Written, channel_backup
 from kit import script as script_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from functools import partial
 
 SELDOM = {"RESCAN_SECONDS": "600"}  # only events are left
 OFTEN = {"RESCAN_SECONDS": "0.1"}
 AGAIN = r"again, after \d+ failures"
 LARGEST_SIZE = 64 << 20
-
-
-@pytest.fixture
-def s3(s3_http: S3Server) -> S3Server:
-    """Return the server over http alone, since watching does not depend on the scheme."""
-    return s3_http
-
-
-@pytest.fixture
-def check(lnd: Lnd, s3: S3Server, bucket: str, prefix: str, staging: Path) -> partial[None]:
-    """Return the invariant, to be called at the end."""
-    return partial(assert_nothing_lost, lnd, s3, bucket, prefix, staging)
 
 
 @pytest.fixture

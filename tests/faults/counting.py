@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import kit
 import kit.invariant
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator
+    from collections.abc import Generator
 
 RECORD = "FAULTS_RECORD"
 ROUNDS = "FAULTS_ROUNDS"
@@ -30,18 +30,9 @@ def _note(test: str, **facts: object) -> None:
 
 
 def _counted(
-    lnd: kit.Lnd,
-    server: kit.Holder,
-    bucket: str,
-    prefix: str,
-    staging: Path,
-    *,
-    replaced_ok: bool | Collection[int] = False,
-    refreshes: int | None = 0,
-    foreign: Collection[str] = (),
+    lnd: kit.Lnd, server: kit.Holder, bucket: str, prefix: str, staging: Path, **allowed: Unpack[kit.Allowed]
 ) -> None:
     """Fail as the invariant does, and write down what it finds."""
-    allowed: dict[str, Any] = {"replaced_ok": replaced_ok, "refreshes": refreshes, "foreign": foreign}
     found = kit.find_problems(lnd, server, bucket, prefix, staging, **allowed)
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
     at_stake = len({version.data for version in lnd.written} | set(lnd.placed))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FakeS3, Lnd, Script, assert_nothing_lost, channel_backup
+from kit import Daemon, FakeS3, Lnd, Script, assert_nothing_lost, channel_backup, settings_at
 from kit import fake_s3 as answers
 
 if TYPE_CHECKING:
@@ -32,25 +32,9 @@ FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeS3]:
-    """Return a scripted S3."""
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
 def env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
     """Return the settings of the program."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": BUCKET,
-        "S3_BACKUP_PREFIX": prefix,
-        "AWS_ACCESS_KEY_ID": "key-of-the-test",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        "AWS_REGION": "us-east-1",
-    }
+    return settings_at(fake.endpoint, lnd, staging, bucket=BUCKET, prefix=prefix)
 
 
 @pytest.fixture

@@ -1,16 +1,31 @@
 """The test kit: an LND, an S3 server, a line between them that fails on demand, and the invariant they are held to."""
 
 from .fake_s3 import Answer, FakeS3, Request
-from .invariant import VERSION_NAME, Holder, Problems, assert_nothing_lost, find_problems, normalised_prefix
+from .invariant import VERSION_NAME, Allowed, Holder, Problems, assert_nothing_lost, find_problems, normalised_prefix
 from .lnd import Lnd, Written, channel_backup
+from .nobody import NOBODY, as_nobody
 from .proxy import Counts, FaultProxy, Mode
 from .s3 import CHECKOUT, Credentials, S3Server, StoredObject, allow, foreign_settings, make_client
-from .script import SCRIPT, Daemon, NotifySocket, Script, reader_settings, run_script, script_environment, settings_for
+from .script import (
+    MADE_UP,
+    SCRIPT,
+    Daemon,
+    NotifySocket,
+    Script,
+    reader_settings,
+    run_script,
+    script_environment,
+    settings_at,
+    settings_for,
+)
 
 __all__ = [
     "CHECKOUT",
+    "MADE_UP",
+    "NOBODY",
     "SCRIPT",
     "VERSION_NAME",
+    "Allowed",
     "Answer",
     "Counts",
     "Credentials",
@@ -28,6 +43,7 @@ __all__ = [
     "StoredObject",
     "Written",
     "allow",
+    "as_nobody",
     "assert_nothing_lost",
     "channel_backup",
     "find_problems",
@@ -37,5 +53,6 @@ __all__ = [
     "reader_settings",
     "run_script",
     "script_environment",
+    "settings_at",
     "settings_for",
 ]

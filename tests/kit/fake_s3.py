@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.server
-import socket
 import sys
 import threading
 from collections import deque
@@ -14,6 +12,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Self
 
+from .cutting import CuttingServer
 from .s3 import StoredObject
 
 if TYPE_CHECKING:
@@ -85,25 +84,21 @@ class FakeS3:
         if not hold:
             self._released.set()
         self._server = _Server(self, tls)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="fake-s3")
 
     def __enter__(self) -> Self:
         """Begin to answer."""
-        self._thread.start()
+        self._server.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Cut all connections and end."""
         self.release()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.cut_all()
-        self._server.server_close()
+        self._server.end()
 
     @property
     def port(self) -> int:
         """Return the port on the loopback address."""
-        return int(self._server.server_address[1])
+        return self._server.port
 
     @property
     def endpoint(self) -> str:
@@ -142,6 +137,10 @@ class FakeS3:
                 raise AssertionError(f"{len(self._of(method))} of {count} requests arrived: {self.requests}")
             return self._of(method)
 
+    def wait_for_leave(self) -> None:
+        """Block until a request that was recorded may be answered."""
+        self._released.wait()
+
     def take(self, request: Request) -> Answer:
         """Record a request, wait as long as answers are held, and return the answer; for the handler."""
         with self._changed:
@@ -150,17 +149,15 @@ class FakeS3:
             if request.method == "PUT" and self._answers:
                 answer = self._answers.popleft()
             self._changed.notify_all()
-        self._released.wait()
+        self.wait_for_leave()
         if request.method == "PUT" and answer == STORED:
             self._store(request)
         return answer
 
     def _store(self, request: Request) -> None:
         """Keep what is acknowledged."""
-        key, metadata = (
-            request.path.lstrip("/").partition("/")[2],
-            {"sha256": request.headers.get("x-amz-meta-sha256", "")},
-        )
+        key = request.path.lstrip("/").partition("/")[2]
+        metadata = {"sha256": request.headers.get("x-amz-meta-sha256", "")}
         etag = hashlib.md5(request.body, usedforsecurity=False).hexdigest()
         with self._changed:
             self._stored[request.path] = StoredObject(key, request.body, metadata, datetime.now(UTC), etag)
@@ -171,38 +168,14 @@ class FakeS3:
         return [request for request in self.requests if request.method == method]
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    """An HTTP server that can cut its connections, so that no thread outlives it."""
-
-    daemon_threads = False
-    block_on_close = True
+class _Server(CuttingServer):
+    """Knows the scripted S3 that its connections are for."""
 
     def __init__(self, fake: FakeS3, tls: ssl.SSLContext | None) -> None:
         self.fake = fake
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         if tls:  # the handshake belongs to the thread of the connection
             self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-
-    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Remember the connection."""
-        with self._lock:
-            self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Forget the connection."""
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
-
-    def cut_all(self) -> None:
-        """End every connection."""
-        with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
         """Keep quiet about clients that went away."""

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 import stat
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -26,6 +26,20 @@ class Holder(Protocol):
         """Return every object below the prefix by key."""
 
 
+class Allowed(TypedDict, total=False):
+    """What is no problem.
+
+    `replaced_ok`: the indexes in `lnd.written` of versions that LND replaced before anyone could look, or True for any
+    but the last. `refreshes`: how many second names the same bytes may have in all (one for each restart and each
+    refresh of an unchanged file; by default 0), None for any number. `foreign`: names that others left in the bucket
+    or in staging.
+    """
+
+    replaced_ok: bool | Collection[int]
+    refreshes: int | None
+    foreign: Collection[str]
+
+
 class Problems(NamedTuple):
     """What is wrong, a line each: versions lost, captures under two keys, and what is false in either place."""
 
@@ -40,51 +54,26 @@ def normalised_prefix(prefix: str) -> str:
 
 
 def assert_nothing_lost(
-    lnd: Lnd,
-    server: Holder,
-    bucket: str,
-    prefix: str,
-    staging: Path,
-    *,
-    replaced_ok: bool | Collection[int] = False,
-    refreshes: int | None = 0,
-    foreign: Collection[str] = (),
+    lnd: Lnd, server: Holder, bucket: str, prefix: str, staging: Path, **allowed: Unpack[Allowed]
 ) -> None:
-    """Fail unless every version is stored or staged, and all that is stored or staged is true to its name.
-
-    The arguments are those of `find_problems`.
-    """
-    found = find_problems(
-        lnd, server, bucket, prefix, staging, replaced_ok=replaced_ok, refreshes=refreshes, foreign=foreign
-    )
+    """Fail unless every version is stored or staged, and all that is stored or staged is true to its name."""
+    found = find_problems(lnd, server, bucket, prefix, staging, **allowed)
     if problems := [*found.false, *found.lost, *found.repeated]:
         more = [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
         raise AssertionError("\n  ".join(["the invariant is broken:", *problems[:MAX_REPORTED], *more]))
 
 
 def find_problems(
-    lnd: Lnd,
-    server: Holder,
-    bucket: str,
-    prefix: str,
-    staging: Path,
-    *,
-    replaced_ok: bool | Collection[int] = False,
-    refreshes: int | None = 0,
-    foreign: Collection[str] = (),
+    lnd: Lnd, server: Holder, bucket: str, prefix: str, staging: Path, **allowed: Unpack[Allowed]
 ) -> Problems:
-    """Return whatever breaks the invariant.
-
-    `replaced_ok`: the indexes in `lnd.written` of versions that LND replaced before anyone could look, or True for any
-    but the last. `refreshes`: how many second names the same bytes may have in all (one for each restart and each
-    refresh of an unchanged file), None for any number. `foreign`: names that others left in the bucket or in staging.
-    """
+    """Return whatever breaks the invariant."""
+    foreign, replaced_ok = allowed.get("foreign", ()), allowed.get("replaced_ok", False)
     stored = _in_bucket(server.objects(bucket, normalised_prefix(prefix)), normalised_prefix(prefix), foreign)
     staged = _in_staging(staging, foreign)
     excused = range(len(lnd.written) - 1) if replaced_ok is True else replaced_ok or ()
     return Problems(
         lost=_lost(lnd, stored, staged, excused),
-        repeated=_repeated(stored, staged, refreshes),
+        repeated=_repeated(stored, staged, allowed.get("refreshes", 0)),
         false=[
             *_false_objects(stored),
             *_false_files(staging, foreign),

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
 from .invariant import normalised_prefix
-from .s3 import CHECKOUT, REGION
+from .s3 import CHECKOUT, REGION, Credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .lnd import Lnd, Written
-    from .s3 import Credentials, S3Server
+    from .s3 import S3Server
 
 SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
+MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look
 PATIENCE_SECONDS = 30.0
 STUCK_SECONDS = 90.0
 
@@ -44,22 +45,35 @@ def reader_settings(server: S3Server, bucket: str, prefix: str, user: Credential
     }
 
 
-def settings_for(
-    server: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path, *, endpoint: str | None = None
+def settings_at(
+    endpoint: str,
+    lnd: Lnd,
+    staging: Path,
+    *,
+    bucket: str = "some-bucket",
+    prefix: str = "alice/",
+    user: Credentials = MADE_UP,
 ) -> dict[str, str]:
-    """Return the program's settings, with a new key that may put below the prefix and nothing else."""
-    user = server.put_only_user(bucket, normalised_prefix(prefix))
-    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | {
+    """Return the program's settings for whatever answers at the endpoint."""
+    return {
         "MONITOR_FILE_PATH": str(lnd.path),
         "BACKUP_DIRECTORY": str(staging),
         "S3_BUCKET_NAME": bucket,
         "S3_BACKUP_PREFIX": prefix,
         "AWS_ACCESS_KEY_ID": user.access_key,
         "AWS_SECRET_ACCESS_KEY": user.secret_key,
-        "AWS_ENDPOINT_URL_S3": endpoint or server.endpoint,
+        "AWS_ENDPOINT_URL_S3": endpoint,
         "AWS_REGION": REGION,
     }
+
+
+def settings_for(
+    server: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path, *, endpoint: str | None = None
+) -> dict[str, str]:
+    """Return the program's settings, with a new key that may put below the prefix and nothing else."""
+    user = server.put_only_user(bucket, normalised_prefix(prefix))
+    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
+    return tls | settings_at(endpoint or server.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user)
 
 
 def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
@@ -79,6 +93,7 @@ def run_script(
     timeout: float = STUCK_SECONDS,
     input: str | None = None,  # noqa: A002 - the name that subprocess.run uses
     cwd: Path | None = None,
+    stdout: int | IO[str] = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[str]:
     """Run the program to its end, and return its exit code and output."""
     with tempfile.TemporaryDirectory() as home:
@@ -88,7 +103,8 @@ def run_script(
             cwd=cwd or home,
             input="" if input is None else input,
             timeout=timeout,
-            capture_output=True,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
             check=False,

@@ -6,9 +6,9 @@ import contextlib
 import http.server
 import selectors
 import socket
-import socketserver
-import threading
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
+
+from .cutting import CuttingServer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,24 +24,20 @@ class ConnectProxy:
         self.routes = dict(routes)
         self.asked: list[str] = []
         self._server = _Server(self)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="connect-proxy")
 
     def __enter__(self) -> Self:
         """Begin to answer."""
-        self._thread.start()
+        self._server.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Cut all tunnels and end."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.cut_all()
-        self._server.server_close()
+        self._server.end()
 
     @property
     def address(self) -> tuple[str, int]:
         """Return the address on loopback."""
-        return "127.0.0.1", int(self._server.server_address[1])
+        return "127.0.0.1", self._server.port
 
     @property
     def url(self) -> str:
@@ -49,37 +45,12 @@ class ConnectProxy:
         return f"http://127.0.0.1:{self.address[1]}"
 
 
-class _Server(socketserver.ThreadingTCPServer):
-    """A TCP server that can cut its connections, so that no thread outlives it."""
-
-    daemon_threads = False
-    block_on_close = True
-    allow_reuse_address = True
+class _Server(CuttingServer):
+    """Knows the proxy that its connections are for."""
 
     def __init__(self, proxy: ConnectProxy) -> None:
         self.proxy = proxy
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Remember the connection."""
-        with self._lock:
-            self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Forget the connection."""
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
-
-    def cut_all(self) -> None:
-        """End every connection."""
-        with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+        super().__init__(_Handler)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -28,6 +28,7 @@ from botocore.exceptions import (
     EndpointConnectionError,
 )
 from kit import (
+    PATIENCE_SECONDS,
     Answer,
     Credentials,
     FakeS3,
@@ -316,7 +317,7 @@ def test_a_suspended_server_answers_when_it_is_resumed(own_s3: S3Server) -> None
     with pytest.raises(queue.Empty):
         done.get(timeout=0.1)
     own_s3.resume()
-    assert done.get(timeout=10)
+    assert done.get(timeout=PATIENCE_SECONDS)
     thread.join()
 
 
@@ -517,7 +518,7 @@ def test_a_swallowed_response_leaves_the_object_stored(
     assert s3.objects(bucket)["a"].data == b"data"
     assert failed.empty()
     proxy.cut_all()
-    assert isinstance(failed.get(timeout=10), ConnectionClosedError)
+    assert isinstance(failed.get(timeout=PATIENCE_SECONDS), ConnectionClosedError)
     thread.join()
 
 
@@ -561,7 +562,7 @@ def test_an_unreachable_server_resets_the_client() -> None:
         address = listener.getsockname()
     with (
         FaultProxy(*address) as proxy,
-        socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as connection,
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE_SECONDS) as connection,
     ):
         connection.sendall(b"G")
         with pytest.raises(ConnectionResetError):
@@ -633,7 +634,7 @@ def test_answers_can_be_held_back() -> None:
         fake.wait_for_requests(1)
         assert done.empty()
         fake.release()
-        assert done.get(timeout=10)
+        assert done.get(timeout=PATIENCE_SECONDS)
         thread.join()
         fake.hold()
         with socket.create_connection(("127.0.0.1", fake.port)) as connection:

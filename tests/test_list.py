@@ -273,7 +273,6 @@ def plant(server: S3Server, bucket: str, count: int) -> list[str]:
     return names
 
 
-@pytest.mark.timeout(120)
 def test_thousands_of_versions(tmp_path: Path, prefix: str) -> None:
     """All of 2,500 versions are listed in order, page by page, and the newest of them is restored."""
     server, bucket = S3Server(tmp_path / "s3"), "crowded"
@@ -353,7 +352,6 @@ def test_s3_refuses_connections(reader: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.timeout(120)
 def test_s3_does_not_answer(s3: S3Server, reader: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path) -> None:
     """Exit 75 within a minute, from `list`, `check` and `restore`, when connections are accepted and never answered."""
     lnd.write()

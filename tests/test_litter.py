@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kit import FakeS3, Lnd, run_script
+from kit import FakeS3, Lnd, run_script, settings_at
 
 EARLIER, LATER = "20260101T000000.000000Z", "20290101T000000.000000Z"
 IMPOSSIBLE = "20260230T250000.000000Z"  # no such day, no such hour
@@ -94,17 +94,7 @@ def test_once_is_not_bothered(lying: list[Thing]) -> None:
         for thing in lying:
             put(directory, thing)
         before = {thing.name: identity(f"{directory}/{os.fsdecode(thing.name)}") for thing in lying}
-        done = run_script(
-            {
-                "MONITOR_FILE_PATH": str(lnd.path),
-                "BACKUP_DIRECTORY": str(directory),
-                "S3_BUCKET_NAME": "bucket",
-                "AWS_ENDPOINT_URL_S3": fake.endpoint,
-                "AWS_ACCESS_KEY_ID": "key-of-the-test",
-                "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-            },
-            "once",
-        )
+        done = run_script(settings_at(fake.endpoint, lnd, directory, bucket="bucket", prefix=""), "once")
         after = {identity(entry.path) for entry in os.scandir(directory)}
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr

@@ -243,7 +243,7 @@ def test_it_does_not_storm(env: dict[str, str], lnd: Lnd, staging: Path, prefix:
     """While S3 answers with errors, it is asked ever more seldom: the pauses are 1, 2 and 4 s, half of it by chance."""
     lnd.write()
     with TimedS3() as fake, Daemon(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as daemon:
-        fake.wait_for_requests(4, timeout=30)
+        fake.wait_for_requests(4)
         daemon.signal(signal.SIGKILL)
         daemon.wait()
         pauses = [later - earlier for earlier, later in itertools.pairwise(fake.came_at)]

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Answer, Daemon, FakeS3, Lnd, S3Server, Script, reader_settings, run_script, settings_for
+from kit import (
+    PATIENCE_SECONDS,
+    Answer,
+    Daemon,
+    FakeS3,
+    Lnd,
+    S3Server,
+    Script,
+    reader_settings,
+    run_script,
+    settings_for,
+)
 from kit.tunnel import ConnectProxy
 
 if TYPE_CHECKING:
@@ -22,7 +33,6 @@ NAME = "s3.example.org"
 TARGET = f"{NAME}:443"
 METADATA = "169.254.169.254"
 ON_EC2 = any("amazon" in path.read_text().lower() for path in Path("/sys/class/dmi/id").glob("*s_ve*"))
-PATIENCE_SECONDS = 10.0
 # Local sockets (systemd's) have no port, and are left out.
 RECORD = """
 import json, os, sys

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from kit import (
+    PATIENCE_SECONDS,
     SCRIPT,
     VERSION_NAME,
     Answer,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from kit import Lnd, Request
 
-PATIENCE_SECONDS = 30.0
 FINE = Answer(etag=False)
 STORED = r"stored \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
 SECRET_PATH = "/ping/5e3cb1a0-top-secret"

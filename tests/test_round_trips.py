@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import FaultProxy, Lnd, S3Server, Script, channel_backup, settings_at
+from kit import PATIENCE_SECONDS, FaultProxy, Lnd, S3Server, Script, channel_backup, settings_at
 
 import s3_backup_lnd_channels as program
 
@@ -136,19 +136,19 @@ def test_an_idle_connection_is_closed(lnd: Lnd, staging: Path, monkeypatch: pyte
             running = asyncio.create_task(uploader.run(asyncio.Event()))
             for _ in range(3):
                 uploader.staging.stage(channel_backup(1))
-                await asyncio.wait_for(stored.get(), 10)
+                await asyncio.wait_for(stored.get(), PATIENCE_SECONDS)
                 await asyncio.sleep(idle_seconds / 4)
             assert (watched.connections, watched.closed.is_set()) == (1, False)
             began = asyncio.get_running_loop().time()
-            await asyncio.wait_for(watched.closed.wait(), 10)
+            await asyncio.wait_for(watched.closed.wait(), PATIENCE_SECONDS)
             assert asyncio.get_running_loop().time() - began > idle_seconds / 2
             watched.closed.clear()
             uploader.staging.stage(channel_backup(1))
-            await asyncio.wait_for(stored.get(), 10)
+            await asyncio.wait_for(stored.get(), PATIENCE_SECONDS)
             assert watched.connections == 2
             running.cancel()
             await asyncio.wait([running])
-        await asyncio.wait_for(watched.closed.wait(), 10)
+        await asyncio.wait_for(watched.closed.wait(), PATIENCE_SECONDS)
         server.close()
         await server.wait_closed()
 

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit import (
     MADE_UP,
+    PATIENCE_SECONDS,
     Answer,
     FakeS3,
     FaultProxy,
@@ -50,7 +51,6 @@ NAME = "20261120T215558.123456Z-a1b2c3"
 SECRET = MADE_UP.secret_key
 STATEMENT = '{"Effect": "Allow"}'
 ONE_MINUTE = 60.0
-PATIENCE_SECONDS = 10.0
 
 
 # --- Every error has a cause and something to do ---

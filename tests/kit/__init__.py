@@ -5,7 +5,7 @@ from .invariant import VERSION_NAME, Allowed, Holder, Problems, assert_nothing_l
 from .lnd import Lnd, Written, channel_backup
 from .nobody import NOBODY, as_nobody
 from .proxy import Counts, FaultProxy, Mode
-from .s3 import CHECKOUT, Credentials, S3Server, StoredObject, allow, foreign_settings, make_client
+from .s3 import CHECKOUT, PATIENCE_SECONDS, Credentials, S3Server, StoredObject, allow, foreign_settings, make_client
 from .script import (
     MADE_UP,
     SCRIPT,
@@ -23,6 +23,7 @@ __all__ = [
     "CHECKOUT",
     "MADE_UP",
     "NOBODY",
+    "PATIENCE_SECONDS",
     "SCRIPT",
     "VERSION_NAME",
     "Allowed",

@@ -13,12 +13,11 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Self
 
 from .cutting import CuttingServer
-from .s3 import StoredObject
+from .s3 import PATIENCE_SECONDS, StoredObject
 
 if TYPE_CHECKING:
     import ssl
 
-PATIENCE_SECONDS = 10.0
 HTML = b"<html><body>Please accept our terms of use.</body></html>"
 
 

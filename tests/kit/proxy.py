@@ -10,6 +10,8 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Self, TypeVar, get_args
 
+from .s3 import PATIENCE_SECONDS
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
@@ -28,7 +30,6 @@ Mode = Literal[
 ]
 
 CHUNK = 65536
-PATIENCE_SECONDS = 10.0
 PORTAL_PAGE = b"<html><body>Please accept our terms of use.</body></html>"
 
 _LINGER_NONE = struct.pack("ii", 1, 0)

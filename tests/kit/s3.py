@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[2]
 REGION = "us-east-1"
 ACCOUNT = "000000000000"
-START_SECONDS = 30.0
+PATIENCE_SECONDS = 30.0  # for what comes at once, on a machine that has much else to do
 GRACE_SECONDS = 0.2
 
 # Run by the Python of ministack's own environment. Its command would also take port 443. No session tickets: they
@@ -124,8 +124,8 @@ def make_client(service: str, endpoint: str, credentials: Credentials, ca_file: 
             config=Config(
                 s3={"addressing_style": "path"},
                 retries={"total_max_attempts": 1, "mode": "standard"},
-                connect_timeout=5,
-                read_timeout=10,
+                connect_timeout=PATIENCE_SECONDS,
+                read_timeout=PATIENCE_SECONDS,
             ),
         )
 
@@ -336,10 +336,10 @@ class S3Server:
 
     def _wait_until_ready(self) -> None:
         """Ask one question and wait for the answer; the question fails at once if the server dies."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=START_SECONDS)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE_SECONDS)
         if self.ca_file:
             context = ssl.create_default_context(cafile=self.ca_file)
-            connection = http.client.HTTPSConnection(self.host, self.port, timeout=START_SECONDS, context=context)
+            connection = http.client.HTTPSConnection(self.host, self.port, timeout=PATIENCE_SECONDS, context=context)
         with contextlib.closing(connection):
             connection.request("GET", "/_ministack/ready")
             answer = connection.getresponse()

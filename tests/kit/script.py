@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
 from .invariant import normalised_prefix
-from .s3 import CHECKOUT, REGION, Credentials
+from .s3 import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
 MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look
-PATIENCE_SECONDS = 30.0
 STUCK_SECONDS = 90.0
 
 _COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_FILE", "COVERAGE_CORE")

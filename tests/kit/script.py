@@ -28,7 +28,8 @@ SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
 MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look
 STUCK_SECONDS = 90.0
 
-_COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COVERAGE_FILE", "COVERAGE_CORE")
+COVERAGE_SWITCHES = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+_COVERAGE = (*COVERAGE_SWITCHES, "COVERAGE_FILE", "COVERAGE_CORE")
 
 
 def reader_settings(server: S3Server, bucket: str, prefix: str, user: Credentials) -> dict[str, str]:

@@ -684,6 +684,16 @@ def test_the_program_runs_with_a_scrubbed_environment(monkeypatch: pytest.Monkey
     assert os.environ["HOME"] not in environment.split('"HOME": ')[1].split(",")[0]
 
 
+def test_all_that_was_sent_to_systemd_can_be_waited_for() -> None:
+    """What a service sent before its end is recorded when one has caught up with it, and nothing else."""
+    with NotifySocket() as notify, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
+        for _ in range(2):
+            for number in range(100):
+                service.sendto(b"%d" % number, notify.path)
+            notify.catch_up()
+        assert notify.messages == [str(number) for number in range(100)] * 2
+
+
 @pytest.mark.usefixtures("_program")
 def test_the_log_of_a_running_program_can_be_waited_for() -> None:
     """What the program writes and tells systemd can be waited for while it runs, and its end as well."""

@@ -245,7 +245,8 @@ def test_the_metrics_tell_a_life(
             daemon.wait_for_captured(lnd.write())
             wait_for_status(daemon, STORED + f"{count} staged; .*SlowDown.*")
         left = channel_backup(2)  # by a run long ago
-        (staging / f"20260101T000000.000000Z-{hashlib.sha256(left).hexdigest()[-6:]}").write_bytes(left)
+        (staging.parent / "left").write_bytes(left)  # the daemon must not find half of it
+        (staging.parent / "left").rename(staging / f"20260101T000000.000000Z-{hashlib.sha256(left).hexdigest()[-6:]}")
         wait_for_status(daemon, STORED + "3 staged; .*SlowDown.*")
         away = metrics(prom)
         oldest, _, newest = times_of(staging)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
 MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look
 STUCK_SECONDS = 90.0
+_MARK = b"\0"  # no message of a service
 
 COVERAGE_SWITCHES = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _COVERAGE = (*COVERAGE_SWITCHES, "COVERAGE_FILE", "COVERAGE_CORE")
@@ -251,6 +252,7 @@ class NotifySocket:
         self.path = str(Path(self._directory, "notify"))
         self.messages: list[str] = []
         self._text = _Text("the messages to systemd")
+        self._caught_up = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
         self._reader = _start(self._receive)
@@ -271,9 +273,20 @@ class NotifySocket:
         """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at lines."""
         return self._text.wait_for(pattern, timeout, count)
 
+    def catch_up(self) -> None:
+        """Block until all that was sent before is recorded: what has ended may have left messages in the socket."""
+        self._caught_up.clear()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(_MARK, self.path)
+        if not self._caught_up.wait(PATIENCE_SECONDS):
+            raise AssertionError("the messages to systemd were not read")
+
     def _receive(self) -> None:
         """Record every message until the socket is shut down."""
         while data := self._socket.recv(65536):
+            if data == _MARK:
+                self._caught_up.set()
+                continue
             message = data.decode(errors="replace")
             self.messages.append(message)
             self._text.append(message.rstrip("\n") + "\n")
@@ -315,6 +328,12 @@ class Daemon(Script):
         """Kill what is left of it."""
         super().close()
         self.systemd.__exit__()
+
+    def wait(self, timeout: float = STUCK_SECONDS) -> int:
+        """Wait until it has ended and its output and its messages are complete, and return the exit code."""
+        code = super().wait(timeout)
+        self.systemd.catch_up()
+        return code
 
     def wait_for_captured(self, version: Written, count: int = 1) -> None:
         """Block until these bytes have got so many names."""

@@ -22,7 +22,7 @@ from kit import (
     settings_for,
 )
 from kit import script as script_module
-from kit.script import COVERAGE_SWITCHES
+from kit.script import MEASURED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,8 +45,8 @@ def _measured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     What only a later case reaches is missed, and so the report can be too low by that, and never too high.
     """
     case = getattr(request.node, "callspec", None)
-    if case and any(case.indices.values()):
-        for name in COVERAGE_SWITCHES:
+    if (case and any(case.indices.values())) or request.node.get_closest_marker("unmeasured"):
+        for name in MEASURED:
             monkeypatch.delenv(name, raising=False)
 
 

@@ -17,6 +17,8 @@ from stores.template import filled, read_template, template_settings
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.unmeasured
+
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 SCRIPT = CHECKOUT / "docs/aws-bucket.sh"
 BUCKET = "some-bucket"

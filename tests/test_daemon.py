@@ -393,6 +393,7 @@ def test_a_second_signal_ends_it_at_once(
 # --- crashes ---
 
 
+@pytest.mark.unmeasured
 @pytest.mark.timeout(240)  # some twenty starts, one after the other
 def test_kills_at_any_moment_lose_nothing_that_was_staged(
     env: dict[str, str], lnd: Lnd, s3: S3Server, check: partial[None], staging: Path

@@ -21,6 +21,8 @@ from kit import fake_s3 as answers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.unmeasured
+
 AWAY_STAGED = 10_000
 # One attempt lasts half a second instead of half a minute; names are resolved unless a file says that they are not.
 LAUNCHER = """

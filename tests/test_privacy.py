@@ -29,6 +29,8 @@ from kit.tunnel import ConnectProxy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.unmeasured
+
 NAME = "s3.example.org"
 TARGET = f"{NAME}:443"
 METADATA = "169.254.169.254"

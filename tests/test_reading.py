@@ -18,6 +18,8 @@ import s3_backup_lnd_channels as program
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.unmeasured
+
 MIB = 1 << 20
 
 

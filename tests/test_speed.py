@@ -26,7 +26,7 @@ import s3_backup_lnd_channels as program
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.unmeasured]
 
 CHANNELS = 10  # 6,775 bytes
 UPDATES = 100

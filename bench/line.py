@@ -1,0 +1,319 @@
+"""The line to S3: it delays, counts, fails when told, and knows to the moment when S3 had stored what it was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import ssl
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import trustme
+from kit import FaultProxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+    from kit import Counts
+
+CHUNK = 65536
+PATIENCE_SECONDS = 30.0
+_NO_BODY = {204, 304}
+
+
+class Stored(NamedTuple):
+    """One PUT that S3 acknowledged, with the moment at which its answer left S3."""
+
+    at: float
+    key: str
+    size: int
+    sha256: str
+
+
+class _Request(NamedTuple):
+    """One request as it went to S3."""
+
+    method: str
+    target: str
+    body: bytes
+
+
+class _Messages:
+    """Takes the bytes of one direction apart into HTTP/1.1 messages with a length."""
+
+    def __init__(self, begun: Callable[[bytes], int], ended: Callable[[bytes, bytes], None]) -> None:
+        """Ask `begun` for the length of the body that follows a head, and tell `ended` of each whole message."""
+        self._begun, self._ended = begun, ended
+        self._head, self._body, self._missing = b"", bytearray(), -1
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        while data or self._missing == 0:
+            if self._missing < 0:
+                head, end, data = (self._head + data).partition(b"\r\n\r\n")
+                if not end:
+                    self._head = head
+                    return
+                self._head, self._body, self._missing = head, bytearray(), self._begun(head)
+            self._body += data[: self._missing]
+            data, self._missing = data[self._missing :], self._missing - len(data[: self._missing])
+            if self._missing:
+                return
+            head, self._head, self._missing = self._head, b"", -1
+            self._ended(head, bytes(self._body))
+
+
+def header(head: bytes, name: bytes) -> bytes:
+    """Return the value of a header, empty if it is not there."""
+    for line in head.split(b"\r\n")[1:]:
+        found, _, value = line.partition(b":")
+        if found.lower() == name:
+            return value.strip()
+    return b""
+
+
+def content(head: bytes, body: bytes) -> bytes:
+    """Return what a body carries: the same bytes, unless the SDK sent them in chunks with a checksum behind."""
+    if b"aws-chunked" not in header(head, b"content-encoding") and not header(head, b"x-amz-decoded-content-length"):
+        return body
+    parts = []
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size.partition(b";")[0], 16)
+        if not length:
+            break
+        parts.append(body[:length])
+        body = body[length + 2 :]
+    return b"".join(parts)
+
+
+class _Tap:
+    """Listens to one connection."""
+
+    def __init__(self, note: Callable[[float, _Request], None]) -> None:
+        """Tell of each PUT that was acknowledged."""
+        self._note = note
+        self._asked: deque[_Request] = deque()
+        self._at = 0.0
+        self._up = _Messages(lambda head: int(header(head, b"content-length") or 0), self._request)
+        self._down = _Messages(self._answer_length, self._answer)
+
+    def up(self, data: bytes) -> None:
+        """Take bytes for S3."""
+        self._up.feed(data)
+
+    def down(self, data: bytes, at: float) -> None:
+        """Take bytes from S3, which came at that moment."""
+        self._at = at
+        self._down.feed(data)
+
+    def _request(self, head: bytes, body: bytes) -> None:
+        method, target, _ = head.split(b"\r\n")[0].decode("latin-1").split(" ")
+        self._asked.append(_Request(method, target, content(head, body)))
+
+    def _answer_length(self, head: bytes) -> int:
+        status = int(head.split(b" ")[1])
+        if status < 200 or status in _NO_BODY or (self._asked and self._asked[0].method == "HEAD"):
+            return 0
+        return int(header(head, b"content-length") or 0)
+
+    def _answer(self, head: bytes, _: bytes) -> None:
+        status = int(head.split(b" ")[1])
+        if status < 200:
+            return
+        request = self._asked.popleft()
+        if request.method == "PUT" and status < 300:
+            self._note(self._at, request)
+
+
+class _Front:
+    """The end of the line before S3: ends TLS, passes the bytes on, and listens to them."""
+
+    def __init__(self, port: int, directory: Path, *, tls: bool) -> None:
+        """Prepare to stand before that port; with TLS, under a certificate of an authority of its own."""
+        self.target, self.port = port, 0
+        self.ca_file: Path | None = None
+        self._context: ssl.SSLContext | None = None
+        if tls:
+            authority = trustme.CA()
+            self.ca_file = directory / "ca.pem"
+            authority.cert_pem.write_to_path(str(self.ca_file))
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.num_tickets = 0  # they come unasked, and would be counted as an answer
+            authority.issue_cert("127.0.0.1").configure_cert(self._context)
+        self._changed = threading.Condition()
+        self._stored: dict[str, Stored] = {}
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="line")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._call(self._listen())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def wait_for(self, sha256: str, timeout: float) -> Stored | None:
+        """Block until an object of these bytes is stored; None if the time ran out."""
+        with self._changed:
+            self._changed.wait_for(lambda: sha256 in self._stored, timeout)
+            return self._stored.get(sha256)
+
+    def stored(self) -> list[Stored]:
+        """Return the first PUT of each content that was acknowledged until now."""
+        with self._changed:
+            return list(self._stored.values())
+
+    def cut(self) -> None:
+        """Close every connection."""
+
+        async def abort() -> None:
+            for writer in self._writers:
+                writer.transport.abort()
+
+        self._call(abort())
+
+    def _note(self, at: float, request: _Request) -> None:
+        digest = hashlib.sha256(request.body).hexdigest()
+        with self._changed:
+            self._stored.setdefault(digest, Stored(at, request.target, len(request.body), digest))
+            self._changed.notify_all()
+
+    def _call(self, work: Coroutine[None, None, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_SECONDS)
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self._context)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass the bytes of one connection both ways until either side ends."""
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            tap = _Tap(self._note)
+            self._writers |= {writer, target_writer}
+            ways = [
+                asyncio.create_task(_pass_on(reader, target_writer, lambda data, _: tap.up(data))),
+                asyncio.create_task(_pass_on(target_reader, writer, tap.down)),
+            ]
+            done, waiting = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            for way in waiting:
+                way.cancel()
+            target_writer.transport.abort()
+            self._writers -= {writer, target_writer}
+            for way in done:
+                way.result()  # a message that the tap does not understand is a fault of the benchmark
+        writer.close()
+
+    async def _close(self) -> None:
+        self._server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pass_on(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tap: Callable[[bytes, float], None]
+) -> None:
+    """Pass bytes one way; the ear comes last, so that it delays nothing."""
+    with contextlib.suppress(OSError):
+        while data := await reader.read(CHUNK):
+            at = time.monotonic()
+            writer.write(data)
+            tap(data, at)
+            await writer.drain()
+
+
+class Line:
+    """One line to S3, over http or https; a `far` one has a settable round-trip time, and can be down.
+
+    The delays are made in user space: half of the round trip in each direction, and one more before the first bytes of
+    a connection, which stands for TCP's handshake, since accept(2) in user space costs none.
+    """
+
+    def __init__(self, port: int, directory: Path, *, tls: bool = False, far: bool = False) -> None:
+        """Prepare a line to the server at that port; it runs inside `with`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.scheme = "https" if tls else "http"
+        self.round_trip = 0.0
+        self._far = far
+        self._front = _Front(port, directory, tls=tls)
+        self._proxy: FaultProxy | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Open it."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._front)
+            if self._far:
+                self._proxy = stack.enter_context(FaultProxy("127.0.0.1", self._front.port))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it, with all that goes over it."""
+        self._stack.close()
+
+    @property
+    def endpoint(self) -> str:
+        """Return the URL of S3 at the near end."""
+        return f"{self.scheme}://127.0.0.1:{self._proxy.port if self._proxy else self._front.port}"
+
+    @property
+    def ca_file(self) -> Path | None:
+        """Return the authority of its certificate, None for http."""
+        return self._front.ca_file
+
+    @property
+    def proxy(self) -> FaultProxy:
+        """Return what delays and fails; a near line has none."""
+        if self._proxy is None:
+            raise RuntimeError("only a far line can do that")
+        return self._proxy
+
+    @property
+    def counts(self) -> Counts:
+        """Return connections, bytes and round trips of a far line since `reset_counts`."""
+        return self.proxy.counts
+
+    def reset_counts(self) -> None:
+        """Count from zero again."""
+        self.proxy.reset_counts()
+
+    def set_round_trip(self, seconds: float) -> None:
+        """Take this time from now on for a round trip, on new connections; those that there are, are cut."""
+        self.round_trip = seconds
+        self.proxy.set("latency", cut=True, up=seconds / 2, down=seconds / 2)
+
+    def cut(self) -> None:
+        """Close every connection, as a router and a server do that have seen nothing for ten minutes."""
+        if self._proxy:
+            self._proxy.cut_all()
+        else:
+            self._front.cut()
+
+    def take_down(self) -> None:
+        """Begin an outage: connections are cut, and new ones refused."""
+        self.proxy.set("refuse", cut=True)
+
+    def bring_up(self) -> None:
+        """End the outage."""
+        self.proxy.set("latency", up=self.round_trip / 2, down=self.round_trip / 2)
+
+    def wait_for(self, sha256: str, timeout: float = PATIENCE_SECONDS) -> Stored | None:
+        """Block until an object of these bytes is stored; None if the time ran out."""
+        return self._front.wait_for(sha256, timeout)
+
+    def stored(self) -> list[Stored]:
+        """Return the first PUT of each content that was acknowledged until now."""
+        return self._front.stored()

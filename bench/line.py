@@ -15,13 +15,14 @@ import trustme
 from kit import FaultProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Generator, Iterator
     from pathlib import Path
 
     from kit import Counts
 
 CHUNK = 65536
 PATIENCE_SECONDS = 30.0
+_INTERIM, _GOOD = range(100, 200), range(200, 300)
 _NO_BODY = {204, 304}
 
 
@@ -43,28 +44,51 @@ class _Request(NamedTuple):
 
 
 class _Messages:
-    """Takes the bytes of one direction apart into HTTP/1.1 messages with a length."""
+    """Takes the bytes of one direction apart into HTTP/1.1 messages."""
 
-    def __init__(self, begun: Callable[[bytes], int], ended: Callable[[bytes, bytes], None]) -> None:
-        """Ask `begun` for the length of the body that follows a head, and tell `ended` of each whole message."""
-        self._begun, self._ended = begun, ended
-        self._head, self._body, self._missing = b"", bytearray(), -1
+    def __init__(self, has_body: Callable[[bytes], bool], ended: Callable[[bytes, bytes], None]) -> None:
+        """Ask `has_body` of each head, and tell `ended` of each whole message."""
+        self._has_body, self._ended = has_body, ended
+        self._buffer = bytearray()
+        self._parser = self._messages()
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes."""
-        while data or self._missing == 0:
-            if self._missing < 0:
-                head, end, data = (self._head + data).partition(b"\r\n\r\n")
-                if not end:
-                    self._head = head
-                    return
-                self._head, self._body, self._missing = head, bytearray(), self._begun(head)
-            self._body += data[: self._missing]
-            data, self._missing = data[self._missing :], self._missing - len(data[: self._missing])
-            if self._missing:
-                return
-            head, self._head, self._missing = self._head, b"", -1
-            self._ended(head, bytes(self._body))
+        self._buffer += data
+        next(self._parser)
+
+    def _messages(self) -> Iterator[None]:
+        while True:
+            head = yield from self._until(b"\r\n\r\n")
+            body = b""
+            if self._has_body(head):
+                if header(head, b"transfer-encoding") == b"chunked":
+                    body = yield from self._chunks()
+                else:
+                    body = yield from self._exactly(int(header(head, b"content-length") or 0))
+            self._ended(head, body)
+
+    def _chunks(self) -> Generator[None, None, bytes]:
+        body = b""
+        while size := int((yield from self._until(b"\r\n")).partition(b";")[0], 16):
+            body += yield from self._exactly(size)
+            yield from self._until(b"\r\n")
+        yield from self._until(b"\r\n")
+        return body
+
+    def _until(self, mark: bytes) -> Generator[None, None, bytes]:
+        while (end := self._buffer.find(mark)) < 0:
+            yield
+        taken = bytes(self._buffer[:end])
+        del self._buffer[: end + len(mark)]
+        return taken
+
+    def _exactly(self, size: int) -> Generator[None, None, bytes]:
+        while len(self._buffer) < size:
+            yield
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken
 
 
 def header(head: bytes, name: bytes) -> bytes:
@@ -99,8 +123,8 @@ class _Tap:
         self._note = note
         self._asked: deque[_Request] = deque()
         self._at = 0.0
-        self._up = _Messages(lambda head: int(header(head, b"content-length") or 0), self._request)
-        self._down = _Messages(self._answer_length, self._answer)
+        self._up = _Messages(lambda _: True, self._request)
+        self._down = _Messages(self._answer_has_body, self._answer)
 
     def up(self, data: bytes) -> None:
         """Take bytes for S3."""
@@ -115,18 +139,16 @@ class _Tap:
         method, target, _ = head.split(b"\r\n")[0].decode("latin-1").split(" ")
         self._asked.append(_Request(method, target, content(head, body)))
 
-    def _answer_length(self, head: bytes) -> int:
+    def _answer_has_body(self, head: bytes) -> bool:
         status = int(head.split(b" ")[1])
-        if status < 200 or status in _NO_BODY or (self._asked and self._asked[0].method == "HEAD"):
-            return 0
-        return int(header(head, b"content-length") or 0)
+        return status not in _INTERIM and status not in _NO_BODY and self._asked[0].method != "HEAD"
 
     def _answer(self, head: bytes, _: bytes) -> None:
         status = int(head.split(b" ")[1])
-        if status < 200:
+        if status in _INTERIM:
             return
         request = self._asked.popleft()
-        if request.method == "PUT" and status < 300:
+        if request.method == "PUT" and status in _GOOD:
             self._note(self._at, request)
 
 

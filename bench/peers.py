@@ -184,6 +184,7 @@ class Contestant:
     ready: ClassVar[str] = r"^watching"  # in the line that says that the watch is armed
     done: ClassVar[str] = r"^(uploaded|failed)"  # in the line that ends each upload
     keeps_connection: ClassVar[bool] = False
+    fast: ClassVar[bool] = True  # takes part in every round
 
     def __init__(self) -> None:
         """Prepare; nothing is installed, and nothing runs."""
@@ -241,11 +242,12 @@ class Program(Contestant):
 class Loop(Contestant):
     """A shell loop that starts a tool for each event, as the guides for node operators have it, at its best.
 
-    It watches the directory for renames and goes on watching while it uploads. The loops that most guides show watch the
-    file itself, or not while they upload, and lose more.
+    It watches the directory for renames, and goes on watching while it uploads. The loops that most guides show watch
+    the file itself, or not while they upload, and lose more.
     """
 
     ready = r"^Watches established"
+    fast = False
     tool: ClassVar[Debian]
     watcher = Debian("inotify-tools", "inotifywait")
     loop: ClassVar[str] = """
@@ -366,6 +368,7 @@ class Curl(Loop):
     """curl, which signs since 7.75."""
 
     name = "curl --aws-sigv4"
+    fast = True
     tool = Debian("curl", "curl")
 
     def upload(self, place: Place, file: str, key: str) -> str:
@@ -406,6 +409,7 @@ class Watchfiles(Script):
     """Watchfiles, which collects changes for 50 ms."""
 
     name = "watchfiles + boto3"
+    fast = False
     package = "watchfiles"
 
 

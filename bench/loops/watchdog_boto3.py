@@ -14,7 +14,7 @@ directory, bucket, prefix = sys.argv[1:]
 client = boto3.client("s3")
 
 
-class Upload(FileSystemEventHandler):
+class Upload(FileSystemEventHandler):  # type: ignore[misc] # it has no types here
     """Uploads what LND renames into place."""
 
     def on_moved(self, event: FileSystemEvent) -> None:

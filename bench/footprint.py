@@ -118,6 +118,7 @@ class OutOfReach(Program):
 def out_of_reach(world: World, effort: Effort) -> list[Row]:
     """Measure this program's memory while S3 is out of reach, with nothing staged but LND's file and with much."""
     rows, program = Rows(AWAY), OutOfReach()
+    program.install()
     with world.line(far=True) as line:
         line.take_down()
         places = {count: world.place(f"staged-{count}", line) for count in (0, effort.staged)}

@@ -6,11 +6,10 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from kit import SCRIPT, script_environment
+from kit import script_environment
 
 from bench.backlog import fill, stage
 from bench.collect import Rows
@@ -102,6 +101,7 @@ def drain(world: World, effort: Effort) -> list[Row]:
     Beside it the floor: a bare put after the other on the same line.
     """
     rows, program, floor = Rows(DRAIN), Program(), BareSdk()
+    program.install()
     case: Case = {"staged": effort.drained, "round trip": f"{ROUND_TRIP_SECONDS * 1e3:.0f} ms"}
     with world.line(far=True) as line:
         line.set_round_trip(ROUND_TRIP_SECONDS)
@@ -132,6 +132,7 @@ def drain(world: World, effort: Effort) -> list[Row]:
 def reading(world: World, effort: Effort) -> list[Row]:
     """Measure `list` and `restore` of this program with many versions in the bucket."""
     rows, program = Rows(READING), Program()
+    program.install()
     with world.line(far=True) as line:
         place = world.place("reading", line)
         fill(world, place, effort.objects)
@@ -142,7 +143,11 @@ def reading(world: World, effort: Effort) -> list[Row]:
                 line.reset_counts()
                 began = time.monotonic()
                 process = subprocess.Popen(
-                    [sys.executable, SCRIPT, *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                    [*program.command(place), *command],
+                    env=env,
+                    cwd=place.home,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
                 )
                 said = process.stderr.read().decode() if process.stderr else ""
                 _, status, used = os.wait4(process.pid, 0)

@@ -15,13 +15,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
-from kit import SCRIPT, script_environment
+from kit import CHECKOUT, SCRIPT, install, script_environment
 from stores.servers import NotInstalledError, make_venv, packages, run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kit import Written
+    from kit import Installed, Written
 
     from bench.line import Stored
     from bench.world import Place
@@ -214,29 +214,36 @@ class Contestant:
 
 
 class Program(Contestant):
-    """This program."""
+    """This program, as its service runs it."""
 
     name = "this program"
     ready = done = r" stored s3://"
     keeps_connection = True
 
+    installed: Installed
+
     def install(self) -> None:
-        """Find out the version; it is installed in the venv that runs the benchmark."""
+        """Install it beside the venv that runs the benchmark, and find out the version."""
+        self.installed = install(CHECKOUT / ".cache/bench-program")
         said = run([sys.executable, SCRIPT, "--version"]).split()[-1]
         self.version = f"{said}, boto3 {packages(Path(sys.prefix), 'boto3')}"
 
     def command(self, place: Place) -> Sequence[str | Path]:  # noqa: ARG002 - all is in the environment
         """Return the command."""
-        return [sys.executable, SCRIPT]
+        return self.installed.command
 
     def environment(self, place: Place) -> dict[str, str]:
         """Return its settings."""
-        return super().environment(place) | {
-            "MONITOR_FILE_PATH": str(place.lnd.path),
-            "BACKUP_DIRECTORY": str(place.staging),
-            "S3_BUCKET_NAME": place.bucket,
-            "S3_BACKUP_PREFIX": place.prefix,
-        }
+        return (
+            super().environment(place)
+            | self.installed.environment
+            | {
+                "MONITOR_FILE_PATH": str(place.lnd.path),
+                "BACKUP_DIRECTORY": str(place.staging),
+                "S3_BUCKET_NAME": place.bucket,
+                "S3_BACKUP_PREFIX": place.prefix,
+            }
+        )
 
 
 class Loop(Contestant):

@@ -1,6 +1,7 @@
 """The test kit: an LND, an S3 server, a line between them that fails on demand, and the invariant they are held to."""
 
 from .fake_s3 import Answer, FakeS3, Request
+from .installed import Installed, install
 from .invariant import VERSION_NAME, Allowed, Holder, Problems, assert_nothing_lost, find_problems, normalised_prefix
 from .lnd import Lnd, Written, channel_backup
 from .nobody import NOBODY, as_nobody
@@ -34,6 +35,7 @@ __all__ = [
     "FakeS3",
     "FaultProxy",
     "Holder",
+    "Installed",
     "Lnd",
     "Mode",
     "NotifySocket",
@@ -49,6 +51,7 @@ __all__ = [
     "channel_backup",
     "find_problems",
     "foreign_settings",
+    "install",
     "make_client",
     "normalised_prefix",
     "reader_settings",

@@ -19,7 +19,7 @@ from .invariant import normalised_prefix
 from .s3 import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from .lnd import Lnd, Written
     from .s3 import S3Server
@@ -162,13 +162,13 @@ class _Text:
 class Script:
     """The program, running; leaving the `with` block kills what is left of it."""
 
-    def __init__(self, env: dict[str, str], *args: str, cwd: Path | None = None) -> None:
-        """Start it with these settings and arguments, by default in an empty directory."""
+    def __init__(self, env: dict[str, str], *args: str, cwd: Path | None = None, command: Sequence[str] = ()) -> None:
+        """Start it with these settings and arguments, by default in an empty directory; or start another command."""
         self._home = tempfile.mkdtemp(prefix="kit-home-")
         self._log = _Text("the log")
         self._stdout = _Text("stdout")
         self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), *args],
+            [*(command or (sys.executable, str(SCRIPT))), *args],
             env=script_environment(env, self._home),
             cwd=cwd or self._home,
             stdin=subprocess.DEVNULL,
@@ -312,10 +312,10 @@ def _copy(stream: IO[str] | None, text: _Text) -> None:
 class Daemon(Script):
     """The running daemon, and systemd, to which it tells of every look at the file."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        """Start it."""
+    def __init__(self, env: dict[str, str], command: Sequence[str] = ()) -> None:
+        """Start it, by another command if need be."""
         self.systemd = NotifySocket()
-        super().__init__(env | {"NOTIFY_SOCKET": self.systemd.path, "WATCHDOG_USEC": "3000000000"})
+        super().__init__(env | {"NOTIFY_SOCKET": self.systemd.path, "WATCHDOG_USEC": "3000000000"}, command=command)
 
     def __enter__(self) -> Self:
         """Return it when it has tried to watch."""

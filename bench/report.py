@@ -1,0 +1,165 @@
+"""Tables of the results: for the terminal, and for docs/performance.md, which `python -m bench.report` brings up to date."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from kit import CHECKOUT
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from bench import footprint, plots, stored
+from bench.peers import CONTESTANTS, FLOORS, BareSdk, Program, Rclone
+from bench.results import Results
+from bench.targets import NEAR, TARGETS, ratio
+
+if TYPE_CHECKING:
+    from bench.rows import Row
+
+DOCUMENT = CHECKOUT / "docs/performance.md"
+README = CHECKOUT / "README.md"
+BEGIN, END = "<!-- begin: written by python -m bench.report -->", "<!-- end -->"
+PROGRAM, BARE = Program.name, BareSdk.name
+ORDER = [PROGRAM, *(floor.name for floor in FLOORS), *(each.name for each in CONTESTANTS[1:])]
+
+
+class Table(NamedTuple):
+    """One table: a line for each contestant, a column for each case."""
+
+    title: str
+    header: list[str]
+    lines: list[list[str]]
+
+    def markdown(self) -> str:
+        """Return it for a document."""
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.lines]
+        return f"### {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def print(self, console: Console) -> None:
+        """Print it on a terminal."""
+        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+        for line in self.lines:
+            table.add_row(*line)
+        console.print(table)
+
+
+def number(value: float) -> str:
+    """Return a value with three digits at the most that mean something, all of those before the point."""
+    if value >= 100:  # noqa: PLR2004 - three digits
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def cell(row: Row | None, program: Row | None, bare: Row | None) -> str:
+    """Return median, spread and ratio of a row: to this program, or for this program to a bare put."""
+    if row is None:
+        return ""
+    low, high = row.spread
+    text = number(row.median) + (f" ({number(low)}–{number(high)})" if low != high else "")
+    if row.contestant == PROGRAM:
+        return f"{text} = {number(row.median / bare.median)} bare" if bare and bare.median else text
+    return f"{text} ×{number(row.median / program.median)}" if program and program.median else text
+
+
+def tables(results: Results) -> list[Table]:
+    """Return a table for each group, in the order of their rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in results.rows:
+        if row.values:
+            groups.setdefault(row.group, []).append(row)
+    return [_table(title, rows) for title, rows in groups.items()]
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    """Return the table of one group."""
+    columns = list(dict.fromkeys((row.column, row.unit) for row in rows))
+    cells = {(row.contestant, row.column): row for row in rows}
+    names = [name for name in ORDER if any(row.contestant == name for row in rows)]
+    lines = [
+        [
+            name,
+            *(
+                cell(cells.get((name, column)), cells.get((PROGRAM, column)), cells.get((BARE, column)))
+                for column, _ in columns
+            ),
+        ]
+        for name in names
+    ]
+    return Table(title, ["", *(f"{column}, {unit}".strip(", ") for column, unit in columns)], lines)
+
+
+def targets(results: Results) -> Table:
+    """Return the table of the targets."""
+    lines = []
+    for target in TARGETS:
+        value = target.figure(results)
+        limit = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
+        verdict = "not measured" if value is None else "met" if target.met(value) else "**not met**"
+        lines.append([target.what, limit, "" if value is None else f"{value:.3g}", verdict])
+    return Table("Targets", ["ratio or number", "target", "measured", ""], lines)
+
+
+def setting(results: Results) -> str:
+    """Return when, on what and with what the figures were taken."""
+    machine = ", ".join(f"{name} {value}" for name, value in results.machine.items())
+    versions = "".join(f"- {name}: {version}\n" for name, version in results.versions.items())
+    missing = "".join(f"- {name}: not measured: {reason}\n" for name, reason in results.missing.items())
+    return f"Taken {results.date}, on one machine: {machine}.\n\n{versions}{missing}"
+
+
+def markdown(results: Results) -> str:
+    """Return the part of the document that is made from the results."""
+    parts = [setting(results), targets(results).markdown(), *(table.markdown() for table in tables(results))]
+    return "\n".join(parts)
+
+
+def show(results: Results, console: Console) -> None:
+    """Print everything."""
+    for table in tables(results):
+        table.print(console)
+    console.print(setting(results), highlight=False)
+    targets(results).print(console)
+
+
+def three_numbers(results: Results) -> list[str]:
+    """Return the lines of the README."""
+    row = results.find(stored.LINES, PROGRAM, scheme="http", **NEAR)
+    bare = ratio(results, stored.LINES, PROGRAM, BARE, scheme="http", **NEAR)
+    rclone = ratio(results, stored.LINES, Rclone.name, PROGRAM, scheme="http", **NEAR)
+    trips = [results.find(stored.COUNTED, PROGRAM, scheme="https", connection=each) for each in ("warm", "cold")]
+    memory = results.find(footprint.REST, PROGRAM, "PSS")
+    memory_ratio = ratio(results, footprint.REST, PROGRAM, BARE, "PSS")
+    if not (row and bare and rclone and trips[0] and trips[1] and memory and memory_ratio):
+        raise ValueError("the results are not whole")
+    return [
+        f"- **{number(row.median)} ms** from LND's rename to the object stored, on loopback, with both fsyncs: {bare:.2g} times a bare"
+        f" `put_object`;\n  `rclone copyto` for each event takes {number(rclone)} times as long.",
+        f"- **{trips[0].median:g} round trip** over https on an open connection, {trips[1].median:g} after ten idle minutes.",
+        f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens: {memory_ratio:.2g} times a bare process with a boto3 client.",
+    ]
+
+
+def between(text: str, content: str) -> str:
+    """Return the text with the content between the markers."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{content}\n{END}{tail}"
+
+
+def main() -> int:
+    """Bring documents and plots up to date with the stored results, and print the tables."""
+    results = Results.load()
+    DOCUMENT.write_text(between(DOCUMENT.read_text(), markdown(results)))
+    README.write_text(between(README.read_text(), "\n".join(three_numbers(results))))
+    for path, drawing in plots.draw(results).items():
+        path.write_text(drawing)
+    show(results, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

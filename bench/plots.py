@@ -10,6 +10,7 @@ from kit import CHECKOUT
 
 from bench import footprint, stored
 from bench.peers import CONTESTANTS, BareSdk
+from bench.rows import number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,8 @@ def draw(results: Results) -> dict[Path, str]:
 
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     """Return a drawing on white ground."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">'
+    box = f'viewBox="0 0 {width} {height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif" font-size="13">'
     ground = f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
     return "\n".join([head, f"<title>{escape(title)}</title>", ground, *parts, "</svg>\n"])
 
@@ -43,8 +45,7 @@ def text(x: float, y: float, what: str, anchor: str = "start", colour: str = "#0
 def points(results: Results, name: str) -> list[tuple[int, float]]:
     """Return the median latency over https, warm, by round-trip time."""
     rows = {
-        each: results.find(stored.LINES, name, scheme="https", connection="warm", **{"round trip": f"{each} ms"})
-        for each in DISTANCES
+        each: results.find(stored.over("https", "warm"), name, case={"round trip": f"{each} ms"}) for each in DISTANCES
     }
     return [(distance, row.median) for distance, row in rows.items() if row]
 
@@ -98,7 +99,7 @@ def small(results: Results) -> str:
                 text(
                     FLAT_LEFT + length + 6,
                     y + BAR - 2,
-                    f"{row.median:,.3g}" if row.median < 1000 else f"{row.median:,.0f}",
+                    number(row.median),
                 ),
             ]
             y += BAR + 5

@@ -1,4 +1,4 @@
-"""Tables of the results: for the terminal, and for docs/performance.md, which `python -m bench.report` brings up to date."""
+"""Tables of the results: on the terminal, and in the documents, which `python -m bench.report` brings up to date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table as RichTable
 from bench import footprint, plots, stored
 from bench.peers import CONTESTANTS, FLOORS, BareSdk, Program, Rclone
 from bench.results import Results
-from bench.targets import NEAR, TARGETS, ratio
+from bench.rows import number
+from bench.targets import NEAR, NEAR_GROUP, TARGETS, ratio
 
 if TYPE_CHECKING:
     from bench.rows import Row
@@ -47,22 +48,15 @@ class Table(NamedTuple):
         console.print(table)
 
 
-def number(value: float) -> str:
-    """Return a value with three digits at the most that mean something, all of those before the point."""
-    if value >= 100:  # noqa: PLR2004 - three digits
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
 def cell(row: Row | None, program: Row | None, bare: Row | None) -> str:
     """Return median, spread and ratio of a row: to this program, or for this program to a bare put."""
     if row is None:
         return ""
     low, high = row.spread
-    text = number(row.median) + (f" ({number(low)}–{number(high)})" if low != high else "")
+    text = number(row.median) + (f" ({number(low)} to {number(high)})" if low != high else "")
     if row.contestant == PROGRAM:
-        return f"{text} = {number(row.median / bare.median)} bare" if bare and bare.median else text
-    return f"{text} ×{number(row.median / program.median)}" if program and program.median else text
+        return f"{text}, {number(row.median / bare.median)} of bare" if bare and bare.median else text
+    return f"{text}, {number(row.median / program.median)}x" if program and program.median else text
 
 
 def tables(results: Results) -> list[Table]:
@@ -127,19 +121,30 @@ def show(results: Results, console: Console) -> None:
 
 def three_numbers(results: Results) -> list[str]:
     """Return the lines of the README."""
-    row = results.find(stored.LINES, PROGRAM, scheme="http", **NEAR)
-    bare = ratio(results, stored.LINES, PROGRAM, BARE, scheme="http", **NEAR)
-    rclone = ratio(results, stored.LINES, Rclone.name, PROGRAM, scheme="http", **NEAR)
-    trips = [results.find(stored.COUNTED, PROGRAM, scheme="https", connection=each) for each in ("warm", "cold")]
+    row = results.find(NEAR_GROUP, PROGRAM, case=NEAR)
+    bare = ratio(results, NEAR_GROUP, PROGRAM, BARE, case=NEAR)
+    rclone = ratio(results, NEAR_GROUP, Rclone.name, PROGRAM, case=NEAR)
+    trips = [
+        results.find(stored.COUNTED, PROGRAM, case={"scheme": "https", "connection": each}) for each in ("warm", "cold")
+    ]
     memory = results.find(footprint.REST, PROGRAM, "PSS")
-    memory_ratio = ratio(results, footprint.REST, PROGRAM, BARE, "PSS")
+    memory_ratio = ratio(results, footprint.REST, PROGRAM, BARE, figure="PSS")
     if not (row and bare and rclone and trips[0] and trips[1] and memory and memory_ratio):
         raise ValueError("the results are not whole")
     return [
-        f"- **{number(row.median)} ms** from LND's rename to the object stored, on loopback, with both fsyncs: {bare:.2g} times a bare"
-        f" `put_object`;\n  `rclone copyto` for each event takes {number(rclone)} times as long.",
-        f"- **{trips[0].median:g} round trip** over https on an open connection, {trips[1].median:g} after ten idle minutes.",
-        f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens: {memory_ratio:.2g} times a bare process with a boto3 client.",
+        (
+            f"- **{number(row.median)} ms** from LND's rename to the object stored, on loopback, with both fsyncs: "
+            f"{bare:.2g} times\n"
+            f"  a bare `put_object`; `rclone copyto` for each event takes {number(rclone)} times as long."
+        ),
+        (
+            f"- **{trips[0].median:g} round trip** over https on an open connection, "
+            f"{trips[1].median:g} after ten idle minutes."
+        ),
+        (
+            f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens: "
+            f"{memory_ratio:.2g} times a bare process with a boto3 client."
+        ),
     ]
 
 

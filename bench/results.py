@@ -53,9 +53,9 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{\n" + ",\n".join([*lines, f' "rows": [\n  {rows}\n ]']) + "\n}\n")
 
-    def find(self, group: str, contestant: str, figure: str = "", **case: str | int) -> Row | None:
+    def find(self, group: str, contestant: str, figure: str = "", case: Case | None = None) -> Row | None:
         """Return the one row of a contestant for a figure and these parts of a case; None if it was not measured."""
-        wanted: Case = case
+        wanted = case or {}
         found = [
             row
             for row in self.rows

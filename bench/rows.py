@@ -39,3 +39,10 @@ class Row(NamedTuple):
             if self.figure
             else ", ".join(map(str, self.case.values()))
         )
+
+
+def number(value: float) -> str:
+    """Return a value with three digits at the most that mean something, all of those before the point."""
+    if value >= 100:  # noqa: PLR2004 - three digits
+        return f"{value:,.0f}"
+    return f"{value:.3g}"

@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from bench.world import World
 
 SIZES = "rename to stored, http on loopback, warm"
-LINES = "rename to stored, 6,775 B"
+USUAL_SIZE = "rename to stored, 6,775 B"
 COUNTED = "round trips of an update, counted"
 STARTS_AT_ONCE = 2
+
+
+def over(scheme: str, connection: str) -> str:
+    """Return the group of the figures of a kind of connection, warm or cold."""
+    return f"{USUAL_SIZE}, {scheme}, {connection}"
 
 
 def size_of(channels: int) -> str:
@@ -67,7 +72,7 @@ def on_loopback(plan: Plan, scheme: str, running: Sequence[Running]) -> list[Row
         rows += [
             Row(SIZES, "", row.unit, row.contestant, {"size": size_of(USUAL)}, row.values)
             for row in rows
-            if row.case["connection"] == "warm"
+            if row.group == over(scheme, "warm")
         ]
         for channels in plan.sizes:
             if channels != USUAL:
@@ -78,10 +83,10 @@ def on_loopback(plan: Plan, scheme: str, running: Sequence[Running]) -> list[Row
 
 def at_distance(plan: Plan, scheme: str, distance: str, running: Sequence[Running], rounds: int) -> list[Row]:
     """Measure the usual size, warm and cold. What connects anew for each update knows no difference."""
-    case: Case = {"scheme": scheme, "round trip": distance}
+    case: Case = {"round trip": distance}
     keepers = [each for each in running if each.contestant.keeps_connection]
-    warm = timed(LINES, {**case, "connection": "warm"}, running, rounds, plan.slow_every)
-    cold = timed(LINES, {**case, "connection": "cold"}, keepers, -(-rounds // 2), plan.slow_every, cold=True)
+    warm = timed(over(scheme, "warm"), case, running, rounds, plan.slow_every)
+    cold = timed(over(scheme, "cold"), case, keepers, -(-rounds // 2), plan.slow_every, cold=True)
     return warm + cold
 
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from bench.rows import Row
 from bench.stored import all_running
@@ -31,21 +31,21 @@ OTHERS_SECONDS = 3.0  # for those before it, which go after it if at all
 HEAVY = "aws"  # what takes so much CPU time that two of them at once would be late by the machine's fault
 
 
+class Pairs(NamedTuple):
+    """How many versions of pairs were lost, and how many of those were the newer of their pair."""
+
+    lost: int
+    newer: int
+
+
 def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list[Row]:
-    """Return what was lost; the pairs of the contestant that is the greatest load run beside the outages."""
-    heavy = [each for each in contestants if each.name.startswith(HEAVY)]
-    first = [each for each in contestants if each not in heavy[1:]]
-    lost = pairs(world, plan, first)
-    with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(pairs, world, plan, heavy[1:])
-        in_outages = outages(world, plan, contestants)
-        lost |= second.result()
+    """Return what was lost."""
+    lost, in_outages = together(world, plan, contestants) if plan.quick else apart(world, plan, contestants)
     rows = []
     for name in (each.name for each in contestants):
-        both, newest = lost[name]
         rows += [
-            Row(GROUP, f"of {2 * plan.pairs} in {plan.pairs} pairs", "", name, {}, [both]),
-            Row(GROUP, f"of {plan.pairs} that ended a pair", "", name, {}, [newest]),
+            Row(GROUP, f"of {2 * plan.pairs} in {plan.pairs} pairs", "", name, {}, [lost[name].lost]),
+            Row(GROUP, f"of {plan.pairs} that ended a pair", "", name, {}, [lost[name].newer]),
             Row(
                 GROUP, f"of {plan.outages} in outages of {plan.outage_seconds:.0f} s", "", name, {}, [in_outages[name]]
             ),
@@ -53,24 +53,45 @@ def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list
     return rows
 
 
-def pairs(world: World, plan: Plan, contestants: Sequence[Contestant]) -> dict[str, tuple[int, int]]:
-    """Write pairs, one each second, to all in turns; return what each lost, and how often the newer of a pair."""
+def together(world: World, plan: Plan, contestants: Sequence[Contestant]) -> tuple[dict[str, Pairs], dict[str, int]]:
+    """Write pairs to all at the same time, and then make outages for the same processes."""
+    with world.line(far=True) as line, all_running(world, contestants, line) as running:
+        return _pairs_of(line, running, plan), _outages_of(line, running, time.monotonic(), plan.outages, plan)
+
+
+def apart(world: World, plan: Plan, contestants: Sequence[Contestant]) -> tuple[dict[str, Pairs], dict[str, int]]:
+    """Write pairs to all but the greatest load, whose pairs run beside the outages, in which little else happens."""
+    heavy = [each for each in contestants if each.name.startswith(HEAVY)]
+    lost = pairs(world, plan, [each for each in contestants if each not in heavy[1:]])
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(pairs, world, plan, heavy[1:])
+        in_outages = outages(world, plan, contestants)
+        return lost | second.result(), in_outages
+
+
+def pairs(world: World, plan: Plan, contestants: Sequence[Contestant]) -> dict[str, Pairs]:
+    """Write pairs to these contestants at the same time."""
     if not contestants:
         return {}
     with world.line() as line, all_running(world, contestants, line) as running:
-        began = time.monotonic()
+        return _pairs_of(line, running, plan)
 
-        def write(each: Running, offset: float) -> tuple[int, int]:
-            versions = []
-            for number in range(plan.pairs):
-                _sleep_until(began + offset + number * PAIR_EVERY_SECONDS)
-                versions.append(each.place.lnd.write())
-                time.sleep(PAIR_GAP_SECONDS)
-                versions.append(each.place.lnd.write())
-            lost = find_lost(line, versions, plan.settle_seconds)
-            return len(lost), len(set(versions[1::2]) & set(lost))
 
-        return _for_all(running, write)
+def _pairs_of(line: Line, running: Sequence[Running], plan: Plan) -> dict[str, Pairs]:
+    """Write pairs, one each second, to all in turns."""
+    began = time.monotonic()
+
+    def write(each: Running, offset: float) -> Pairs:
+        versions = []
+        for number in range(plan.pairs):
+            _sleep_until(began + offset + number * PAIR_EVERY_SECONDS)
+            versions.append(each.place.lnd.write())
+            time.sleep(PAIR_GAP_SECONDS)
+            versions.append(each.place.lnd.write())
+        lost = find_lost(line, versions, plan.settle_seconds)
+        return Pairs(len(lost), len(set(versions[1::2]) & set(lost)))
+
+    return _for_all(running, write)
 
 
 def outages(world: World, plan: Plan, contestants: Sequence[Contestant]) -> dict[str, int]:

@@ -164,7 +164,7 @@ class Running:
         """Write until a version is stored: one of them says that it watches a little too early."""
         self.wait_until_ready()
         for _ in range(WARM_UPS):
-            if self.update(timeout=PATIENCE_SECONDS / WARM_UPS)[1] and self.update()[1]:
+            if self.update(timeout=PATIENCE_SECONDS / WARM_UPS)[1]:
                 return
         raise NotReadyError(f"{self.name} stored nothing:\n{self.output}")
 

@@ -17,6 +17,8 @@ from bench.rows import number
 from bench.targets import NEAR, NEAR_GROUP, TARGETS, ratio
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bench.rows import Row
 
 DOCUMENT = CHECKOUT / "docs/performance.md"
@@ -155,13 +157,17 @@ def between(text: str, content: str) -> str:
     return f"{head}{BEGIN}\n{content}\n{END}{tail}"
 
 
+def documents(results: Results) -> dict[Path, str]:
+    """Return what is made from the results: the documents with their tables, and the plots."""
+    written = {DOCUMENT: markdown(results), README: "\n".join(three_numbers(results))}
+    return {path: between(path.read_text(), content) for path, content in written.items()} | plots.draw(results)
+
+
 def main() -> int:
     """Bring documents and plots up to date with the stored results, and print the tables."""
     results = Results.load()
-    DOCUMENT.write_text(between(DOCUMENT.read_text(), markdown(results)))
-    README.write_text(between(README.read_text(), "\n".join(three_numbers(results))))
-    for path, drawing in plots.draw(results).items():
-        path.write_text(drawing)
+    for path, content in documents(results).items():
+        path.write_text(content)
     show(results, Console())
     return 0
 

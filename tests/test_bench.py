@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 from kit import Answer, FakeS3
 
+from bench import losses, report
 from bench.line import Line, content
+from bench.report import BARE, PROGRAM
+from bench.results import Results
+from bench.rows import Row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,3 +109,51 @@ def test_chunks_of_the_sdk_are_put_together() -> None:
     head = b"PUT / HTTP/1.1\r\nContent-Encoding: aws-chunked\r\nx-amz-decoded-content-length: 5"
     assert content(head, b"3\r\nabc\r\n2\r\nde\r\n0\r\nx-amz-checksum-crc32:AAAA\r\n\r\n") == b"abcde"
     assert content(b"PUT / HTTP/1.1", b"3\r\nabc\r\n0\r\n\r\n") == b"3\r\nabc\r\n0\r\n\r\n"
+
+
+def made_up(rows: list[Row]) -> Results:
+    """Return results with these rows."""
+    return Results("2026-01-01T00:00+00:00", {"cores": 2}, {PROGRAM: "0"}, {"some peer": "no such package"}, rows)
+
+
+def test_a_table_has_medians_spreads_and_ratios() -> None:
+    """A cell shows the median, the quartiles and the ratio to this program; this program's, that to the bare put."""
+    rows = [
+        Row("group", "figure", "ms", "rclone copyto", {"size": "45 B"}, [40.0]),
+        Row("group", "figure", "ms", BARE, {"size": "45 B"}, [1.0, 2.0, 3.0]),
+        Row("group", "figure", "ms", PROGRAM, {"size": "45 B"}, [4.0, 1.0, 2.0, 3.0, 5.0]),
+        Row("group", "figure", "ms", "curl --aws-sigv4", {"size": "45 B"}, []),
+    ]
+    table = report.tables(made_up(rows))[0]
+    assert table.header == ["", "figure, 45 B, ms"]
+    assert table.lines == [
+        [PROGRAM, "3 (1.5 to 4.5), 1.5 of bare"],
+        [BARE, "2 (1 to 3), 0.667x"],
+        ["rclone copyto", "40, 13.3x"],
+    ]
+
+
+def test_what_was_not_measured_meets_no_target() -> None:
+    """A target is met, not met, or not measured; what is missing is named with its reason."""
+    rows = [Row(losses.GROUP, "of 2", "", PROGRAM, {}, [0.0]), Row(losses.GROUP, "of 1", "", PROGRAM, {}, [1.0])]
+    verdicts = {line[0]: line[-1] for line in report.targets(made_up(rows)).lines}
+    assert verdicts.pop("versions lost, in pairs and outages") == "**not met**"
+    assert set(verdicts.values()) == {"not measured"}
+    assert report.targets(made_up(rows[:1])).lines[6][-1] == "met"
+    assert "some peer: not measured: no such package" in report.setting(made_up([]))
+
+
+def test_results_are_stored_as_they_are(tmp_path: Path) -> None:
+    """What is stored is read again, a row in a line."""
+    rows = [Row("group", "", "ms", PROGRAM, {"size": "45 B", "staged": 1}, [1.5, 2.25])] * 2
+    made_up(rows).save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == made_up(rows)
+    assert (tmp_path / "results.json").read_text().count('"unit": "ms"') == 2
+    assert len((tmp_path / "results.json").read_text().splitlines()) == 10
+
+
+def test_the_documents_tell_the_stored_results() -> None:
+    """README, docs/performance.md and the plots say what bench/results.json says: run `python -m bench.report`."""
+    results = Results.load()
+    for path, whole in report.documents(results).items():
+        assert path.read_text() == whole, path

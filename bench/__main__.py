@@ -6,8 +6,6 @@ import argparse
 import sys
 import time
 
-from rich.console import Console
-
 from bench import footprint, jobs, losses, report, stored
 from bench.peers import install_all, install_floors
 from bench.plan import FULL, QUICK
@@ -29,7 +27,7 @@ def main() -> int:
         "--quick", action="store_true", help="fewer rounds and cells; does not replace bench/results.json"
     )
     quick = parser.parse_args().quick
-    console = Console()
+    console = report.console()
     peers, missing = install_all()
     for name, reason in missing.items():
         console.print(f"left out: {name}: {reason}")

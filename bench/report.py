@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DOCUMENT = CHECKOUT / "docs/performance.md"
 README = CHECKOUT / "README.md"
 BEGIN, END = "<!-- begin: written by python -m bench.report -->", "<!-- end -->"
+FILE_WIDTH = 180
 PROGRAM, BARE = Program.name, BareSdk.name
 ORDER = [PROGRAM, *(floor.name for floor in FLOORS), *(each.name for each in CONTESTANTS[1:])]
 
@@ -40,14 +41,14 @@ class Table(NamedTuple):
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.lines]
         return f"### {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-    def print(self, console: Console) -> None:
+    def print(self, to: Console) -> None:
         """Print it on a terminal."""
         table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
         for index, name in enumerate(self.header):
             table.add_column(name, justify="right" if index else "left", no_wrap=not index)
         for line in self.lines:
             table.add_row(*line)
-        console.print(table)
+        to.print(table)
 
 
 def cell(row: Row | None, program: Row | None, bare: Row | None) -> str:
@@ -113,12 +114,17 @@ def markdown(results: Results) -> str:
     return "\n".join(parts)
 
 
-def show(results: Results, console: Console) -> None:
+def console() -> Console:
+    """Return a console as wide as the terminal, or wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+
+
+def show(results: Results, to: Console) -> None:
     """Print everything."""
     for table in tables(results):
-        table.print(console)
-    console.print(setting(results), highlight=False)
-    targets(results).print(console)
+        table.print(to)
+    to.print(setting(results), highlight=False)
+    targets(results).print(to)
 
 
 def three_numbers(results: Results) -> list[str]:
@@ -168,7 +174,7 @@ def main() -> int:
     results = Results.load()
     for path, content in documents(results).items():
         path.write_text(content)
-    show(results, Console())
+    show(results, console())
     return 0
 
 

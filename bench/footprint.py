@@ -26,7 +26,7 @@ AWAY = "memory while S3 is out of reach, by number of staged versions"
 LOOK_SECONDS = 0.05
 LOOKS_MAX = 100
 CALM_SHARE = 0.02  # of one core; some wake up many times a second for nothing
-UPDATES_MAX = 100
+UPDATES_MAX = 20
 
 
 class Effort(NamedTuple):
@@ -40,8 +40,8 @@ class Effort(NamedTuple):
     attempts: float  # to reach S3, while memory is watched
 
 
-FULL = Effort(rounds=3, cpu=0.4, rest=7.0, idle=60.0, staged=10_000, attempts=5.0)
-QUICK = Effort(rounds=1, cpu=0.1, rest=0.5, idle=2.0, staged=10_000, attempts=1.0)
+FULL = Effort(rounds=3, cpu=0.15, rest=7.0, idle=60.0, staged=10_000, attempts=5.0)
+QUICK = Effort(rounds=1, cpu=0.05, rest=0.5, idle=2.0, staged=10_000, attempts=1.0)
 
 
 def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list[Row]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 TICKS = os.sysconf("SC_CLK_TCK")
+CPUCLOCK_SCHED = 2
 SAMPLE_SECONDS = 0.002
 
 
@@ -44,17 +46,24 @@ def peak_rss(pid: int) -> float:
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """Return the CPU time of these processes, and of all their children that have ended, to the tick."""
-    ticks = 0
+    """Return the CPU time of these processes, and, cut to the tick, of all their children that have ended."""
+    seconds = 0.0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / TICKS
+            seconds += clock(pid) + sum(map(int, fields[13:15])) / TICKS
+    return seconds
+
+
+def clock(pid: int) -> float:
+    """Return the CPU time of a process, its ended threads included, to the nanosecond; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)  # as clock_getcpuclockid(3) makes it
+    return 0.0
 
 
 class Idle(NamedTuple):
-    """What living threads have used until now: CPU seconds to the nanosecond, and how often they woke up."""
+    """What processes have used until now: CPU seconds to the nanosecond, and how often their threads woke up."""
 
     cpu: float
     wake_ups: int
@@ -65,13 +74,13 @@ class Idle(NamedTuple):
 
 
 def idle(pids: Iterable[int]) -> Idle:
-    """Return what the threads of these processes have used; of threads that have ended, nothing."""
+    """Return what the threads of these processes have used; the wake-ups of threads that have ended are lost."""
     total = Idle(0, 0)
     for pid in pids:
+        total = Idle(total.cpu + clock(pid), total.wake_ups)
         for task in Path(f"/proc/{pid}/task").iterdir():
             waited = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", (task / "status").read_text(), re.MULTILINE)
-            used = int((task / "schedstat").read_text().split()[0])
-            total = Idle(total.cpu + used / 1e9, total.wake_ups + int(waited[1] if waited else 0))
+            total = Idle(total.cpu, total.wake_ups + int(waited[1] if waited else 0))
     return total
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import shlex
 import subprocess
@@ -14,6 +14,7 @@ from kit import script_environment
 from bench.backlog import fill, stage
 from bench.collect import Rows
 from bench.peers import AwsV1, BareSdk, Program, Running
+from bench.processes import peak_rss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,7 @@ READING = "list and restore"
 PATIENCE_SECONDS = 30.0
 ROUND_TRIP_SECONDS = 0.04
 BARE_PUTS = 20
+LOOK_SECONDS = 0.005
 
 
 class Effort(NamedTuple):
@@ -149,13 +151,27 @@ def reading(world: World, effort: Effort) -> list[Row]:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                 )
-                said = process.stderr.read().decode() if process.stderr else ""
-                _, status, used = os.wait4(process.pid, 0)
-                seconds, process.returncode = time.monotonic() - began, os.waitstatus_to_exitcode(status)
+                peak = peak_until_end(process)
+                seconds = time.monotonic() - began
+                said = process.communicate()[1].decode()
                 if process.returncode:
                     raise RuntimeError(f"{command[0]} failed:\n{said}")
                 case: Case = {"command": command[0], "objects": effort.objects}
                 rows.add("time on loopback", "s", program.name, seconds, **case)
                 rows.add("counted, handshake included", "round trips", program.name, line.counts.round_trips, **case)
-                rows.add("RSS at peak", "MB", program.name, used.ru_maxrss / 1024, **case)
+                rows.add("RSS at peak", "MB", program.name, peak, **case)
     return rows.all()
+
+
+def peak_until_end(process: subprocess.Popen[bytes]) -> float:
+    """Wait for the end of a process, and return the largest RSS that it had, in MB.
+
+    What wait4(2) tells of it begins with the memory of the process that started it.
+    """
+    peak = 0.0
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            peak = peak_rss(process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LOOK_SECONDS)
+            return peak

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
@@ -28,6 +29,7 @@ def main() -> int:
     )
     quick = parser.parse_args().quick
     console = report.console()
+    load = round(os.getloadavg()[0], 1)
     peers, missing = install_all()
     for name, reason in missing.items():
         console.print(f"left out: {name}: {reason}")
@@ -37,7 +39,7 @@ def main() -> int:
         with World() as world:
             rows += measure(world, QUICK if quick else FULL, peers if measure == losses.measure else [*peers, *floors])
         console.print(f"{name}: measured in {time.monotonic() - began:.0f} s")
-    results = Results.of_now({each.name: each.version for each in [*peers, *floors]}, missing, rows)
+    results = Results.of_now(load, {each.name: each.version for each in [*peers, *floors]}, missing, rows)
     path = CACHE / "quick.json" if quick else STORED
     results.save(path)
     report.show(results, console)

@@ -86,6 +86,10 @@ def _table(title: str, rows: list[Row]) -> Table:
         ]
         for name in names
     ]
+    units = {unit for _, unit in columns}
+    if len(units) == 1:
+        title = f"{title}, {units.pop()}".strip(", ")
+        return Table(title, ["", *(column for column, _ in columns)], lines)
     return Table(title, ["", *(f"{column}, {unit}".strip(", ") for column, unit in columns)], lines)
 
 
@@ -95,7 +99,7 @@ def targets(results: Results) -> Table:
     for target in TARGETS:
         value = target.figure(results)
         limit = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
-        verdict = "not measured" if value is None else "met" if target.met(value) else "**not met**"
+        verdict = "not measured" if value is None else "met" if target.met(value) else "not met"
         lines.append([target.what, limit, "" if value is None else f"{value:.3g}", verdict])
     return Table("Targets", ["ratio or number", "target", "measured", ""], lines)
 

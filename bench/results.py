@@ -26,17 +26,17 @@ class Results:
     """All figures of a run."""
 
     date: str
-    machine: dict[str, str | int]
+    machine: dict[str, str | float]
     versions: dict[str, str]
     missing: dict[str, str]
     rows: list[Row]
 
     @classmethod
-    def of_now(cls, versions: dict[str, str], missing: dict[str, str], rows: list[Row]) -> Self:
-        """Return the results of a run that has just ended on this machine."""
+    def of_now(cls, load: float, versions: dict[str, str], missing: dict[str, str], rows: list[Row]) -> Self:
+        """Return the results of a run that has just ended on this machine, which had this load when it began."""
         date = datetime.now(UTC).isoformat(timespec="minutes")
         rounded = [row._replace(values=[_rounded(value) for value in row.values]) for row in rows]
-        return cls(date, machine(), versions, missing, rounded)
+        return cls(date, machine() | {"load before": load}, versions, missing, rounded)
 
     @classmethod
     def load(cls, path: Path = STORED) -> Self:
@@ -68,7 +68,7 @@ class Results:
         return found[0] if found else None
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | float]:
     """Return what the figures depend on."""
     cpus = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {

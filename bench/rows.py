@@ -34,10 +34,8 @@ class Row(NamedTuple):
     @property
     def column(self) -> str:
         """Return the heading under which the row stands in the table of its group."""
-        return (
-            ", ".join([self.figure, *map(str, self.case.values())])
-            if self.figure
-            else ", ".join(map(str, self.case.values()))
+        return ", ".join(
+            [*([self.figure] if self.figure else []), *(f"{name} {value}" for name, value in self.case.items())]
         )
 
 

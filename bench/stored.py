@@ -68,16 +68,15 @@ def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list
 def on_loopback(plan: Plan, scheme: str, running: Sequence[Running]) -> list[Row]:
     """Measure without a delay; all sizes over http, and the usual one over https and on cold connections."""
     rows = at_distance(plan, scheme, "0 ms", running, plan.rounds)
-    if scheme == "http":
-        rows += [
-            Row(SIZES, "", row.unit, row.contestant, {"size": size_of(USUAL)}, row.values)
-            for row in rows
-            if row.group == over(scheme, "warm")
-        ]
-        for channels in plan.sizes:
-            if channels != USUAL:
-                case: Case = {"size": size_of(channels)}
-                rows += timed(SIZES, case, running, plan.rounds_of_others, plan.slow_every, channels=channels)
+    if scheme != "http":
+        return rows
+    usual = {row.contestant: row for row in rows if row.group == over(scheme, "warm")}
+    for channels in plan.sizes:
+        case: Case = {"size": size_of(channels)}
+        if channels == USUAL:
+            rows += [row._replace(group=SIZES, case=case) for row in usual.values()]
+        else:
+            rows += timed(SIZES, case, running, plan.rounds_of_others, plan.slow_every, channels=channels)
     return rows
 
 

@@ -15,7 +15,7 @@ import trustme
 from kit import FaultProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
     from pathlib import Path
 
     from kit import Counts
@@ -218,29 +218,50 @@ class _Front:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass the bytes of one connection both ways until either side ends."""
+        """Serve one connection to its end."""
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target)
-            tap = _Tap(self._note)
-            self._writers |= {writer, target_writer}
-            ways = [
-                asyncio.create_task(_pass_on(reader, target_writer, lambda data, _: tap.up(data))),
-                asyncio.create_task(_pass_on(target_reader, writer, tap.down)),
-            ]
-            done, waiting = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            for way in waiting:
-                way.cancel()
-            target_writer.transport.abort()
-            self._writers -= {writer, target_writer}
-            for way in done:
-                way.result()  # a message that the tap does not understand is a fault of the benchmark
-        writer.close()
+            async with self._open(writer):
+                target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target)
+                async with self._open(target_writer):
+                    await self._serve(reader, writer, target_reader, target_writer)
+
+    async def _serve(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        target_reader: asyncio.StreamReader,
+        target_writer: asyncio.StreamWriter,
+    ) -> None:
+        """Pass the bytes both ways until either side ends."""
+        tap = _Tap(self._note)
+        ways = [
+            asyncio.create_task(_pass_on(reader, target_writer, lambda data, _: tap.up(data))),
+            asyncio.create_task(_pass_on(target_reader, writer, tap.down)),
+        ]
+        done, waiting = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in waiting:
+            way.cancel()
+        for way in done:
+            way.result()  # a message that the tap does not understand is a fault of the benchmark
+
+    @contextlib.asynccontextmanager
+    async def _open(self, writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+        """Close a writer at the end, and know it until its socket is closed."""
+        self._writers.add(writer)
+        try:
+            yield
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            self._writers.remove(writer)
 
     async def _close(self) -> None:
+        """Stop listening, and cut every connection; what served them ends by that."""
         self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 

@@ -43,7 +43,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(starts=10, drained=1_000, objects=5_000, reads=5)
-QUICK = Effort(starts=1, drained=50, objects=100, reads=1)
+QUICK = Effort(starts=1, drained=20, objects=100, reads=1)
 
 
 def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list[Row]:

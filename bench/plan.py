@@ -55,9 +55,9 @@ QUICK = Plan(
     rounds_of_others=0,
     rounds_far=2,
     slow_every=5,
-    pairs=3,
+    pairs=2,
     outages=1,
-    outage_seconds=3.0,
+    outage_seconds=2.0,
     outages_at_once=1,
-    settle_seconds=5.0,
+    settle_seconds=3.0,
 )

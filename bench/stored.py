@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SIZES = "rename to stored, http on loopback, warm"
 USUAL_SIZE = "rename to stored, 6,775 B"
 COUNTED = "round trips of an update, counted"
-STARTS_AT_ONCE = 2
+STARTS_AT_ONCE = 4
 
 
 def over(scheme: str, connection: str) -> str:

@@ -27,7 +27,7 @@ GROUP = "versions lost"
 PAIR_GAP_SECONDS = 0.01
 PAIR_EVERY_SECONDS = 1.0
 UP_SECONDS = 3.0  # between two outages
-OTHERS_SECONDS = 3.0  # for those before it, which go after it if at all
+OTHERS_SHARE = 0.2  # of the time for the last: for those before it, which go after it if at all
 HEAVY = "aws"  # what takes so much CPU time that two of them at once would be late by the machine's fault
 
 
@@ -132,7 +132,7 @@ def _outages_of(line: Line, running: Sequence[Running], began: float, count: int
 def find_lost(line: Line, versions: Sequence[Written], settle_seconds: float) -> list[Written]:
     """Return those versions that were not stored when the last one was, or a little later."""
     line.wait_for(versions[-1].sha256, settle_seconds)
-    deadline = time.monotonic() + OTHERS_SECONDS
+    deadline = time.monotonic() + OTHERS_SHARE * settle_seconds
     return [each for each in versions if not line.wait_for(each.sha256, max(0.0, deadline - time.monotonic()))]
 
 

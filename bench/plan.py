@@ -59,5 +59,5 @@ QUICK = Plan(
     outages=1,
     outage_seconds=2.0,
     outages_at_once=1,
-    settle_seconds=3.0,
+    settle_seconds=5.0,
 )

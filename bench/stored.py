@@ -122,7 +122,8 @@ def counted(scheme: str, running: Sequence[Running]) -> list[Row]:
     rows = []
     for each in running:
         line = each.place.line
-        each.update()  # the others' start has cut nothing, but a server may have closed what was idle
+        if each.contestant.keeps_connection:
+            each.update()  # the server may have closed what was idle while the others started
         for connection in ("warm", "cold") if each.contestant.keeps_connection else ("cold",):
             if connection == "cold":
                 line.cut()

@@ -1030,17 +1030,26 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
     for ended in tasks:
         if not ended.cancelled():
             ended.result()
-    left = len(staging.names())
-    log.info("stopped, %d versions staged for the next start", left - len(staging.held))
+    if once:
+        left = say_what_is_left(staging)
+        await reporter.report()
+        failure = uploader.failure if left else watcher.unread
+        return failure.cause.exit_code if failure else TRY_AGAIN if left else DONE
+    try:
+        say_what_is_left(staging)
+        reporter.write()
+    except Failure as untold:
+        untold.say()  # the stop is an orderly one all the same
+    return DONE
+
+
+def say_what_is_left(staging: Staging) -> int:
+    """Log and return how many versions were not sent; raises Failure."""
     if staging.held:
         log.error("lost with memory: %d versions that neither the disk nor S3 took", len(staging.held))
-    if not once:
-        with contextlib.suppress(Failure):
-            reporter.write()
-        return DONE
-    await reporter.report()
-    failure = uploader.failure if left else watcher.unread
-    return failure.cause.exit_code if failure else TRY_AGAIN if left else DONE
+    left = len(staging.names())
+    log.info("stopped, %d versions staged for the next start", left - len(staging.held))
+    return left
 
 
 async def drain(watcher: Watcher, uploader: Uploader, uploading: asyncio.Task[None], stopping: asyncio.Event) -> None:

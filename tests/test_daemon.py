@@ -675,6 +675,31 @@ os.scandir = scandir
     assert "a fault of this program" not in done.stderr
 
 
+def test_a_staging_directory_that_cannot_be_listed_spoils_no_stop(
+    env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path, started_by: Callable[[str], None]
+) -> None:
+    """A disk that fails while the daemon stops is named, and the stop is an orderly one all the same."""
+    broken = tmp_path / "broken"
+    started_by(f"""
+import os
+
+original = os.scandir
+
+def scandir(path="."):
+    if isinstance(path, int) and os.path.exists({str(broken)!r}):
+        raise OSError(5, os.strerror(5))
+    return original(path)
+
+os.scandir = scandir
+""")
+    first = lnd.write()
+    with Daemon(SELDOM | env) as daemon:
+        daemon.wait_for_stored(first)
+        broken.touch()
+        assert daemon.stop() == 0
+        assert f"error: cannot list: {staging}: Input/output error" in daemon.log
+
+
 def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
     env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None]
 ) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -118,6 +119,8 @@ def test_staging_disk_becomes_read_only(
         daemon.wait_for_log("error: cannot (stage|remember|tidy up): .*Read-only")  # whichever meets it first
         assert daemon.stop() == 0
     subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+    # A copy, since another test's mount namespace may hold the file system, and would hand it out again as it is.
+    mount[-2] = str(shutil.copy(image, tmp_path / "copy"))
     subprocess.run(mount, check=True)
     with Daemon(env) as daemon:
         daemon.wait_for_stored(lnd.write())

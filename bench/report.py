@@ -154,7 +154,7 @@ def three_numbers(results: Results) -> list[str]:
             f"{trips[1].median:g} after ten idle minutes."
         ),
         (
-            f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens: "
+            f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens, as the service: "
             f"{memory_ratio:.2g} times a bare process with a boto3 client."
         ),
     ]

@@ -684,14 +684,26 @@ def test_the_program_runs_with_a_scrubbed_environment(monkeypatch: pytest.Monkey
     assert os.environ["HOME"] not in environment.split('"HOME": ')[1].split(",")[0]
 
 
-def test_all_that_was_sent_to_systemd_can_be_waited_for() -> None:
-    """What a service sent before its end is recorded when one has caught up with it, and nothing else."""
+def test_all_that_was_sent_to_systemd_can_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a service sent before its end is recorded when one has caught up with it, however slow the reader is."""
+    read_on, append = threading.Event(), script_module._Text.append  # noqa: SLF001 - what the reader does with each message
+
+    def wait_and_append(text: script_module._Text, line: str) -> None:
+        read_on.wait()
+        append(text, line)
+
+    monkeypatch.setattr(script_module._Text, "append", wait_and_append)  # noqa: SLF001
     with NotifySocket() as notify, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
-        for _ in range(2):
-            for number in range(100):
-                service.sendto(b"%d" % number, notify.path)
-            notify.catch_up()
-        assert notify.messages == [str(number) for number in range(100)] * 2
+        for number in range(5):
+            service.sendto(b"%d" % number, notify.path)
+        waiting = threading.Thread(target=notify.catch_up)
+        waiting.start()
+        waiting.join(0.1)
+        has_waited = waiting.is_alive()
+        read_on.set()
+        waiting.join()
+        assert has_waited
+        assert notify.messages == ["0", "1", "2", "3", "4"]
 
 
 @pytest.mark.usefixtures("_program")

@@ -342,6 +342,7 @@ class TestInstall:
         assert os.readlink(root / HOME / "current") in os.listdir(root / HOME)
         (start,) = re.findall(r"^ExecStart=(.+)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
         interpreter, *arguments = start.split()
+        assert arguments == ["-I", "-m", SCRIPT.stem], "the figures on memory are those of compiled byte code"
         for started in (arguments, ["-I", str(root / HOME / "current" / SCRIPT.name)]):
             version = run(root / interpreter.removeprefix("/"), *started, "--version")
             assert version.returncode == 0, version.stderr

@@ -11,16 +11,20 @@ import queue
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from http import HTTPStatus
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -644,6 +648,20 @@ def test_answers_can_be_held_back() -> None:
         fake.wait_for_requests(3, timeout=0)
 
 
+def test_a_client_that_is_gone_before_it_is_accepted_leaves_nothing_open() -> None:
+    """A connection that was reset before the server took it is closed, and the next one is served."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    fake = FakeS3(tls=context)
+    with socket.create_connection(("127.0.0.1", fake.port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with fake, closing(HTTPSConnection("127.0.0.1", fake.port, context=trusting)) as client:
+        client.request("PUT", "/bucket/a")
+        assert client.getresponse().status == HTTPStatus.OK
+
+
 # --- running the program ---
 
 PROGRAM = """
@@ -684,26 +702,31 @@ def test_the_program_runs_with_a_scrubbed_environment(monkeypatch: pytest.Monkey
     assert os.environ["HOME"] not in environment.split('"HOME": ')[1].split(",")[0]
 
 
-def test_all_that_was_sent_to_systemd_can_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a service sent before its end is recorded when one has caught up with it, however slow the reader is."""
-    read_on, append = threading.Event(), script_module._Text.append  # noqa: SLF001 - what the reader does with each message
+def test_all_that_was_written_is_read_however_slow_the_reader_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written, or sent to systemd, before one asks is in the answer, though the thread has read nothing."""
+    woken, follow = threading.Event(), script_module._Text._follow  # noqa: SLF001 - what the thread does
 
-    def wait_and_append(text: script_module._Text, line: str) -> None:
-        read_on.wait()
-        append(text, line)
+    def wait_and_follow(text: script_module._Text) -> None:
+        woken.wait()
+        follow(text)
 
-    monkeypatch.setattr(script_module._Text, "append", wait_and_append)  # noqa: SLF001
+    monkeypatch.setattr(script_module._Text, "_follow", wait_and_follow)  # noqa: SLF001
+    out, into = os.pipe()
     with NotifySocket() as notify, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
+        log = script_module._Text("the log", out)  # noqa: SLF001
         for number in range(5):
             service.sendto(b"%d" % number, notify.path)
-        waiting = threading.Thread(target=notify.catch_up)
-        waiting.start()
-        waiting.join(0.1)
-        has_waited = waiting.is_alive()
-        read_on.set()
-        waiting.join()
-        assert has_waited
-        assert notify.messages == ["0", "1", "2", "3", "4"]
+            os.write(into, b"%d\nbegin" % number)
+        try:
+            assert notify.messages == ["0", "1", "2", "3", "4"]
+            assert str(log) == "0\nbegin1\nbegin2\nbegin3\nbegin4\n"
+            os.write(into, "\u00fc\n".encode())
+            assert log.wait_for("^begin\u00fc$", timeout=0, count=1)
+        finally:
+            woken.set()
+            os.close(into)
+            log.join()
+            os.close(out)
 
 
 @pytest.mark.usefixtures("_program")

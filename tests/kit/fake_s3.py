@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import ssl
 import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from .cutting import CuttingServer
 from .s3 import PATIENCE_SECONDS, StoredObject
-
-if TYPE_CHECKING:
-    import ssl
 
 HTML = b"<html><body>Please accept our terms of use.</body></html>"
 
@@ -167,13 +165,30 @@ class FakeS3:
         return [request for request in self.requests if request.method == method]
 
 
+class _Connection(ssl.SSLSocket):
+    """A connection that leaves nothing open when the client has reset it before it was accepted.
+
+    `ssl.SSLSocket._create` (CPython 3.11.7) tries to read from it then, and raises without closing it.
+    """
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Read, and close what was reset."""
+        try:
+            return super().recv(buflen, flags)
+        except ConnectionResetError:
+            self.close()
+            raise
+
+
 class _Server(CuttingServer):
     """Knows the scripted S3 that its connections are for."""
 
     def __init__(self, fake: FakeS3, tls: ssl.SSLContext | None) -> None:
         self.fake = fake
         super().__init__(_Handler)
-        if tls:  # the handshake belongs to the thread of the connection
+        if tls:
+            tls.sslsocket_class = _Connection
+            # The handshake belongs to the thread of the connection.
             self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from .invariant import normalised_prefix
 from .s3 import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from .lnd import Lnd, Written
     from .s3 import S3Server
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
 MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look
 STUCK_SECONDS = 90.0
-_MARK = b"\0"  # no message of a service
 
 MEASURED = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _COVERAGE = (*MEASURED, "COVERAGE_FILE", "COVERAGE_CORE")
@@ -115,30 +115,33 @@ def run_script(
 
 
 class _Text:
-    """Text that one thread appends to and others wait for."""
+    """What a process writes to a pipe.
 
-    def __init__(self, what: str) -> None:
+    A thread takes it in, so that the process never waits; whoever asks for it takes in the rest before, so that all
+    that was written until then is in the answer, whatever the thread has come to.
+    """
+
+    def __init__(self, what: str, source: int) -> None:
+        """Begin to read the descriptor, until its end."""
         self._what = what
+        self._source = source
         self._text = ""
+        self._line = b""  # the beginning of one
         self._ended = False
         self._changed = threading.Condition()
+        os.set_blocking(source, False)
+        self._reader = threading.Thread(target=self._follow)
+        self._reader.start()
 
     def __str__(self) -> str:
         """Return everything up to now."""
         with self._changed:
+            self._take_in()
             return self._text
 
-    def append(self, text: str) -> None:
-        """Add text and wake those who wait."""
-        with self._changed:
-            self._text += text
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """Tell those who wait that nothing will follow."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end."""
+        self._reader.join(timeout)
 
     def wait_for(self, pattern: str, timeout: float, count: int) -> re.Match[str]:
         """Block until the pattern has occurred so many times, and return that occurrence."""
@@ -150,6 +153,7 @@ class _Text:
             return len(found) >= count or self._ended
 
         with self._changed:
+            self._take_in()
             self._changed.wait_for(occurred, timeout)
             if len(found) < count:
                 why = "it ended" if self._ended else f"{timeout} s passed"
@@ -158,6 +162,51 @@ class _Text:
                 )
             return found[count - 1]
 
+    def _follow(self) -> None:
+        """Take in what comes, until the end."""
+        something = select.poll()
+        something.register(self._source, select.POLLIN)
+        while not self._ended:
+            something.poll()
+            with self._changed:
+                self._take_in()
+
+    def _take_in(self) -> None:
+        """Take in what is there, and wake those who wait; with the lock held."""
+        with contextlib.suppress(BlockingIOError):
+            while not self._ended:
+                data = os.read(self._source, 65536)
+                self._ended = not data
+                self._text += self._decode(data)
+                self._changed.notify_all()
+
+    def _decode(self, data: bytes) -> str:
+        """Return the lines that are complete with this."""
+        lines, newline, self._line = (self._line + data).rpartition(b"\n") if data else (self._line, b"", b"")
+        return (lines + newline).decode(errors="replace")
+
+
+class _Messages(_Text):
+    """What a process sends to a datagram socket."""
+
+    def __init__(self, what: str, source: int) -> None:
+        """Begin to read the descriptor, until its end."""
+        self._messages: list[str] = []
+        super().__init__(what, source)
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the messages up to now, each as it was sent."""
+        with self._changed:
+            self._take_in()
+            return iter(self._messages[:])
+
+    def _decode(self, data: bytes) -> str:
+        """Return one message as lines."""
+        if not data:
+            return ""
+        self._messages.append(data.decode(errors="replace"))
+        return self._messages[-1].rstrip("\n") + "\n"
+
 
 class Script:
     """The program, running; leaving the `with` block kills what is left of it."""
@@ -165,8 +214,6 @@ class Script:
     def __init__(self, env: dict[str, str], *args: str, cwd: Path | None = None, command: Sequence[str] = ()) -> None:
         """Start it with these settings and arguments, by default in an empty directory; or start another command."""
         self._home = tempfile.mkdtemp(prefix="kit-home-")
-        self._log = _Text("the log")
-        self._stdout = _Text("stdout")
         self.process = subprocess.Popen(
             [*(command or (sys.executable, str(SCRIPT))), *args],
             env=script_environment(env, self._home),
@@ -174,13 +221,11 @@ class Script:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
         )
-        self._readers = [
-            _start(lambda: _copy(self.process.stderr, self._log)),
-            _start(lambda: _copy(self.process.stdout, self._stdout)),
-        ]
+        if not (self.process.stderr and self.process.stdout):
+            raise AssertionError("a pipe is missing")
+        self._log = _Text("the log", self.process.stderr.fileno())
+        self._stdout = _Text("stdout", self.process.stdout.fileno())
 
     def __enter__(self) -> Self:
         """Return the running program."""
@@ -224,8 +269,8 @@ class Script:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the program did not end within {timeout} s:\n{self.log}") from None
-        for reader in self._readers:
-            reader.join(timeout)
+        for text in (self._log, self._stdout):
+            text.join(timeout)
         return code
 
     def stop(self, timeout: float = STUCK_SECONDS) -> int:
@@ -237,8 +282,8 @@ class Script:
         """Kill it if it still runs, and clean up."""
         self.process.kill()
         self.process.wait()
-        for reader in self._readers:
-            reader.join()
+        for text in (self._log, self._stdout):
+            text.join()
         for stream in (self.process.stdout, self.process.stderr):
             if stream:
                 stream.close()
@@ -252,12 +297,9 @@ class NotifySocket:
         """Listen below /tmp, since the path of a socket is limited to 107 bytes."""
         self._directory = tempfile.mkdtemp(prefix="kit-", dir="/tmp")
         self.path = str(Path(self._directory, "notify"))
-        self.messages: list[str] = []
-        self._text = _Text("the messages to systemd")
-        self._caught_up = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
-        self._reader = _start(self._receive)
+        self._messages = _Messages("the messages to systemd", self._socket.fileno())
 
     def __enter__(self) -> Self:
         """Return the listening socket."""
@@ -265,48 +307,20 @@ class NotifySocket:
 
     def __exit__(self, *_: object) -> None:
         """Stop listening and remove the socket."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
-        self._reader.join()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"", self.path)  # what the end of a pipe reads as
+        self._messages.join()
         self._socket.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    @property
+    def messages(self) -> list[str]:
+        """Return what was sent until now."""
+        return list(self._messages)
+
     def wait_for(self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1) -> re.Match[str]:
         """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at lines."""
-        return self._text.wait_for(pattern, timeout, count)
-
-    def catch_up(self) -> None:
-        """Block until all that was sent before is recorded: what has ended may have left messages in the socket."""
-        self._caught_up.clear()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(_MARK, self.path)
-        if not self._caught_up.wait(PATIENCE_SECONDS):
-            raise AssertionError("the messages to systemd were not read")
-
-    def _receive(self) -> None:
-        """Record every message until the socket is shut down."""
-        while data := self._socket.recv(65536):
-            if data == _MARK:
-                self._caught_up.set()
-                continue
-            message = data.decode(errors="replace")
-            self.messages.append(message)
-            self._text.append(message.rstrip("\n") + "\n")
-        self._text.end()
-
-
-def _start(work: Callable[[], None]) -> threading.Thread:
-    """Run work in a thread."""
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
-def _copy(stream: IO[str] | None, text: _Text) -> None:
-    """Append a stream to a text, line by line."""
-    for line in stream or ():
-        text.append(line)
-    text.end()
+        return self._messages.wait_for(pattern, timeout, count)
 
 
 class Daemon(Script):
@@ -330,12 +344,6 @@ class Daemon(Script):
         """Kill what is left of it."""
         super().close()
         self.systemd.__exit__()
-
-    def wait(self, timeout: float = STUCK_SECONDS) -> int:
-        """Wait until it has ended and its output and its messages are complete, and return the exit code."""
-        code = super().wait(timeout)
-        self.systemd.catch_up()
-        return code
 
     def wait_for_captured(self, version: Written, count: int = 1) -> None:
         """Block until these bytes have got so many names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import ctypes
 import errno
@@ -17,7 +18,7 @@ import struct
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPSConnection
 from pathlib import Path
@@ -571,6 +572,26 @@ def test_an_unreachable_server_resets_the_client() -> None:
         connection.sendall(b"G")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
+
+
+def test_a_connection_of_the_last_moment_leaves_nothing_open() -> None:
+    """A client that the proxy sees when it is about to end is cut off, and nothing is left undone."""
+    busy, free = threading.Event(), threading.Event()
+
+    def be_busy() -> None:
+        busy.set()
+        free.wait()
+
+    with socket.socket() as client:
+        with FaultProxy("127.0.0.1", 1) as proxy:
+            proxy._loop.call_soon_threadsafe(be_busy)  # noqa: SLF001 - it sees the client and the end at once
+            busy.wait()
+            client.connect(("127.0.0.1", proxy.port))
+            threading.Timer(0.1, free.set).start()
+        assert not asyncio.all_tasks(proxy._loop)  # noqa: SLF001 - what it left undone
+        client.settimeout(PATIENCE_SECONDS)
+        with suppress(ConnectionResetError):
+            assert client.recv(1) == b""
 
 
 # --- the scripted S3 ---

@@ -385,9 +385,17 @@ class FaultProxy:
         if mode != "refuse":
             await self._listen()
         elif self._server:
-            self._server.close()
+            await self._deafen(self._server)
             self._server = None
             self._placeholder = self._bind()
+
+    @staticmethod
+    async def _deafen(server: asyncio.Server) -> None:
+        """Accept nothing more; serve what was accepted a moment ago, which asyncio 3.11 would never close otherwise."""
+        for listening in server.sockets:
+            asyncio.get_running_loop().remove_reader(listening)
+        await asyncio.sleep(0)
+        server.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end, however it ends."""
@@ -412,13 +420,15 @@ class FaultProxy:
     async def _close(self) -> None:
         """Stop listening and end every connection."""
         if self._server:
-            self._server.close()
+            await self._deafen(self._server)
         if self._placeholder:
             self._placeholder.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ended: set[asyncio.Task[None]] = set()
+        while len(asyncio.all_tasks()) > 1:
+            for task in self._connections.keys() - ended:
+                task.cancel()
+                ended.add(task)
+            await asyncio.sleep(0)  # the last ones have yet to begin
 
 
 async def _unwrapped(work: Awaitable[None]) -> None:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import trustme
 from kit import FaultProxy
+from kit.background import Background, end_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator
     from pathlib import Path
 
     from kit import Counts
@@ -170,19 +171,16 @@ class _Front:
         self._changed = threading.Condition()
         self._stored: dict[str, Stored] = {}
         self._writers: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="line")
+        self._background = Background("line")
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        self._call(self._listen())
+        self._background.__enter__()
+        self._background.call(self._listen())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._call(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._background.call(end_all(self._server, self._cut))
+        self._background.__exit__()
 
     def wait_for(self, sha256: str, timeout: float) -> Stored | None:
         """Block until an object of these bytes is stored; None if the time ran out."""
@@ -198,20 +196,20 @@ class _Front:
     def cut(self) -> None:
         """Close every connection."""
 
-        async def abort() -> None:
-            for writer in self._writers:
-                writer.transport.abort()
+        async def cut() -> None:
+            self._cut()
 
-        self._call(abort())
+        self._background.call(cut())
+
+    def _cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
 
     def _note(self, at: float, request: _Request) -> None:
         digest = hashlib.sha256(request.body).hexdigest()
         with self._changed:
             self._stored.setdefault(digest, Stored(at, request.target, len(request.body), digest))
             self._changed.notify_all()
-
-    def _call(self, work: Coroutine[None, None, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_SECONDS)
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self._context)
@@ -255,14 +253,6 @@ class _Front:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
             self._writers.remove(writer)
-
-    async def _close(self) -> None:
-        """Stop listening, and cut every connection; what served them ends by that."""
-        self._server.close()
-        for writer in self._writers:
-            writer.transport.abort()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _pass_on(

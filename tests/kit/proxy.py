@@ -8,12 +8,13 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
+from .background import Background, deafen, end_all
 from .s3 import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
 Mode = Literal[
     "pass",
@@ -36,8 +37,6 @@ _LINGER_NONE = struct.pack("ii", 1, 0)
 _TLS_HEADER = 5
 _TLS_CHANGE_CIPHER, _TLS_HANDSHAKE, _TLS_DATA = 0x14, 0x16, 0x17
 _CONTINUE = b"HTTP/1.1 100"
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -294,24 +293,21 @@ class FaultProxy:
         self.port = 0
         self._counts = Counts()
         self._changed = threading.Condition()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy")
+        self._background = Background("fault-proxy")
         self._server: asyncio.Server | None = None
         self._placeholder: socket.socket | None = None
         self._connections: dict[asyncio.Task[None], _Connection] = {}
 
     def __enter__(self) -> Self:
         """Start listening."""
-        self._thread.start()
-        self._call(self._listen())
+        self._background.__enter__()
+        self._background.call(self._listen())
         return self
 
     def __exit__(self, *_: object) -> None:
         """Cut every connection and end the thread."""
-        self._call(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._background.call(self._close())
+        self._background.__exit__()
 
     @property
     def counts(self) -> Counts:
@@ -327,17 +323,17 @@ class FaultProxy:
         """Treat new connections in this way from now on, and on request cut those that there are."""
         if mode not in get_args(Mode):
             raise ValueError(f"unknown mode {mode!r}")
-        self._call(self._set(mode, settings))
+        self._background.call(self._set(mode, settings))
         if cut:
             self.cut_all()
 
     def cut_all(self) -> None:
         """Reset every open connection."""
-        self._call(self._each(_Connection.reset))
+        self._background.call(self._each(_Connection.reset))
 
     def freeze_all(self) -> None:
         """Let every open connection go silent for good, as a router does that has forgotten it."""
-        self._call(self._each(lambda connection: setattr(connection, "frozen", True)))
+        self._background.call(self._each(lambda connection: setattr(connection, "frozen", True)))
 
     def reset_counts(self) -> None:
         """Count from zero again."""
@@ -358,10 +354,6 @@ class FaultProxy:
                 self._counts, **{name: getattr(self._counts, name) + number for name, number in more.items()}
             )
             self._changed.notify_all()
-
-    def _call(self, coroutine: Coroutine[None, None, _Result]) -> _Result:
-        """Run a coroutine in the proxy's loop and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE_SECONDS)
 
     def _bind(self) -> socket.socket:
         """Return a socket bound to the proxy's port, always the same one."""
@@ -385,17 +377,9 @@ class FaultProxy:
         if mode != "refuse":
             await self._listen()
         elif self._server:
-            await self._deafen(self._server)
+            await deafen(self._server)
             self._server = None
             self._placeholder = self._bind()
-
-    @staticmethod
-    async def _deafen(server: asyncio.Server) -> None:
-        """Accept nothing more; serve what was accepted a moment ago, which asyncio 3.11 would never close otherwise."""
-        for listening in server.sockets:
-            asyncio.get_running_loop().remove_reader(listening)
-        await asyncio.sleep(0)
-        server.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end, however it ends."""
@@ -419,16 +403,16 @@ class FaultProxy:
 
     async def _close(self) -> None:
         """Stop listening and end every connection."""
-        if self._server:
-            await self._deafen(self._server)
         if self._placeholder:
             self._placeholder.close()
         ended: set[asyncio.Task[None]] = set()
-        while len(asyncio.all_tasks()) > 1:
+
+        def cut() -> None:
             for task in self._connections.keys() - ended:
                 task.cancel()
                 ended.add(task)
-            await asyncio.sleep(0)  # the last ones have yet to begin
+
+        await end_all(self._server, cut)
 
 
 async def _unwrapped(work: Awaitable[None]) -> None:

@@ -913,24 +913,32 @@ class Reporter:
 
     async def report(self) -> None:
         """Report how it goes; that nobody can be told is itself a trouble, and no more."""
+        names = self.tell()
         try:
-            self.write()
-            self.writing.end()
-        except Failure as failure:
-            self.writing.begin(failure)
-        try:
-            await self.beat()
+            await self.beat(names)
         except Exception as error:
             message = str(explain("cannot reach HEARTBEAT_URL", error))
             self.beating.begin(Failure(Cause.NETWORK, message, "backups go on; check the URL, and who answers there"))
 
-    def write(self) -> None:
-        """Write the status line, and METRICS_FILE for node_exporter's textfile collector; raises Failure."""
-        names, receipt = self.staging.names(), self.staging.receipt
+    def tell(self) -> list[str] | None:
+        """Write METRICS_FILE and the status line; return the names of what is staged, None if the disk refuses them."""
+        names, receipt = None, self.staging.receipt
         stored_at = datetime.fromisoformat(receipt.stored_at) if receipt else None
+        try:
+            names = self.staging.names()
+            self.write_metrics(names, stored_at)
+            self.writing.end()
+        except Failure as failure:
+            self.writing.begin(failure)
         stored = f"stored {stored_at:%F %T} UTC" if stored_at else "nothing stored yet"
-        wrong = [str(trouble.failure) for trouble in self.troubles if trouble.failure]
-        notify_systemd("STATUS=" + shown("; ".join([f"{stored}, {len(names)} staged", *wrong])))
+        wrong = [str(trouble.failure) for trouble in (*self.troubles, self.writing) if trouble.failure]
+        staged = f"{'?' if names is None else len(names)} staged"
+        notify_systemd("STATUS=" + shown("; ".join([f"{stored}, {staged}", *wrong])))
+        return names
+
+    def write_metrics(self, names: list[str], stored_at: datetime | None) -> None:
+        """Write METRICS_FILE for node_exporter's textfile collector, if anything changed; raises Failure."""
+        receipt = self.staging.receipt
         times = {
             "last_stored": stored_at,
             "last_seen": captured_at(self.staging.newest),
@@ -956,11 +964,11 @@ class Reporter:
             hint = "check its directory, and that the disk is not full"
             raise Failure(Cause.OTHER, f"cannot write METRICS_FILE: {part}: {error.strerror}", hint) from None
 
-    async def beat(self) -> None:
+    async def beat(self, names: list[str] | None) -> None:
         """Request HEARTBEAT_URL when the bucket holds the current file, URL/fail when a trouble lasts ten minutes."""
         wrong, receipt = [trouble for trouble in self.troubles if trouble.failure], self.staging.receipt
         lasting = [str(each.failure) for each in wrong if time.monotonic() - each.began_at >= ALARM_SECONDS]
-        current = receipt and not wrong and max(self.staging.names(), default="") < receipt.name
+        current = receipt and not wrong and names is not None and max(names, default="") < receipt.name
         good = current and (receipt is not self.beat_for or self.alarmed)
         url, body = urlsplit(self.settings.heartbeat), None
         if lasting and not self.alarmed:
@@ -1037,7 +1045,7 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
         return failure.cause.exit_code if failure else TRY_AGAIN if left else DONE
     try:
         say_what_is_left(staging)
-        reporter.write()
+        reporter.tell()
     except Failure as untold:
         untold.say()  # the stop is an orderly one all the same
     return DONE

@@ -704,6 +704,32 @@ def test_a_heartbeat_that_drips_stops_no_upload(
         server.server_close()
 
 
+def test_a_staging_directory_that_cannot_be_listed_is_no_fault_of_the_heartbeat(
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, tmp_path: Path, hurried: Callable[..., None]
+) -> None:
+    """What cannot be listed is named for what it is; the heartbeat hears nothing good until it can be."""
+    broken = tmp_path / "broken"
+    hurried(f"""
+original = os.scandir
+def scandir(path="."):
+    if isinstance(path, int) and os.path.exists({str(broken)!r}):
+        raise OSError(5, os.strerror(5))
+    return original(path)
+os.scandir = scandir
+""")
+    lnd.write()
+    with Daemon(beating) as daemon:
+        beat.wait_for_requests(1, method="GET")
+        broken.touch()
+        lnd.write()
+        wait_for_status(daemon, STORED + r"\? staged; .*cannot list: .*Input/output error.*")
+        wait_for_reports(daemon)
+        assert "HEARTBEAT_URL" not in daemon.log
+        assert len(beat.requests) == 1
+        broken.unlink()
+        beat.wait_for_requests(2, method="GET")
+
+
 def test_a_staged_version_that_can_be_read_again(
     beating: dict[str, str], lnd: Lnd, staging: Path, beat: FakeS3, hurried: Callable[..., None]
 ) -> None:

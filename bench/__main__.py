@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 
@@ -28,6 +29,8 @@ def main() -> int:
         "--quick", action="store_true", help="fewer rounds and cells; does not replace bench/results.json"
     )
     quick = parser.parse_args().quick
+    for each in (signal.SIGTERM, signal.SIGHUP):  # so that what was started is ended
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     console = report.console()
     load = round(os.getloadavg()[0], 1)
     peers, missing = install_all()

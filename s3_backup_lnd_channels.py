@@ -42,13 +42,15 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 try:
+    from datetime import UTC, datetime, timedelta  # UTC since Python 3.11
+
     import botocore.exceptions as sdk
     import botocore.session  # boto3's core: the rest of boto3 would cost 3 MB, and is not used
     from asyncinotify import InitFlags, Inotify, Mask, Watch
@@ -56,7 +58,7 @@ try:
     from botocore.utils import get_environ_proxies
     from dotenv import dotenv_values
 except ImportError as missing:  # started with another Python than the venv's: no traceback for that
-    sys.stderr.write(f"cannot start: {missing}\nhint: use the Python of the venv that holds requirements.txt\n")
+    sys.stderr.write(f"cannot start: {missing}\nhint: use the venv that holds requirements.txt, Python 3.11 or newer\n")
     sys.exit(78)
 
 __version__ = "0.1.0"
@@ -81,18 +83,18 @@ HEARTBEAT_SECONDS = 10.0
 # --- Failures and log: what failed, on what, why, and what to do -----------------------------------------------------
 CHECK_KEY = "check the access key and its secret, or AWS_PROFILE; changed files are read again"
 CHECK_BUCKET = "check the bucket's name, quota and region (AWS_REGION), the endpoint, AWS_CA_BUNDLE"
-AWAY = "what is staged stays staged; if it does not pass by itself, check what is named"
+AWAY = "what is staged stays staged; if it lasts, check the network, and the endpoint: http or https, host, port"
 
 
 class Cause(enum.Enum):
-    """Why something failed: exit code of a one-shot, longest pause in seconds between attempts, S3's codes, a hint."""
+    """Why something failed: exit code of a one-shot, longest pause in seconds, S3's codes and HTTP statuses, a hint."""
 
     SETTINGS = WRONG_CONFIGURATION, 300.0, "", ""
     LOCKED = TRY_AGAIN, 60.0, "", "if it is the service, it backs up by itself: see its log"
     ABSENT = FAILED, 60.0, "", ""
     CLOCK = TRY_AGAIN, 60.0, "RequestTimeTooSkewed RequestExpired", "set the clock, as by NTP: S3 compares it"
     CREDENTIALS = FAILED, 300.0, "ExpiredToken InvalidToken TokenRefreshRequired InvalidAccessKeyId 401 403", CHECK_KEY
-    DENIED = FAILED, 300.0, "AccessDenied", "add to the policy of this key: {permission}"
+    DENIED = FAILED, 300.0, "AccessDenied", "if key, bucket and prefix are right, add to the key's policy: {permission}"
     OTHER = FAILED, 60.0, "NoSuchKey InvalidObjectState", "see the message; list shows which versions there are"
     BUCKET = FAILED, 300.0, "NoSuchBucket QuotaExceeded 301 307 308 400 404 405 501 507", CHECK_BUCKET
     NETWORK = TRY_AGAIN, 60.0, "RequestTimeout BadDigest XAmzContentSHA256Mismatch Throttling ThrottlingException", AWAY
@@ -131,7 +133,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's lines, each with a prefix of its own: journald files a bare line as plain information."""
-        lines = [record.getMessage(), *(f"hint: {hint}" for hint in [getattr(record, "hint", "")] if hint)]
+        lines = [record.getMessage()] + ([f"hint: {hint}"] if (hint := getattr(record, "hint", "")) else [])
         lines += self.formatException(record.exc_info).splitlines() if record.exc_info else []
         error = os.fstat(sys.stderr.fileno())
         if os.environ.get("JOURNAL_STREAM") == f"{error.st_dev}:{error.st_ino}":
@@ -173,7 +175,7 @@ class Trouble:
 # --- Settings: environment variables; all faults are found at once, and nothing is written or connected --------------
 SECONDS = r"[0-9]{1,9}(\.[0-9]{1,6})?"
 HOST = r"([^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?(/\S*)?"
-URL, PROXY = "write a URL such as https://s3.example.org", "write http://HOST:PORT; SOCKS is not supported"
+URL, PROXY = "write a whole URL: https://HOST or http://HOST:PORT", "write http://HOST:PORT; SOCKS is not supported"
 LOCAL_HOST = re.compile(r"[^.:]+|::1|fd.*:.*|(127|10|192\.168|172\.(1[6-9]|2\d|3[01]))\.[\d.]+|.*\.(local|lan|onion)")
 # Variable: default (None: required), pattern, what to do. Blanks, quotes, # and ${ would name another bucket: systemd
 # and python-dotenv read them differently. The SDK takes blanks in a key; S3 then refuses every signature.
@@ -241,8 +243,8 @@ def is_lnd_directory(directory: Path, monitored: Path | None) -> bool:
 def path_fault(name: str, path: Path, monitored: Path | None) -> tuple[str, str] | None:
     """Return what is wrong with a path of the settings, which may be made later: why, and what to do."""
     whole, user, status = Path(os.path.realpath(path)), os.geteuid(), os.lstat(path) if os.path.lexists(path) else None
-    place = path.parent if name == "METRICS_FILE" else path
-    make, fault = f"run: sudo install -d -m 0700 -o {user} {shlex.quote(str(place))}", None
+    place = shlex.quote(str(path.parent if name == "METRICS_FILE" else path))
+    make, fault = f"run: sudo install -d -m 0700 -o {user} {place}", None
     if name == "MONITOR_FILE_PATH":
         if FORBIDDEN_NAME.fullmatch(path.name) or FORBIDDEN_NAME.fullmatch(whole.name):
             fault = "must never be copied", "name channel.backup: a database loses money, a macaroon gives it away"
@@ -258,7 +260,7 @@ def path_fault(name: str, path: Path, monitored: Path | None) -> tuple[str, str]
     elif status.st_uid != user:
         fault = f"belongs to user #{status.st_uid}, not #{user}", f"run as its owner: sudo -u '#{status.st_uid}' …"
     elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        fault = "must be writable by its owner and nobody else", f"run: chmod 0700 {shlex.quote(str(path))}"
+        fault = "must be writable by its owner and nobody else", f"if nothing else uses it, run: chmod 0700 {place}"
     return fault
 
 
@@ -281,16 +283,18 @@ def load_settings(environ: Mapping[str, str], unneeded: Collection[str] = (), *m
     """Return the settings; raises an ExceptionGroup of all faults, and more. Empty counts as not set."""
     values = {name: environ.get(name) or default or "" for name, (default, _, _) in VALUES.items()}
     values["BACKUP_DIRECTORY"] = values["BACKUP_DIRECTORY"] or environ.get("STATE_DIRECTORY", "").split(":")[0]
-    faults: dict[str, tuple[str, str] | None] = dict.fromkeys(unneeded)
+    faults: dict[str, tuple[str, str] | None] = dict.fromkeys(unneeded)  # to None: `setdefault` finds no fault there
     for name, (default, pattern, advice) in VALUES.items():
         if values[name] and not re.fullmatch(pattern, values[name]):
             faults.setdefault(name, ("cannot be used", advice))
         elif not values[name] and default is None:
             faults.setdefault(name, ("is not set", advice))
     paths = {name: Path(os.path.abspath(values[name] or os.devnull)) for name in PATH_NAMES}
-    monitored = None if faults.get("MONITOR_FILE_PATH") else paths["MONITOR_FILE_PATH"]
-    for name in (name for name in paths if values[name]):
-        faults.setdefault(name, path_fault(name, paths[name], monitored))
+    monitored = None  # until it, the first of them, is judged
+    for name, path in paths.items():
+        if values[name]:
+            faults.setdefault(name, path_fault(name, path, monitored))
+        monitored = None if faults.get("MONITOR_FILE_PATH") else paths["MONITOR_FILE_PATH"]
     faults = sdk_faults(environ) | faults
     failures = []
     for name, (why, hint) in ((name, fault) for name, fault in faults.items() if fault):
@@ -372,7 +376,7 @@ class Stored(NamedTuple):
     key: str
     size_bytes: int
     stored_at: str
-    sha256: str = ""  # this and the bucket in a receipt only
+    sha256: str = ""  # this, and the endpoint's host and the bucket, in a receipt only
     bucket: str = ""
 
     def at(self) -> datetime:
@@ -392,13 +396,12 @@ class Stored(NamedTuple):
         return fields | {"captured_at": captured.isoformat(), "empty": self.size_bytes == EMPTY_SIZE_BYTES}
 
     def marks(self, older: Stored | None) -> list[str]:
-        """Return what deserves a look, beside the version before it."""
+        """Return what deserves a look, beside the version before it that holds channels."""
         empty, captured = self.size_bytes == EMPTY_SIZE_BYTES, captured_at(self.name) or self.at()
         shrunk = older is not None and not empty and self.size_bytes * 2 < older.size_bytes
         late = captured > self.at() + timedelta(minutes=1)
-        return (
-            ["no channels"] * empty + ["much smaller than the one before"] * shrunk + ["named later than stored"] * late
-        )
+        marks = {"no channels": empty, "much smaller than the one before": shrunk, "named later than stored": late}
+        return [mark for mark, is_so in marks.items() if is_so]
 
 
 def read_file(path: Path | str, directory: int | None = None) -> bytes:
@@ -428,7 +431,7 @@ def recall_receipt(directory: Path) -> Stored | None:
     """Return the newest receipt that is remembered in a staging directory."""
     try:
         receipt = Stored(**json.loads(read_file(directory / ".receipt")))
-        return receipt if captured_at(receipt.name) and receipt.at() else None
+        return receipt if captured_at(receipt.name) and receipt.at() else None  # `at` raises if stored_at is no time
     except (OSError, ValueError, TypeError, RecursionError) as error:
         if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
             log.warning("cannot read the last receipt: %s: %s", directory / ".receipt", error)
@@ -512,7 +515,7 @@ class Staging:
     def settle(self) -> None:
         """Do what is to be done on disk, and what it refused to do before; what fails is tried again at each look."""
         refused: tuple[str, OSError] | None = None
-        with contextlib.suppress(OSError):  # a full disk has room for it only once what was delivered is gone
+        with contextlib.suppress(OSError):  # before deleting what it proves; on a full disk it fits only after that
             self.remember()
         for what, step in (("tidy up", self.delete), ("remember", self.remember), ("stage", self.place)):
             try:
@@ -578,7 +581,7 @@ def explain(what: str, error: Exception, permission: str = "") -> Failure:
 
 
 def is_on_ec2(dmi: Path) -> bool:
-    """Tell whether this machine says of itself that it is Amazon's; one that does not say is not."""
+    """Tell whether this machine's bios_vendor, bios_version or sys_vendor is Amazon's; one that does not say is not."""
     with contextlib.suppress(OSError):
         return any("amazon" in path.read_text().lower() for path in dmi.glob("*s_ve*"))
     return False
@@ -616,7 +619,8 @@ class Bucket:
             limits["retries"] = {"mode": "standard", "total_max_attempts": 1}
         region = os.environ.get("AWS_REGION") or None  # which people set, and the SDK ignores
         client = self.session.create_client("s3", region_name=region, config=Config(**limits), **credentials)
-        self.is_aws = str(urlsplit(client.meta.endpoint_url).hostname).endswith((".amazonaws.com", ".amazonaws.com.cn"))
+        self.host = str(urlsplit(client.meta.endpoint_url).hostname)
+        self.is_aws = self.host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
         on = client.meta.events.register
         # It costs a round trip, and a second where a proxy ignores it (botocore#3613).
         on("before-sign.s3.PutObject", lambda request, **_: request.headers.__delitem__("Expect"))
@@ -664,7 +668,8 @@ class Bucket:
         if not answer.get("ETag") or answer["Body"] or answer.get("ChecksumSHA256", checksum) != checksum:
             hint = "something answers in S3's place (a captive portal, a proxy): open a web page, check the endpoint"
             raise Failure(Cause.NETWORK, f"{what}: the answer is no receipt", hint)
-        return Stored(name, key, len(data), datetime.now(UTC).isoformat(), digest.hexdigest(), self.name)
+        stored_at, where = datetime.now(UTC).isoformat(), f"{self.host}/{self.name}"
+        return Stored(name, key, len(data), stored_at, digest.hexdigest(), where)
 
     def ask(self, what: str, action: str, permission: str, **arguments: Any) -> dict[str, Any]:
         """Call one operation of S3 for a one-shot, which gives up when there is no answer; raises Failure."""
@@ -673,25 +678,27 @@ class Bucket:
 
     def versions(self) -> tuple[list[Stored], int]:
         """Return the versions right under the prefix, newest first, and the number of other keys; raises Failure."""
-        what, others, found = f"cannot list: s3://{self.name}/{self.prefix}", 0, []
+        what, count, found = f"cannot list: s3://{self.name}/{self.prefix}", 0, []
         page = {"Prefix": self.prefix, "Delimiter": "/"}
         while True:
             answer = self.ask(what, "list_objects_v2", "s3:ListBucket", **page)
             if "IsTruncated" not in answer:
                 raise Failure(Cause.NETWORK, f"{what}: the answer is not S3's", "a captive portal, or another server?")
-            others += len(answer.get("CommonPrefixes", [])) + len(answer.get("Contents", []))
+            count += len(answer.get("CommonPrefixes", [])) + len(answer.get("Contents", []))
             for entry in answer.get("Contents", []):
                 name, stored_at = entry["Key"].removeprefix(self.prefix), entry["LastModified"].astimezone(UTC)
                 if captured_at(name):
                     found.append(Stored(name, entry["Key"], entry["Size"], stored_at.isoformat()))
             if not answer["IsTruncated"]:
-                return sorted(found, key=lambda each: (each.at(), each.name), reverse=True), others - len(found)
+                return sorted(found, key=lambda each: (each.at(), each.name), reverse=True), count - len(found)
             page["ContinuationToken"] = answer["NextContinuationToken"]
 
     def fetch(self, key: str, *, by_name_alone: bool = False) -> tuple[bytes, Stored]:
         """Return the bytes of a version, if they fit metadata and name, and what S3 says of it; raises Failure."""
         what = f"cannot use s3://{self.name}/{key}"
         answer = self.ask(what, "get_object", "s3:GetObject", Key=key)
+        if not {"ETag", "LastModified"} <= answer.keys():
+            raise Failure(Cause.NETWORK, f"{what}: the answer is not S3's", "a captive portal, or another server?")
         data: bytes = answer["Body"]
         metadata = {name.lower(): value for name, value in answer["Metadata"].items()}  # some stores write Sha256
         digest, wanted = hashlib.sha256(data).hexdigest(), metadata.get("sha256")
@@ -759,7 +766,7 @@ class Watcher:
             log.warning("%s is a link: no event comes from its target, only rescans see changes", settings.monitored)
         for name in ("admin.macaroon", "wallet.db"):
             if os.access(settings.monitored.parent / name, os.R_OK):
-                log.warning("this user can read %s: see README.md for a way without", settings.monitored.parent / name)
+                log.warning("this user can read %s: docs/access.md has a way without", settings.monitored.parent / name)
 
     async def run(self) -> None:
         """Watch until cancelled, which may happen at any time, and look once more before returning."""
@@ -816,9 +823,9 @@ class Watcher:
         self.trouble.begin(failure) if failure else self.trouble.end()
         digest, receipt, refresh = hashlib.sha256(data).hexdigest(), self.staging.receipt, self.settings.refresh_seconds
         age = receipt.age_seconds() if receipt else math.inf  # below 0: the clock was set back, and nothing is sure
+        is_due = self.seen == digest and refresh > 0 and not 0 <= age < refresh
         # At the start and for a refresh the same bytes are staged anew, unless they are still to be sent.
-        anew = self.seen == "" or (self.seen == digest and refresh > 0 and not 0 <= age < refresh)
-        is_new = not self.staging.is_newest(data) if anew else self.seen != digest
+        is_new = not self.staging.is_newest(data) if is_due or not self.seen else self.seen != digest
         if is_new:
             self.staging.stage(data)
         self.seen = digest
@@ -836,7 +843,7 @@ class Uploader:
 
     async def run(self, stopping: asyncio.Event, patience_seconds: float = math.inf) -> None:
         """Send until cancelled (a version in flight stays staged), or, if stopping, until all are sent or hope ends."""
-        failures, give_up_at = 1, time.monotonic() + patience_seconds
+        doublings, give_up_at = 0, time.monotonic() + patience_seconds
         # Each of connect, proxy, TLS and answer may take long, as over Tor; a one-shot is to end within a minute.
         self.attempt_seconds = ATTEMPT_SECONDS if patience_seconds < math.inf else 4 * ATTEMPT_SECONDS
         while True:
@@ -844,13 +851,13 @@ class Uploader:
             self.staging.news.set()
             pause = CONNECTION_IDLE_SECONDS
             if self.failure:  # doubled at each failure up to the cause's limit, half of it jitter
-                longest = min(self.failure.cause.pause_seconds, BACKOFF_FIRST_SECONDS * 2.0 ** min(failures - 1, 16))
+                longest = min(self.failure.cause.pause_seconds, BACKOFF_FIRST_SECONDS * 2.0 ** min(doublings, 16))
                 pause = longest * random.uniform(0.5, 1.0)
             hope = self.failure and self.failure.cause.exit_code == TRY_AGAIN and time.monotonic() + pause < give_up_at
-            if stopping.is_set() and not hope and not self.staging.changed.is_set():
+            if stopping.is_set() and not (hope or self.staging.changed.is_set()):
                 return
             rang = await rings(self.staging.changed, pause)
-            failures = 1 if rang or not self.failure else failures + 1  # what is new is tried at once, and anew
+            doublings = 0 if rang or not self.failure else doublings + 1  # what is new is tried at once, and anew
             if not rang and not self.failure:
                 if client := self.bucket.client:
                     client.close()
@@ -877,8 +884,8 @@ class Uploader:
                     log.info("stored s3://%s/%s: %d bytes", self.bucket.name, receipt.key, receipt.size_bytes)
                     self.staging.discard(receipt)
         except Exception as error:
-            if not error.__cause__:
-                self.bucket.client = self.bucket.session = None  # a thread that was given up may hold their locks
+            if not error.__cause__:  # not from Bucket.call: its thread may have been given up, and hold their locks
+                self.bucket.client = self.bucket.session = None
             return self.trouble.begin(error if isinstance(error, Failure) else explain(f"cannot store: {name}", error))
         return left
 
@@ -903,6 +910,8 @@ class Reporter:
 
     async def run(self) -> None:
         """Report every change, many at once as one, until cancelled, which may happen at any time."""
+        if self.settings.heartbeat and not self.settings.refresh_seconds:
+            log.warning("REFRESH_SECONDS=0: a node whose channels do not change sends no heartbeat, and looks dead")
         reported_at = -math.inf
         while True:
             await self.staging.news.wait()
@@ -1014,8 +1023,6 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
     stopping = install_handlers(asyncio.get_running_loop())
     watcher.look()
     log.info("watching %s, staging in %s, %d staged", settings.monitored, settings.staging, len(staging.names()))
-    if settings.heartbeat and not settings.refresh_seconds and not once:
-        log.warning("REFRESH_SECONDS=0: a node whose channels do not change sends no heartbeat, and looks dead")
     notify_systemd("READY=1")
     if once:
         stopping.set()
@@ -1041,8 +1048,10 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
     if once:
         left = say_what_is_left(staging)
         await reporter.report()
-        failure = uploader.failure if left else watcher.unread
-        return failure.cause.exit_code if failure else TRY_AGAIN if left else DONE
+        failure, otherwise = (uploader.failure, TRY_AGAIN) if left else (watcher.unread, DONE)
+        if failure:
+            failure.say()
+        return failure.cause.exit_code if failure else otherwise
     try:
         say_what_is_left(staging)
         reporter.tell()
@@ -1106,10 +1115,10 @@ def check_bucket(bucket: Bucket, data: bytes) -> tuple[bool, Stored | None, str]
     return False, next(iter(versions), None), remark
 
 
-def check_receipt(settings: Settings, digest: str) -> tuple[bool, Stored | None, str]:
+def check_receipt(settings: Settings, bucket: Bucket, digest: str) -> tuple[bool, Stored | None, str]:
     """Return whether the last receipt is for this digest and not too old, that receipt, and a remark."""
-    receipt, why = recall_receipt(settings.staging), ""
-    if not receipt or (receipt.bucket, receipt.key) != (settings.bucket, settings.prefix + receipt.name):
+    receipt, why, where = recall_receipt(settings.staging), "", f"{bucket.host}/{bucket.name}"
+    if not receipt or (receipt.bucket, receipt.key) != (where, bucket.prefix + receipt.name):
         why = "this key may not read the bucket, and this user finds no receipt of it in BACKUP_DIRECTORY"
         receipt = None
     elif receipt.sha256 == digest and 0 < 2 * settings.refresh_seconds < receipt.age_seconds():
@@ -1126,11 +1135,11 @@ def command_check(options: argparse.Namespace) -> int:
     except Failure as failure:
         if failure.cause is not Cause.DENIED:
             raise
-        proof, (current, version, remark) = "receipt", check_receipt(settings, hashlib.sha256(data).hexdigest())
+        proof, (current, version, remark) = "receipt", check_receipt(settings, bucket, hashlib.sha256(data).hexdigest())
     written = datetime.fromtimestamp(os.path.getmtime(settings.monitored), UTC)
     is_late = datetime.now(UTC) - written > timedelta(seconds=JUST_NOW_SECONDS)
     behind = f"{'the bucket is behind for' if is_late else 'LND has written since, for'} {ago(written)}"
-    reason = "the version on disk is stored" + remark if current else remark or behind
+    reason = f"the version on disk is stored{remark}" if current else (remark or behind)
     with contextlib.suppress(OSError):
         staged = sum(captured_at(name) is not None for name in os.listdir(settings.staging))
     if options.json:
@@ -1148,20 +1157,19 @@ def command_list(options: argparse.Namespace) -> int:
     """Print the versions in the bucket, newest first: as lines, or as JSON."""
     _, bucket = configure("MONITOR_FILE_PATH", *OF_THE_SERVICE)
     versions, others = bucket.versions()
-    rows = [
-        version.as_json() | {"marks": version.marks(older)}
-        for version, older in zip(versions, [*versions[1:], None], strict=False)
-    ]
+    full = [each for each in versions if each.size_bytes > EMPTY_SIZE_BYTES]
+    older = dict(zip_longest(full, full[1:]))
+    rows = [each.as_json() | {"marks": each.marks(older.get(each))} for each in versions]
     if options.json:
         print(json.dumps(rows, indent=1))
     elif sys.stdout.isatty():
         print(f"{'captured (UTC) and name':30} {'age':>10} {'bytes':>11} stored (UTC)")
-    for version, row in zip(versions, [] if options.json else rows, strict=False):
-        if sys.stdout.isatty():
-            stored_at = version.stored_at[:19].replace("T", " ")
-            print(f"{version.name} {ago(version.at()):>10} {version.size_bytes:>11,} {stored_at}")
+        for each, row in zip(versions, rows, strict=True):
+            stored_at = each.stored_at[:19].replace("T", " ")
+            print(f"{each.name} {ago(each.at()):>10} {each.size_bytes:>11,} {stored_at}")
             print(*(f"  ! {mark}\n" for mark in row["marks"]), sep="", end="")
-        else:
+    else:
+        for row in rows:
             cells = (row["captured_at"], row["size_bytes"], row["stored_at"], ", ".join(row["marks"]))
             print(shown(row["key"]), *cells, sep="\t")
     where, hint = f"s3://{bucket.name}/{bucket.prefix}", "" if versions else "check S3_BUCKET_NAME and S3_BACKUP_PREFIX"
@@ -1187,7 +1195,7 @@ def choose_version(bucket: Bucket, options: argparse.Namespace) -> tuple[bytes, 
         raise Failure(Cause.OTHER, f"{what}: no version{earlier} holds channels", hint)
     for empty in versions[: versions.index(full[0])] if full else []:
         log.warning("passed over: %s: no channels; LND writes such a file in a recovery", empty.key)
-    for each, older in zip(full, [*full[1:], None], strict=False):
+    for each, older in zip_longest(full, full[1:]):
         try:
             data, version = bucket.fetch(each.key)
         except Damaged as failure:
@@ -1277,15 +1285,12 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     for name in ("check", "list"):
-        commands.choices[name].add_argument(
-            "--json", action="store_true", help="print JSON: its fields are in the README"
-        )
-    which = commands.choices["restore"].add_mutually_exclusive_group()
+        commands.choices[name].add_argument("--json", action="store_true", help="print JSON; its fields: README.md")
+    restore = commands.choices["restore"]
+    which = restore.add_mutually_exclusive_group()
     which.add_argument("--key", help="this version: a whole key, or the name alone")
     which.add_argument("--before", metavar="TIME", type=point_in_time, help="the newest before TIME (ISO 8601)")
-    commands.choices["restore"].add_argument(
-        "--output", metavar="FILE", default="channel.backup", help="default: %(default)s"
-    )
+    restore.add_argument("--output", metavar="FILE", default="channel.backup", help="default: %(default)s")
     return parser
 
 

@@ -272,6 +272,16 @@ def test_a_receipt_of_another_place_proves_nothing(env: dict[str, str], lnd: Lnd
     assert (answer.code, answer.fields["proof"]) == (1, "receipt")
 
 
+def test_a_receipt_of_another_store_proves_nothing(env: dict[str, str], lnd: Lnd) -> None:
+    """A receipt counts for the store that is set now: moved to another, the same bucket's name proves nothing."""
+    lnd.write()
+    back_up(env)
+    assert check(env).code == 0
+    with FakeS3() as refusing:
+        answer = check(env | {"AWS_ENDPOINT_URL_S3": f"http://localhost:{refusing.port}"})
+    assert (answer.code, answer.fields["proof"]) == (1, "receipt")
+
+
 def test_an_old_receipt_proves_nothing(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
     """A receipt that is older than twice the refresh says that nothing refreshes it, unless there is no refresh."""
     lnd.write()

@@ -128,6 +128,15 @@ def test_much_smaller_is_marked(
     assert [MARKS[1] in line for line in plain(reader)] == [is_marked, False]
 
 
+def test_much_smaller_is_seen_past_a_version_without_channels(
+    s3: S3Server, bucket: str, reader: dict[str, str]
+) -> None:
+    """What LND writes after a recovery is held against the last version that held channels before it."""
+    for hours, channels in enumerate((10, 0, 1)):
+        put(s3, bucket, NOON + HOUR * hours, channels)
+    assert [row["marks"] for row in listed(reader)] == [[MARKS[1]], [MARKS[0]], []]
+
+
 # --- What is shown, and what is counted ---
 
 

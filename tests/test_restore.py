@@ -33,6 +33,7 @@ from kit import (
     run_script,
     script_environment,
 )
+from kit import fake_s3 as answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -664,17 +665,15 @@ def test_s3_refuses_connections(reader: dict[str, str], home: Path) -> None:
     restore(reader | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, home, code=75)
 
 
-@pytest.mark.parametrize(
-    ("args", "codes"),
-    [((), {75}), (("--key", "20260301T120000.000000Z-a1b2c3"), {1, 75})],
-    ids=["list", "get"],
-)
-def test_a_captive_portal(reader: dict[str, str], home: Path, args: tuple[str, ...], codes: set[int]) -> None:
-    """The page of a captive portal is not taken for a bucket without versions, nor for a version."""
-    with FakeS3(defaults={"GET": Answer(body=b"<html><body>Please accept.</body></html>")}) as fake:
+@pytest.mark.parametrize("args", [(), ("--key", "20260301T120000.000000Z-a1b2c3")], ids=["list", "get"])
+@pytest.mark.parametrize("portal", [answers.PORTAL, answers.PORTAL_WITH_ETAG], ids=["page", "page-with-etag"])
+def test_a_captive_portal(reader: dict[str, str], home: Path, args: tuple[str, ...], portal: Answer) -> None:
+    """The page of a captive portal is not taken for a bucket without versions, nor for a damaged version."""
+    with FakeS3(defaults={"GET": portal}) as fake:
         done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "restore", *args, cwd=home)
-    assert done.returncode in codes
-    assert "there is no version" not in done.stderr
+    assert done.returncode == 75
+    assert "the answer is not S3's" in done.stderr
+    assert "damaged" not in done.stderr
     expect_tidy(home, done, set())
 
 

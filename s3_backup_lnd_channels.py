@@ -55,6 +55,7 @@ try:
     import botocore.session  # boto3's core: the rest of boto3 would cost 3 MB, and is not used
     from asyncinotify import InitFlags, Inotify, Mask, Watch
     from botocore.config import Config
+    from botocore.parsers import ResponseParserError
     from botocore.utils import get_environ_proxies
     from dotenv import dotenv_values
 except ImportError as missing:  # started with another Python than the venv's: no traceback for that
@@ -125,7 +126,7 @@ def shown(text: object) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     for secret in (value for name, value in os.environ.items() if SECRET_NAME.search(name) and value):
         line = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", line)  # put there by a library
-    return re.sub(r"(https?://)\S*@", r"\1***@", line)
+    return re.sub(r"(?<!s3:)(//|proxy: (?!http))\S*@", r"\1***@", line)
 
 
 class LineFormatter(logging.Formatter):
@@ -301,7 +302,7 @@ def load_settings(environ: Mapping[str, str], unneeded: Collection[str] = (), *m
         value = values.get(name) or environ.get(name, "")
         value = "***" if "_KEY" in name or SECRET_NAME.search(name) or "@" in value else value
         failures.append(Failure(Cause.SETTINGS, f"configuration: {name}={value}: {why}", hint))
-    if not any(f"{each}".startswith("configuration: AWS_") for each in failures):  # else the SDK says the same
+    if not any("AWS_ENDPOINT_URL" in str(each) for each in failures):  # else the SDK says the same, passwords included
         failures += more
     if failures:
         raise ExceptionGroup("configuration", failures)
@@ -556,6 +557,7 @@ class Staging:
 CLASSES: tuple[tuple[Cause, tuple[type[Exception], ...]], ...] = (
     (Cause.CREDENTIALS, (sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.SSOError, sdk.LoginError)),
     (Cause.NETWORK, (sdk.CredentialRetrievalError, sdk.MetadataRetrievalError, sdk.TokenRetrievalError)),
+    (Cause.NETWORK, (ResponseParserError, RecursionError)),  # a web page; one that redirects, to the SDK (1.44)
     (Cause.NETWORK, (sdk.ConnectionError, sdk.HTTPClientError, sdk.IncompleteReadError, OSError, json.JSONDecodeError)),
     (Cause.BUCKET, (sdk.BotoCoreError, ValueError)),
 )
@@ -607,7 +609,7 @@ class Bucket:
 
     def new_client(self, **credentials: str) -> Any:
         """Return an SDK client, its limits explicit; what the user chose in the environment or a file is left alone."""
-        if not is_on_ec2(Path("/sys/class/dmi/id")):
+        if not (is_on_ec2(Path("/sys/class/dmi/id")) or os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")):
             os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # off EC2, nobody is asked for a role
         self.session = self.session or botocore.session.get_session()  # only a new one reads changed files
         chosen = {name for name, value in self.session.get_scoped_config().items() if value}
@@ -619,7 +621,7 @@ class Bucket:
             limits["retries"] = {"mode": "standard", "total_max_attempts": 1}
         region = os.environ.get("AWS_REGION") or None  # which people set, and the SDK ignores
         client = self.session.create_client("s3", region_name=region, config=Config(**limits), **credentials)
-        self.host = str(urlsplit(client.meta.endpoint_url).hostname)
+        self.host, self.partition = str(urlsplit(client.meta.endpoint_url).hostname), client.meta.partition
         self.is_aws = self.host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
         on = client.meta.events.register
         # It costs a round trip, and a second where a proxy ignores it (botocore#3613).
@@ -628,27 +630,31 @@ class Bucket:
         on("after-call.s3.PutObject", lambda http_response, parsed, **_: parsed.update(Body=http_response.content))
         return client
 
+    def connect(self) -> None:
+        """Make the client if there is none, and log what is in use if that is new; raises what the SDK raises."""
+        if self.client is None:
+            self.client, credentials = self.new_client(), self.session.get_credentials()
+            meta, method = self.client.meta, credentials.method if credentials else "none"
+            url, proxies = urlsplit(meta.endpoint_url), get_environ_proxies(meta.endpoint_url)
+            using = f"endpoint {meta.endpoint_url}, region {meta.region_name}, credentials: {method}"
+            using += f", proxy: {proxies[url.scheme]}" if url.scheme in proxies else ""
+            if using != self.using:
+                log.info("using %s", using)
+                if url.scheme == "http" and not LOCAL_HOST.fullmatch(str(url.hostname)):
+                    hint = "use https: whoever is on the way can read along and forge receipts"
+                    log.warning("not encrypted: %s", meta.endpoint_url, extra={"hint": hint})
+            self.using = using
+
     def call(self, what: str, action: str, permission: str, **arguments: Any) -> dict[str, Any]:
-        """Call one operation of S3 and return its answer; the first call logs what is in use. Raises Failure."""
+        """Call one operation of S3 and return its answer; raises Failure."""
         try:
-            if self.client is None:
-                self.client, credentials = self.new_client(), self.session.get_credentials()
-                meta, method = self.client.meta, credentials.method if credentials else "none"
-                url, proxies = urlsplit(meta.endpoint_url), get_environ_proxies(meta.endpoint_url)
-                using = f"endpoint {meta.endpoint_url}, region {meta.region_name}, credentials: {method}"
-                using += f", proxy: {proxies[url.scheme]}" if url.scheme in proxies else ""
-                if using != self.using:
-                    log.info("using %s", using)
-                    if url.scheme == "http" and not LOCAL_HOST.fullmatch(str(url.hostname)):
-                        hint = "use https: whoever is on the way can read along and forge receipts"
-                        log.warning("not encrypted: %s", meta.endpoint_url, extra={"hint": hint})
-                self.using = using
+            self.connect()
             answer: dict[str, Any] = getattr(self.client, action)(Bucket=self.name, **arguments)
             if action == "get_object":  # within the time that the call may take; what is too large stays there
                 fits = answer.get("ContentLength", math.inf) <= LARGEST_SIZE_BYTES
                 answer["Body"] = answer["Body"].read() if fits else b""
         except Exception as error:
-            resource = f"arn:aws:s3:::{self.name}" + (f"/{self.prefix}*" if "Object" in permission else "")
+            resource = f"arn:{self.partition}:s3:::{self.name}" + (f"/{self.prefix}*" if "Object" in permission else "")
             failure = explain(what, error, json.dumps({"Effect": "Allow", "Action": permission, "Resource": resource}))
             if not isinstance(error, (sdk.ConnectionError, sdk.HTTPClientError)):
                 self.client = self.session = None  # the next attempt reads the AWS settings and credentials anew
@@ -823,9 +829,10 @@ class Watcher:
         self.trouble.begin(failure) if failure else self.trouble.end()
         digest, receipt, refresh = hashlib.sha256(data).hexdigest(), self.staging.receipt, self.settings.refresh_seconds
         age = receipt.age_seconds() if receipt else math.inf  # below 0: the clock was set back, and nothing is sure
-        is_due = self.seen == digest and refresh > 0 and not 0 <= age < refresh
-        # At the start and for a refresh the same bytes are staged anew, unless they are still to be sent.
-        is_new = not self.staging.is_newest(data) if is_due or not self.seen else self.seen != digest
+        is_proved = receipt is not None and receipt.sha256 == digest and (refresh == 0 or 0 <= age < refresh)
+        # At the start, for a refresh, and if its staged copy was damaged or removed, the same version is staged anew.
+        anew = not self.seen or (self.seen == digest and not is_proved)
+        is_new = not self.staging.is_newest(data) if anew else self.seen != digest
         if is_new:
             self.staging.stage(data)
         self.seen = digest
@@ -866,8 +873,10 @@ class Uploader:
     async def send_staged(self) -> Failure | None:
         """Send all that is staged, newest first, until something newer comes; return the failure that is left."""
         self.staging.changed.clear()  # before looking, so that what comes meanwhile rings again
-        left, name = None, "."
+        left, name = None, "anything"
         try:
+            if self.bucket.client is None:  # the log says at the start what is in use, also if there is nothing to send
+                await in_daemon_thread(self.attempt_seconds, "cannot prepare: S3", self.bucket.connect)
             for name in self.staging.names():
                 if self.staging.changed.is_set():
                     break
@@ -883,6 +892,9 @@ class Uploader:
                     self.trouble.end()
                     log.info("stored s3://%s/%s: %d bytes", self.bucket.name, receipt.key, receipt.size_bytes)
                     self.staging.discard(receipt)
+            else:
+                if not left:
+                    self.trouble.end()  # nothing waits, not even for credentials
         except Exception as error:
             if not error.__cause__:  # not from Bucket.call: its thread may have been given up, and hold their locks
                 self.bucket.client = self.bucket.session = None
@@ -966,7 +978,9 @@ class Reporter:
         """Replace METRICS_FILE in one step, readable by others; raises Failure."""
         part = Path(self.settings.metrics + ".partial")
         try:
-            part.write_text(text)
+            part.unlink(missing_ok=True)  # it may be a link: others may write there
+            with part.open("x") as file:
+                file.write(text)
             part.chmod(0o644)
             part.rename(self.settings.metrics)
         except OSError as error:
@@ -1050,7 +1064,7 @@ async def run_daemon(settings: Settings, bucket: Bucket, *, once: bool) -> int:
         await reporter.report()
         failure, otherwise = (uploader.failure, TRY_AGAIN) if left else (watcher.unread, DONE)
         if failure:
-            failure.say()
+            log.error("not done: %s", failure)
         return failure.cause.exit_code if failure else otherwise
     try:
         say_what_is_left(staging)
@@ -1162,7 +1176,7 @@ def command_list(options: argparse.Namespace) -> int:
     rows = [each.as_json() | {"marks": each.marks(older.get(each))} for each in versions]
     if options.json:
         print(json.dumps(rows, indent=1))
-    elif sys.stdout.isatty():
+    elif sys.stdout and sys.stdout.isatty():  # none if it is closed
         print(f"{'captured (UTC) and name':30} {'age':>10} {'bytes':>11} stored (UTC)")
         for each, row in zip(versions, rows, strict=True):
             stored_at = each.stored_at[:19].replace("T", " ")

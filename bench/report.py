@@ -151,7 +151,7 @@ def three_numbers(results: Results) -> list[str]:
         ),
         (
             f"- **{trips[0].median:g} round trip** over https on an open connection, "
-            f"{trips[1].median:g} after ten idle minutes."
+            f"{trips[1].median:g} on a new one: what is idle for five seconds is closed."
         ),
         (
             f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens, as the service: "

@@ -375,6 +375,7 @@ install_all() {
         give_up "${misread%%
 *}" "${misread##*hint: }; nothing has changed"
     fi
+    [ -e "$settings" ] || write_settings # the last that may refuse
     before=$(readlink "$DESTDIR$home/current") || before=''
     changed=''
     # What an earlier installation was told to make stays its own.
@@ -392,7 +393,6 @@ END
     elif [ -n "$lnd_directory" ]; then
         open_lnd_directory
     fi
-    [ -e "$settings" ] || write_settings
     [ -e "$DESTDIR/etc/default/lnd-backup-alert" ] ||
         step install -m 0600 systemd/lnd-backup-alert.example "$DESTDIR/etc/default/lnd-backup-alert"
     mv "$manifest.new" "$manifest"

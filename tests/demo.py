@@ -46,7 +46,7 @@ STOP_SECONDS = 12.0  # the grace period of 10 s, one more that is promised, and 
 FOREVER_SECONDS = 3600.0
 SLOW_LINE_SECONDS = 0.1
 INDENT = 17
-LINES_SHOWN = 12
+LINES_SHOWN = 16
 INTERRUPTED = 130
 
 OPENING = (

@@ -16,7 +16,7 @@ import s3_backup_lnd_channels as program
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = (CHECKOUT / "lnd-backup-env.example").read_text(encoding="utf-8")
 UNIT = CHECKOUT / "lnd-backup.service"
-LINES_MAX = 1334
+LINES_MAX = 1348
 LIST_FIELDS = ["key", "name", "captured_at", "stored_at", "size_bytes", "empty", "marks"]
 CHECK_FIELDS = ["current", "proof", "key", "captured_at", "stored_at", "staged", "reason"]
 OWN_SETTINGS = [name for name in program.VALUES if not name.startswith("AWS_") and not name.lower().endswith("_proxy")]

@@ -107,10 +107,44 @@ def test_the_log_names_the_proxy_in_use(some_env: dict[str, str]) -> None:
         said = run_script(env, "once").stderr
         direct = {"AWS_ENDPOINT_URL_S3": fake.endpoint, "NO_PROXY": "127.0.0.1"}
         unproxied = run_script(env | direct, "once").stderr
-        assert len(fake.requests) == 2
+        bare = run_script(env | {"HTTP_PROXY": secret.removeprefix("http://")}, "once").stderr
+        assert len(fake.requests) == 3
     assert f"proxy: {secret.replace('bob:hunter2@', '***@')}" in said
-    assert "hunter2" not in said
+    assert f"proxy: ***@127.0.0.1:{fake.port}" in bare
+    assert "hunter2" not in said + bare
     assert "proxy: " not in unproxied
+
+
+@pytest.mark.parametrize("command", ["once", "list"])
+def test_a_portal_that_redirects_may_be_passed_later(some_env: dict[str, str], command: str) -> None:
+    """What sends every request elsewhere, and so the SDK in circles, is out of reach, and no fault of the program."""
+    elsewhere = Answer(302, headers={"Location": "http://portal.example.org/"}, body=b"", etag=False)
+    with FakeS3(defaults=dict.fromkeys(("PUT", "GET", "HEAD"), elsewhere)) as fake:
+        done = run_script(some_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, command)
+    assert done.returncode == 75, done.stderr
+    assert "a fault of this program" not in done.stderr
+
+
+def test_the_log_says_at_the_start_what_is_in_use(some_env: dict[str, str]) -> None:
+    """Endpoint, region and credentials stand in the daemon's log also while LND has written nothing."""
+    Path(some_env["MONITOR_FILE_PATH"]).unlink()
+    with FakeS3() as fake, Script(some_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as script:
+        script.wait_for_log(f"using endpoint {fake.endpoint}, region us-east-1, credentials: env$")
+        assert script.stop() == 0
+        assert not fake.requests
+
+
+def test_credentials_that_come_late_end_the_trouble(some_env: dict[str, str], tmp_path: Path) -> None:
+    """A credential program that fails is told of before there is anything to send; when it works, all is well again."""
+    Path(some_env["MONITOR_FILE_PATH"]).unlink()
+    key = tmp_path / "key.json"
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {key}\n")
+    env = some_env | {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    with FakeS3() as fake, Script(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as script:
+        script.wait_for_log("cannot store: anything: .*custom-process")
+        key.write_text('{"Version": 1, "AccessKeyId": "AKIDLATE", "SecretAccessKey": "late-secret"}')
+        script.wait_for_log("S3 stores versions again, after")
+        assert script.stop() == 0
 
 
 # --- TLS ---

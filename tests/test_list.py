@@ -22,6 +22,7 @@ from kit import (
     FaultProxy,
     Lnd,
     S3Server,
+    Script,
     allow,
     channel_backup,
     reader_settings,
@@ -329,6 +330,10 @@ def test_a_list_that_cannot_be_printed(
     assert len(re.findall("error: (?!hint)", done.stderr)) == 1
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+    closed = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(SCRIPT), "list", *options]
+    with Script(reader, command=closed) as script:
+        assert script.wait() == 0
+        assert "a fault of this program" not in script.log
 
 
 # --- What is missing, and what is not needed ---
@@ -343,6 +348,8 @@ def test_a_put_only_key(s3: S3Server, bucket: str, prefix: str) -> None:
     statement = json.loads(done.stderr[done.stderr.index("{") : done.stderr.rindex("}") + 1])
     assert "s3:ListBucket" in statement["Action"]
     assert (statement["Effect"], statement["Resource"]) == ("Allow", f"arn:aws:s3:::{bucket}")
+    done = run_script(env | {"AWS_REGION": "cn-north-1"}, "list")  # an AWS of its own
+    assert f"arn:aws-cn:s3:::{bucket}" in done.stderr
 
 
 def test_the_statement_suffices(s3: S3Server, bucket: str, prefix: str) -> None:

@@ -194,3 +194,12 @@ def test_the_metadata_service_is_asked_only_by_choice(
     lnd.write()
     assert run_script(env | {"AWS_EC2_METADATA_DISABLED": choice}, "once").returncode == 1
     assert {host for _, host, _ in talk()} == ({METADATA} if asked else set())
+
+
+def test_a_metadata_service_of_ones_own_is_asked(env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd) -> None:
+    """Who names a metadata service, as a helper on this machine is, has chosen it: no default stands in its way."""
+    del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
+    lnd.write()
+    own = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "AWS_EC2_METADATA_DISABLED": ""}
+    assert run_script(env | own, "once").returncode == 1
+    assert ("connection", "127.0.0.1", 1) in talk()

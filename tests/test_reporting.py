@@ -318,6 +318,17 @@ def test_the_metrics_are_not_written_again_for_nothing(env: dict[str, str], lnd:
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_link_in_the_place_of_the_metrics_is_not_followed(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+    """Who may write beside METRICS_FILE cannot lead the program to write elsewhere, as into LND's directory."""
+    elsewhere = lnd.directory / "elsewhere"
+    prom.with_name(prom.name + ".partial").symlink_to(elsewhere)
+    lnd.write()
+    assert run_script(env, "once").returncode == 0
+    assert not elsewhere.exists()
+    assert metrics(prom)["staged"] == 0
+    assert not prom.is_symlink()
+
+
 def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
     """When the metrics cannot be written it is said once, the backup goes on, and so do they when it is there again."""
     lnd.write()

@@ -20,6 +20,7 @@ import botocore.exceptions as sdk
 import pytest
 import urllib3
 from botocore.awsrequest import AWSResponse, HeadersDict
+from botocore.parsers import ResponseParserError
 from hypothesis import given
 from hypothesis import strategies as st
 from kit import (
@@ -72,6 +73,8 @@ URL = "https://s3.example.org"
 EXPLAINED: dict[Cause, list[Exception]] = {
     Cause.NETWORK: [
         sdk.EndpointConnectionError(endpoint_url=URL, error="[Errno 111] Connection refused"),
+        ResponseParserError("Unable to parse response (not well-formed): line 1"),
+        RecursionError("maximum recursion depth exceeded"),
         sdk.ConnectTimeoutError(endpoint_url=URL, error="timed out"),
         sdk.ProxyConnectionError(proxy_url="http://proxy.example.org", error="[Errno 111] Connection refused"),
         sdk.SSLError(endpoint_url=URL, error="EOF occurred in violation of protocol"),

@@ -595,6 +595,12 @@ AWS_FAULTS = [
 ]
 
 
+def test_a_fault_of_the_sdk_is_told_beside_another(good: dict[str, str]) -> None:
+    """A variable of the SDK's that is wrong does not hide what the SDK itself finds wrong."""
+    lines = start(good | {"AWS_PROFILE": "nix", "AWS_CA_BUNDLE": "/nowhere/ca.pem"}, "once")
+    assert all(any(value in line for line in lines) for value in ("nix", "/nowhere/ca.pem"))
+
+
 @pytest.mark.parametrize("wrong", AWS_FAULTS, ids=str)
 def test_fault_in_the_sdks_settings_is_wrong_configuration(
     wrong: dict[str, str], good: dict[str, str], tmp_path: Path

@@ -486,9 +486,12 @@ class TestRefusals:
     @pytest.mark.parametrize("value", ["s3://b", "b c", "b#c", 'b"c', "$$(id)", "`id`"])
     def test_values(self, value: str, released: Package, root: Path) -> None:
         """A value that the program would refuse is refused before there are settings."""
-        (root / SETTINGS).unlink()
+        unit = root / "etc/systemd/system/lnd-backup.service"
+        for path in (root / SETTINGS, unit):
+            path.unlink()
         assert_refused(released.make("install", root, f"S3_BUCKET_NAME={value}"), "S3_BUCKET_NAME")
         assert not (root / SETTINGS).exists()
+        assert not unit.exists(), "nothing is put in place before that"
 
     def test_settings_are_never_changed(self, released: Package, root: Path) -> None:
         """A value that differs from that in the settings is refused."""

@@ -40,7 +40,7 @@ class Effort(NamedTuple):
     attempts: float  # to reach S3, while memory is watched
 
 
-FULL = Effort(rounds=3, cpu=0.15, rest=7.0, idle=60.0, staged=10_000, attempts=5.0)
+FULL = Effort(rounds=2, cpu=0.15, rest=7.0, idle=60.0, staged=10_000, attempts=5.0)
 QUICK = Effort(rounds=1, cpu=0.05, rest=0.5, idle=2.0, staged=1_000, attempts=1.0)
 
 

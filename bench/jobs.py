@@ -42,7 +42,7 @@ class Effort(NamedTuple):
     reads: int
 
 
-FULL = Effort(starts=9, drained=1_000, objects=5_000, reads=3)
+FULL = Effort(starts=7, drained=1_000, objects=5_000, reads=3)
 QUICK = Effort(starts=1, drained=20, objects=100, reads=1)
 
 

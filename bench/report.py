@@ -100,7 +100,8 @@ def targets(results: Results) -> Table:
         value = target.figure(results)
         limit = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
         verdict = "not measured" if value is None else "met" if target.met(value) else "not met"
-        lines.append([target.what, limit, "" if value is None else f"{value:.3g}", verdict])
+        measured = "" if value is None else f"{value:g}" if value == round(value) else f"{value:#.3g}"
+        lines.append([target.what, limit, measured, verdict])
     return Table("Targets", ["ratio or number", "target", "measured", ""], lines)
 
 

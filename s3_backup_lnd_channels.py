@@ -126,7 +126,7 @@ def shown(text: object) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     for secret in (value for name, value in os.environ.items() if SECRET_NAME.search(name) and value):
         line = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", line)  # put there by a library
-    return re.sub(r"(?<!s3:)(//|proxy: (?!http))\S*@", r"\1***@", line)
+    return re.sub(r"(?<!s3:)(//|proxy: (?!http))\S*@", r"\1***@", line)  # who a URL is for; a key may hold an @
 
 
 class LineFormatter(logging.Formatter):
@@ -377,8 +377,8 @@ class Stored(NamedTuple):
     key: str
     size_bytes: int
     stored_at: str
-    sha256: str = ""  # this, and the endpoint's host and the bucket, in a receipt only
-    bucket: str = ""
+    sha256: str = ""  # in a receipt only
+    bucket: str = ""  # in a receipt only, behind the endpoint's host: HOST/BUCKET
 
     def at(self) -> datetime:
         """Return the earlier of capture and storing: no clock that ran ahead, and no thief, names one the newest."""
@@ -511,6 +511,7 @@ class Staging:
         self.held.pop(receipt.name, None)
         self.delivered.add(receipt.name)
         self.receipt = max(receipt, self.receipt or receipt)  # by name
+        self.newest = max(self.newest, receipt.name)  # which somebody may have laid there
         self.settle()
 
     def settle(self) -> None:
@@ -892,9 +893,8 @@ class Uploader:
                     self.trouble.end()
                     log.info("stored s3://%s/%s: %d bytes", self.bucket.name, receipt.key, receipt.size_bytes)
                     self.staging.discard(receipt)
-            else:
-                if not left:
-                    self.trouble.end()  # nothing waits, not even for credentials
+            if not left and not self.staging.changed.is_set():
+                self.trouble.end()  # nothing waits, not even for credentials
         except Exception as error:
             if not error.__cause__:  # not from Bucket.call: its thread may have been given up, and hold their locks
                 self.bucket.client = self.bucket.session = None

@@ -34,6 +34,7 @@ from kit import (
     Written,
     assert_nothing_lost,
     run_script,
+    unlistable_while,
 )
 from kit import script as script_module
 
@@ -261,6 +262,22 @@ def test_a_version_whose_staged_copy_is_gone_gets_out(
     for aside in staging.glob(".damaged-*"):
         aside.unlink()
     check()
+
+
+def test_a_version_that_somebody_put_into_staging_is_sent_once(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
+    """A version of a later name, laid into the staging directory, is sent, and LND's own gets a name above it, once."""
+    foreign = Lnd(lnd.directory.parent / "other").write()
+    with Daemon(SELDOM | env | OFTEN) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        laid = lnd.directory.parent / "laid"
+        laid.write_bytes(foreign.data)
+        laid.rename(staging / f"21000101T000000.000000Z-{foreign.sha256[-6:]}")
+        daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_stored(foreign)
+        daemon.wait_for_stored(lnd.written[-1], count=2)
+        daemon.wait_for_looks(10)
+        assert daemon.stop() == 0
+        assert daemon.log.count("captured") == 3, "once anew, above the name that was laid there"
 
 
 # --- S3 is away ---
@@ -683,18 +700,7 @@ def test_a_staging_directory_that_cannot_be_listed_is_explained(
     env: dict[str, str], lnd: Lnd, staging: Path, started_by: Callable[[str], None]
 ) -> None:
     """A disk that cannot list the staging directory is named, and is no fault of the program."""
-    started_by("""
-import os
-
-original = os.scandir
-
-def scandir(path="."):
-    if isinstance(path, int):
-        raise OSError(5, os.strerror(5))
-    return original(path)
-
-os.scandir = scandir
-""")
+    started_by(unlistable_while(lnd.directory))
     lnd.write()
     done = run_script(env, "once")
     assert done.returncode == 1
@@ -707,18 +713,7 @@ def test_a_staging_directory_that_cannot_be_listed_spoils_no_stop(
 ) -> None:
     """A disk that fails while the daemon stops is named, and the stop is an orderly one all the same."""
     broken = tmp_path / "broken"
-    started_by(f"""
-import os
-
-original = os.scandir
-
-def scandir(path="."):
-    if isinstance(path, int) and os.path.exists({str(broken)!r}):
-        raise OSError(5, os.strerror(5))
-    return original(path)
-
-os.scandir = scandir
-""")
+    started_by(unlistable_while(broken))
     first = lnd.write()
     with Daemon(SELDOM | env) as daemon:
         daemon.wait_for_stored(first)

@@ -29,6 +29,7 @@ from kit import (
     channel_backup,
     run_script,
     settings_at,
+    unlistable_while,
 )
 from kit import fake_s3 as answers
 from kit import script as script_module
@@ -720,14 +721,7 @@ def test_a_staging_directory_that_cannot_be_listed_is_no_fault_of_the_heartbeat(
 ) -> None:
     """What cannot be listed is named for what it is; the heartbeat hears nothing good until it can be."""
     broken = tmp_path / "broken"
-    hurried(f"""
-original = os.scandir
-def scandir(path="."):
-    if isinstance(path, int) and os.path.exists({str(broken)!r}):
-        raise OSError(5, os.strerror(5))
-    return original(path)
-os.scandir = scandir
-""")
+    hurried(unlistable_while(broken))
     lnd.write()
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")

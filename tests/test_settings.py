@@ -313,9 +313,9 @@ def test_effective_user_must_own_the_directory(
     assert f"'#{staging.stat().st_uid}'" in failure.hint
 
 
-def test_a_directory_to_watch_is_the_one_fault(staging: Path, good: dict[str, str]) -> None:
+def test_a_directory_to_watch_is_the_one_fault(lnd: Lnd, good: dict[str, str]) -> None:
     """LND's directory in the place of its file is named, and what lies beside that directory is not blamed for it."""
-    assert faults(good | {"MONITOR_FILE_PATH": str(staging.parent / "staging")}).keys() == {"MONITOR_FILE_PATH"}
+    assert faults(good | {"MONITOR_FILE_PATH": str(lnd.directory)}).keys() == {"MONITOR_FILE_PATH"}
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o770, 0o777, 0o1777])

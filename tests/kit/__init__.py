@@ -18,6 +18,7 @@ from .script import (
     script_environment,
     settings_at,
     settings_for,
+    unlistable_while,
 )
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "script_environment",
     "settings_at",
     "settings_for",
+    "unlistable_while",
 ]

@@ -114,6 +114,19 @@ def run_script(
         )
 
 
+def unlistable_while(there: Path) -> str:
+    """Return code that keeps the program from listing its staging directory for as long as this path exists."""
+    return f"""
+import os
+listed = os.scandir
+def scandir(path="."):
+    if isinstance(path, int) and os.path.exists({str(there)!r}):
+        raise OSError(5, os.strerror(5))
+    return listed(path)
+os.scandir = scandir
+"""
+
+
 class _Text:
     """What a process writes to a pipe.
 

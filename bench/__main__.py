@@ -26,7 +26,9 @@ def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds and cells; does not replace bench/results.json"
+        "--quick",
+        action="store_true",
+        help="fewer rounds and cells; does not replace bench/results.json",
     )
     quick = parser.parse_args().quick
     for each in (signal.SIGTERM, signal.SIGHUP):  # so that what was started is ended
@@ -40,9 +42,15 @@ def main() -> int:
     for name, measure in PARTS.items():
         began = time.monotonic()
         with World() as world:
-            rows += measure(world, QUICK if quick else FULL, peers if measure == losses.measure else [*peers, *floors])
+            rows += measure(
+                world,
+                QUICK if quick else FULL,
+                peers if measure == losses.measure else [*peers, *floors],
+            )
         console.print(f"{name}: measured in {time.monotonic() - began:.0f} s")
-    results = Results.of_now(load, {each.name: each.version for each in [*peers, *floors]}, missing, rows)
+    results = Results.of_now(
+        load, {each.name: each.version for each in [*peers, *floors]}, missing, rows
+    )
     path = CACHE / "quick.json" if quick else STORED
     results.save(path)
     report.show(results, console)

@@ -1,4 +1,6 @@
-"""Many versions at once, in the staging directory or in the bucket, as this program would have put them there."""
+"""Many versions at once, in the staging directory or in the bucket, as this program would have put
+them there.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def versions(count: int) -> Iterator[Version]:
     for number in range(count):
         data = channel_backup(1)
         digest = hashlib.sha256(data).hexdigest()
-        yield Version(f"{first + timedelta(seconds=number):%Y%m%dT%H%M%S.%f}Z-{digest[-6:]}", data, digest)
+        yield Version(
+            f"{first + timedelta(seconds=number):%Y%m%dT%H%M%S.%f}Z-{digest[-6:]}", data, digest
+        )
 
 
 def stage(place: Place, count: int) -> list[Version]:
@@ -45,4 +49,6 @@ def fill(world: World, place: Place, count: int) -> None:
     """Put so many versions into the bucket."""
     for version in versions(count):
         key, metadata = place.prefix + version.name, {"sha256": version.sha256}
-        world.server.admin.put_object(Bucket=place.bucket, Key=key, Body=version.data, Metadata=metadata)
+        world.server.admin.put_object(
+            Bucket=place.bucket, Key=key, Body=version.data, Metadata=metadata
+        )

@@ -1,4 +1,6 @@
-"""What each contestant costs the node: CPU time per update, and memory, CPU time and wake-ups while nothing happens."""
+"""What each contestant costs the node: CPU time per update, and memory, CPU time and wake-ups while
+nothing happens.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,11 @@ class Effort(NamedTuple):
     """How much is measured; times in seconds."""
 
     rounds: int
-    cpu: float  # until this is used up, there are more updates: the kernel tells the time of ended children in 10 ms
-    rest: float  # before memory is measured; this program closes its connection when it has been idle for five
+    # until this is used up, there are more updates: the kernel tells the time of ended children in
+    # 10 ms
+    cpu: float
+    # before memory is measured; this program closes its connection when it has been idle for five
+    rest: float
     idle: float  # once, in the last round
     staged: int
     attempts: float  # to reach S3, while memory is watched
@@ -51,7 +56,8 @@ def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list
 
 
 def running(world: World, effort: Effort, contestants: Sequence[Contestant]) -> list[Row]:
-    """Measure all contestants, started anew in each round: at work one after the other, at rest at the same time.
+    """Measure all contestants, started anew in each round: at work one after the other, at rest at
+    the same time.
 
     They live beside each other, and so share libraries to the same degree.
     """
@@ -71,7 +77,9 @@ def running(world: World, effort: Effort, contestants: Sequence[Contestant]) -> 
 
 
 def at_work(contestant: Running, effort: Effort, rows: Rows) -> None:
-    """Measure the CPU time of an update over many on a warm connection, and the peak of memory over one."""
+    """Measure the CPU time of an update over many on a warm connection, and the peak of memory over
+    one.
+    """
     calm(contestant)
     before, updates, used = cpu_seconds(contestant.pids()), 0, 0.0
     while used < effort.cpu and updates < UPDATES_MAX:
@@ -89,7 +97,9 @@ def at_work(contestant: Running, effort: Effort, rows: Rows) -> None:
 
 
 def at_rest(contestants: Sequence[Running], effort: Effort, rows: Rows) -> None:
-    """Measure CPU time and wake-ups of all contestants over the same time, in which LND writes nothing."""
+    """Measure CPU time and wake-ups of all contestants over the same time, in which LND writes
+    nothing.
+    """
     before, began = [idle(each.pids()) for each in contestants], time.monotonic()
     time.sleep(effort.idle)
     per_hour = 3600 / (time.monotonic() - began)
@@ -100,7 +110,9 @@ def at_rest(contestants: Sequence[Running], effort: Effort, rows: Rows) -> None:
 
 
 def calm(contestant: Running) -> None:
-    """Block until what follows an upload is done too: until its processes do next to nothing for a moment."""
+    """Block until what follows an upload is done too: until its processes do next to nothing for a
+    moment.
+    """
     for _ in range(LOOKS_MAX):
         before = idle(contestant.pids())
         time.sleep(LOOK_SECONDS)
@@ -116,7 +128,9 @@ class OutOfReach(Program):
 
 
 def out_of_reach(world: World, effort: Effort) -> list[Row]:
-    """Measure this program's memory while S3 is out of reach, with nothing staged but LND's file and with much."""
+    """Measure this program's memory while S3 is out of reach, with nothing staged but LND's file
+    and with much.
+    """
     rows, program = Rows(AWAY), OutOfReach()
     program.install()
     with world.line(far=True) as line:
@@ -137,5 +151,7 @@ def out_of_reach(world: World, effort: Effort) -> list[Row]:
                     now = memory(each.pids())
                     rows.add("PSS", "MB", each.name, now.pss, staged=count)
                     rows.add("RSS", "MB", each.name, now.rss, staged=count)
-                    rows.add("RSS at peak", "MB", each.name, peak_rss(each.process.pid), staged=count)
+                    rows.add(
+                        "RSS at peak", "MB", each.name, peak_rss(each.process.pid), staged=count
+                    )
     return rows.all()

@@ -1,4 +1,6 @@
-"""What is done in one go: start until the first version is stored, drain what is staged, list, restore."""
+"""What is done in one go: start until the first version is stored, drain what is staged, list,
+restore.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,11 @@ def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list
 
 
 def starts(world: World, effort: Effort, contestants: Sequence[Contestant]) -> list[Row]:
-    """Measure from the start of a process until S3 has stored the file: this program, `aws s3 cp`, and a bare put.
+    """Measure from the start of a process until S3 has stored the file: this program, `aws s3 cp`,
+    and a bare put.
 
-    A round more is run before and not counted, in which the byte code of all is compiled and read from the disk.
+    A round more is run before and not counted, in which the byte code of all is compiled and read
+    from the disk.
     """
     rows = Rows(START)
     chosen = [each for each in contestants if isinstance(each, Program | AwsV1 | BareSdk)]
@@ -82,7 +86,9 @@ def begin(contestant: Contestant, place: Place) -> subprocess.Popen[bytes]:
     """Start a process that stores the file as it is now."""
     file, command = str(place.lnd.path), list(map(str, contestant.command(place)))
     if isinstance(contestant, AwsV1):
-        command = shlex.split(contestant.upload(place, shlex.quote(file), f"{place.prefix}{time.time_ns()}.backup"))
+        command = shlex.split(
+            contestant.upload(place, shlex.quote(file), f"{place.prefix}{time.time_ns()}.backup")
+        )
     process = subprocess.Popen(
         command,
         env=script_environment(contestant.environment(place), str(place.home)),
@@ -98,7 +104,8 @@ def begin(contestant: Contestant, place: Place) -> subprocess.Popen[bytes]:
 
 
 def drain(world: World, effort: Effort) -> list[Row]:
-    """Measure how long this program takes for each version of a backlog, in round trips of the line, and count them.
+    """Measure how long this program takes for each version of a backlog, in round trips of the
+    line, and count them.
 
     Beside it the floor: a bare put after the other on the same line.
     """
@@ -111,23 +118,45 @@ def drain(world: World, effort: Effort) -> list[Row]:
         oldest = stage(place, effort.drained)[0]
         running = Running(program, place)
         try:  # newest first: the oldest is the last
-            if not line.wait_for(oldest.sha256, PATIENCE_SECONDS + 4 * effort.drained * ROUND_TRIP_SECONDS):
-                raise RuntimeError(f"the oldest of the staged versions was not stored:\n{running.output}")
+            if not line.wait_for(
+                oldest.sha256, PATIENCE_SECONDS + 4 * effort.drained * ROUND_TRIP_SECONDS
+            ):
+                raise RuntimeError(
+                    f"the oldest of the staged versions was not stored:\n{running.output}"
+                )
             counted = line.counts.round_trips
         finally:
             running.stop()
         moments = sorted(each.at for each in line.stored())
         seconds = (moments[-1] - moments[0]) / (len(moments) - 1)
         rows.add("time", "round trips", program.name, seconds / ROUND_TRIP_SECONDS, **case)
-        rows.add("counted, handshake included", "round trips", program.name, counted / len(moments), **case)
+        rows.add(
+            "counted, handshake included",
+            "round trips",
+            program.name,
+            counted / len(moments),
+            **case,
+        )
         with floor.start(world.place("bare", line)) as bare:
             line.reset_counts()
             for _ in range(BARE_PUTS):
                 bare.update(channels=1)
             puts = re.findall(r"^put (\S+) (\S+)", bare.output, re.MULTILINE)[-BARE_PUTS:]
         for began, ended in puts:
-            rows.add("time", "round trips", floor.name, (float(ended) - float(began)) / ROUND_TRIP_SECONDS, **case)
-        rows.add("counted, handshake included", "round trips", floor.name, line.counts.round_trips / BARE_PUTS, **case)
+            rows.add(
+                "time",
+                "round trips",
+                floor.name,
+                (float(ended) - float(began)) / ROUND_TRIP_SECONDS,
+                **case,
+            )
+        rows.add(
+            "counted, handshake included",
+            "round trips",
+            floor.name,
+            line.counts.round_trips / BARE_PUTS,
+            **case,
+        )
     return rows.all()
 
 
@@ -158,7 +187,13 @@ def reading(world: World, effort: Effort) -> list[Row]:
                     raise RuntimeError(f"{command[0]} failed:\n{said}")
                 case: Case = {"command": command[0], "objects": effort.objects}
                 rows.add("time on loopback", "s", program.name, seconds, **case)
-                rows.add("counted, handshake included", "round trips", program.name, line.counts.round_trips, **case)
+                rows.add(
+                    "counted, handshake included",
+                    "round trips",
+                    program.name,
+                    line.counts.round_trips,
+                    **case,
+                )
                 rows.add("RSS at peak", "MB", program.name, peak, **case)
     return rows.all()
 

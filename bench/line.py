@@ -1,4 +1,6 @@
-"""The line to S3: it delays, counts, fails when told, and knows to the moment when S3 had stored what it was sent."""
+"""The line to S3: it delays, counts, fails when told, and knows to the moment when S3 had stored
+what it was sent.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class _Request(NamedTuple):
 class _Messages:
     """Takes the bytes of one direction apart into HTTP/1.1 messages."""
 
-    def __init__(self, has_body: Callable[[bytes], bool], ended: Callable[[bytes, bytes], None]) -> None:
+    def __init__(
+        self, has_body: Callable[[bytes], bool], ended: Callable[[bytes, bytes], None]
+    ) -> None:
         """Ask `has_body` of each head, and tell `ended` of each whole message."""
         self._has_body, self._ended = has_body, ended
         self._buffer = bytearray()
@@ -102,8 +106,12 @@ def header(head: bytes, name: bytes) -> bytes:
 
 
 def content(head: bytes, body: bytes) -> bytes:
-    """Return what a body carries: the same bytes, unless the SDK sent them in chunks with a checksum behind."""
-    if b"aws-chunked" not in header(head, b"content-encoding") and not header(head, b"x-amz-decoded-content-length"):
+    """Return what a body carries: the same bytes, unless the SDK sent them in chunks with a
+    checksum behind.
+    """
+    if b"aws-chunked" not in header(head, b"content-encoding") and not header(
+        head, b"x-amz-decoded-content-length"
+    ):
         return body
     parts = []
     while body:
@@ -157,7 +165,9 @@ class _Front:
     """The end of the line before S3: ends TLS, passes the bytes on, and listens to them."""
 
     def __init__(self, port: int, directory: Path, *, tls: bool) -> None:
-        """Prepare to stand before that port; with TLS, under a certificate of an authority of its own."""
+        """Prepare to stand before that port; with TLS, under a certificate of an authority of its
+        own.
+        """
         self.target, self.port = port, 0
         self.ca_file: Path | None = None
         self._context: ssl.SSLContext | None = None
@@ -212,14 +222,18 @@ class _Front:
             self._changed.notify_all()
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, ssl=self._context)
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", self.port, ssl=self._context
+        )
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection to its end."""
         with contextlib.suppress(OSError, asyncio.CancelledError):
             async with self._open(writer):
-                target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target)
+                target_reader, target_writer = await asyncio.open_connection(
+                    "127.0.0.1", self.target
+                )
                 async with self._open(target_writer):
                     await self._serve(reader, writer, target_reader, target_writer)
 
@@ -268,10 +282,12 @@ async def _pass_on(
 
 
 class Line:
-    """One line to S3, over http or https; a `far` one has a settable round-trip time, and can be down.
+    """One line to S3, over http or https; a `far` one has a settable round-trip time, and can be
+    down.
 
-    The delays are made in user space: half of the round trip in each direction, and one more before the first bytes of
-    a connection, which stands for TCP's handshake, since accept(2) in user space costs none.
+    The delays are made in user space: half of the round trip in each direction, and one more before
+    the first bytes of a connection, which stands for TCP's handshake, since accept(2) in user space
+    costs none.
     """
 
     def __init__(self, port: int, directory: Path, *, tls: bool = False, far: bool = False) -> None:
@@ -324,12 +340,16 @@ class Line:
         self.proxy.reset_counts()
 
     def set_round_trip(self, seconds: float) -> None:
-        """Take this time from now on for a round trip, on new connections; those that there are, are cut."""
+        """Take this time from now on for a round trip, on new connections; those that there are,
+        are cut.
+        """
         self.round_trip = seconds
         self.proxy.set("latency", cut=True, up=seconds / 2, down=seconds / 2)
 
     def cut(self) -> None:
-        """Close every connection, as a router and a server do that have seen nothing for ten minutes."""
+        """Close every connection, as a router and a server do that have seen nothing for ten
+        minutes.
+        """
         if self._proxy:
             self._proxy.cut_all()
         else:

@@ -28,7 +28,8 @@ PAIR_GAP_SECONDS = 0.01
 PAIR_EVERY_SECONDS = 1.0
 UP_SECONDS = 3.0  # between two outages
 OTHERS_SHARE = 0.2  # of the time for the last: for those before it, which go after it if at all
-HEAVY = "aws"  # what takes so much CPU time that two of them at once would be late by the machine's fault
+# what takes so much CPU time that two of them at once would be late by the machine's fault
+HEAVY = "aws"
 
 
 class Pairs(NamedTuple):
@@ -40,27 +41,44 @@ class Pairs(NamedTuple):
 
 def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list[Row]:
     """Return what was lost."""
-    lost, in_outages = together(world, plan, contestants) if plan.quick else apart(world, plan, contestants)
+    lost, in_outages = (
+        together(world, plan, contestants) if plan.quick else apart(world, plan, contestants)
+    )
     rows = []
     for name in (each.name for each in contestants):
         rows += [
-            Row(GROUP, f"of {2 * plan.pairs} in {plan.pairs} pairs", "", name, {}, [lost[name].lost]),
+            Row(
+                GROUP, f"of {2 * plan.pairs} in {plan.pairs} pairs", "", name, {}, [lost[name].lost]
+            ),
             Row(GROUP, f"of {plan.pairs} that ended a pair", "", name, {}, [lost[name].newer]),
             Row(
-                GROUP, f"of {plan.outages} in outages of {plan.outage_seconds:.0f} s", "", name, {}, [in_outages[name]]
+                GROUP,
+                f"of {plan.outages} in outages of {plan.outage_seconds:.0f} s",
+                "",
+                name,
+                {},
+                [in_outages[name]],
             ),
         ]
     return rows
 
 
-def together(world: World, plan: Plan, contestants: Sequence[Contestant]) -> tuple[dict[str, Pairs], dict[str, int]]:
+def together(
+    world: World, plan: Plan, contestants: Sequence[Contestant]
+) -> tuple[dict[str, Pairs], dict[str, int]]:
     """Write pairs to all at the same time, and then make outages for the same processes."""
     with world.line(far=True) as line, all_running(world, contestants, line) as running:
-        return _pairs_of(line, running, plan), _outages_of(line, running, time.monotonic(), plan.outages, plan)
+        return _pairs_of(line, running, plan), _outages_of(
+            line, running, time.monotonic(), plan.outages, plan
+        )
 
 
-def apart(world: World, plan: Plan, contestants: Sequence[Contestant]) -> tuple[dict[str, Pairs], dict[str, int]]:
-    """Write pairs to all but the greatest load, whose pairs run beside the outages, in which little else happens."""
+def apart(
+    world: World, plan: Plan, contestants: Sequence[Contestant]
+) -> tuple[dict[str, Pairs], dict[str, int]]:
+    """Write pairs to all but the greatest load, whose pairs run beside the outages, in which little
+    else happens.
+    """
     heavy = [each for each in contestants if each.name.startswith(HEAVY)]
     lost = pairs(world, plan, [each for each in contestants if each not in heavy[1:]])
     with ThreadPoolExecutor(1) as pool:
@@ -97,7 +115,8 @@ def _pairs_of(line: Line, running: Sequence[Running], plan: Plan) -> dict[str, P
 def outages(world: World, plan: Plan, contestants: Sequence[Contestant]) -> dict[str, int]:
     """Let S3 be out of reach again and again, with one write in each outage; return what each lost.
 
-    Several lines have their outages at the same time, a little apart, each with contestants of its own.
+    Several lines have their outages at the same time, a little apart, each with contestants of its
+    own.
     """
     each_line = plan.outages // plan.outages_at_once
     shift = (plan.outage_seconds + UP_SECONDS) / plan.outages_at_once
@@ -113,7 +132,9 @@ def outages(world: World, plan: Plan, contestants: Sequence[Contestant]) -> dict
     return {each.name: sum(of_line[each.name] for of_line in lost) for each in contestants}
 
 
-def _outages_of(line: Line, running: Sequence[Running], began: float, count: int, plan: Plan) -> dict[str, int]:
+def _outages_of(
+    line: Line, running: Sequence[Running], began: float, count: int, plan: Plan
+) -> dict[str, int]:
     """Make the outages of one line; the writes are spread over the outage, from early to late."""
     seconds = plan.outage_seconds
     versions: dict[str, list[Written]] = {each.name: [] for each in running}
@@ -126,20 +147,33 @@ def _outages_of(line: Line, running: Sequence[Running], began: float, count: int
             versions[each.name].append(each.place.lnd.write())
         _sleep_until(start + seconds)
         line.bring_up()
-    return _for_all(running, lambda each, _: len(find_lost(line, versions[each.name], plan.settle_seconds)))
+    return _for_all(
+        running, lambda each, _: len(find_lost(line, versions[each.name], plan.settle_seconds))
+    )
 
 
 def find_lost(line: Line, versions: Sequence[Written], settle_seconds: float) -> list[Written]:
     """Return those versions that were not stored when the last one was, or a little later."""
     line.wait_for(versions[-1].sha256, settle_seconds)
     deadline = time.monotonic() + OTHERS_SHARE * settle_seconds
-    return [each for each in versions if not line.wait_for(each.sha256, max(0.0, deadline - time.monotonic()))]
+    return [
+        each
+        for each in versions
+        if not line.wait_for(each.sha256, max(0.0, deadline - time.monotonic()))
+    ]
 
 
-def _for_all(running: Sequence[Running], work: Callable[[Running, float], Result]) -> dict[str, Result]:
-    """Do something with all at the same time, each told its share of a second; return the results by name."""
+def _for_all(
+    running: Sequence[Running], work: Callable[[Running, float], Result]
+) -> dict[str, Result]:
+    """Do something with all at the same time, each told its share of a second; return the results
+    by name.
+    """
     with ThreadPoolExecutor(len(running)) as pool:
-        jobs = {each.name: pool.submit(work, each, index / len(running)) for index, each in enumerate(running)}
+        jobs = {
+            each.name: pool.submit(work, each, index / len(running))
+            for index, each in enumerate(running)
+        }
         return {name: job.result() for name, job in jobs.items()}
 
 

@@ -59,13 +59,17 @@ def install_debian(wanted: Sequence[Debian]) -> None:
     if not missing:
         return
     if not shutil.which("apt-get") or os.geteuid():
-        raise NotInstalledError(f"{', '.join(missing)} missing; as root on Debian it would be installed")
+        raise NotInstalledError(
+            f"{', '.join(missing)} missing; as root on Debian it would be installed"
+        )
     run(["apt-get", "update", "-qq"])
     run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing])
 
 
 class Running:
-    """A contestant at work: a process group of its own, whose every upload ends with a line of output."""
+    """A contestant at work: a process group of its own, whose every upload ends with a line of
+    output.
+    """
 
     def __init__(self, contestant: Contestant, place: Place) -> None:
         """Start it at its place."""
@@ -140,8 +144,12 @@ class Running:
                     group.append(int(stat.parent.name))
         return sorted(group)
 
-    def update(self, channels: int = 10, timeout: float = PATIENCE_SECONDS) -> tuple[Written, Stored | None]:
-        """Let LND write one version, and return it when it is stored and the contestant is idle again."""
+    def update(
+        self, channels: int = 10, timeout: float = PATIENCE_SECONDS
+    ) -> tuple[Written, Stored | None]:
+        """Let LND write one version, and return it when it is stored and the contestant is idle
+        again.
+        """
         done = self.done
         version = self.place.lnd.write(channels)
         stored = self.place.line.wait_for(version.sha256, timeout)
@@ -157,7 +165,9 @@ class Running:
         self._reader.join()
         for stream in (self.process.stdin, self.process.stdout):
             if stream:
-                with contextlib.suppress(BrokenPipeError):  # it ended by itself, and its output says why
+                with contextlib.suppress(
+                    BrokenPipeError
+                ):  # it ended by itself, and its output says why
                     stream.close()
 
     def _warm_up(self) -> None:
@@ -247,10 +257,11 @@ class Program(Contestant):
 
 
 class Loop(Contestant):
-    """A shell loop that starts a tool for each event, as the guides for node operators have it, at its best.
+    """A shell loop that starts a tool for each event, as the guides for node operators have it, at
+    its best.
 
-    It watches the directory for renames, and goes on watching while it uploads. The loops that most guides show watch
-    the file itself, or not while they upload, and lose more.
+    It watches the directory for renames, and goes on watching while it uploads. The loops that most
+    guides show watch the file itself, or not while they upload, and lose more.
     """
 
     ready = r"^Watches established"
@@ -274,7 +285,11 @@ class Loop(Contestant):
         """Return the loop."""
         file = shlex.quote(str(place.lnd.path))
         upload = self.upload(place, file, f'{place.prefix}"$(date +%s%N)".backup')
-        return ["sh", "-c", self.loop.format(directory=shlex.quote(str(place.lnd.directory)), upload=upload)]
+        return [
+            "sh",
+            "-c",
+            self.loop.format(directory=shlex.quote(str(place.lnd.directory)), upload=upload),
+        ]
 
     def upload(self, place: Place, file: str, key: str) -> str:
         """Return the command that puts a file under a key."""
@@ -301,7 +316,8 @@ class AwsV1(Loop):
 
     def arguments(self, place: Place, file: str, key: str) -> list[str]:
         """Return the arguments, the same for both versions."""
-        endpoint = f"--endpoint-url {place.line.endpoint}"  # version 2 of Debian 12 knows no variable for it
+        # version 2 of Debian 12 knows no variable for it
+        endpoint = f"--endpoint-url {place.line.endpoint}"
         return [endpoint, "s3 cp --only-show-errors", file, f"s3://{place.bucket}/{key}"]
 
 
@@ -381,10 +397,16 @@ class Curl(Loop):
     def upload(self, place: Place, file: str, key: str) -> str:
         """Return the command."""
         ca_file = f"--cacert {shlex.quote(str(place.line.ca_file))}" if place.line.ca_file else ""
-        sign = f"--aws-sigv4 aws:amz:{REGION}:s3 --user {place.key.access_key}:{place.key.secret_key}"
-        sign += " --header 'x-amz-content-sha256: UNSIGNED-PAYLOAD'"  # S3 wants it, and curl 7.88 does not send it
+        sign = (
+            f"--aws-sigv4 aws:amz:{REGION}:s3 --user {place.key.access_key}:{place.key.secret_key}"
+        )
+        # S3 wants it, and curl 7.88 does not send it
+        sign += " --header 'x-amz-content-sha256: UNSIGNED-PAYLOAD'"
         url = f"{place.line.endpoint}/{place.bucket}/{key}"
-        return f"{self.tool.path} --fail --silent --show-error {ca_file} {sign} --upload-file {file} {url}"
+        return (
+            f"{self.tool.path} --fail --silent --show-error {ca_file} {sign} "
+            f"--upload-file {file} {url}"
+        )
 
 
 class Script(Contestant):
@@ -470,8 +492,12 @@ class Floor(Contestant):
 class RunningFloor(Running):
     """A floor at work: an update begins when it begins its put, and not with the rename."""
 
-    def update(self, channels: int = 10, timeout: float = PATIENCE_SECONDS) -> tuple[Written, Stored | None]:
-        """Let LND write one version, tell of it, and return it, as if renamed when the put began."""
+    def update(
+        self, channels: int = 10, timeout: float = PATIENCE_SECONDS
+    ) -> tuple[Written, Stored | None]:
+        """Let LND write one version, tell of it, and return it, as if renamed when the put
+        began.
+        """
         done = self.done
         version = self.place.lnd.write(channels)
         if not self.process.stdin:

@@ -21,7 +21,9 @@ class Plan(NamedTuple):
     rounds: int  # on loopback, at the usual size
     rounds_of_others: int  # on loopback, at the other sizes
     rounds_far: int
-    slow_every: int  # contestants that start a process for each event take part in every so-manieth round
+    slow_every: (
+        int  # contestants that start a process for each event take part in every so-manieth round
+    )
     pairs: int
     outages: int
     outage_seconds: float

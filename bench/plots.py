@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from bench.results import Results
 
 NAMES = [*(each.name for each in CONTESTANTS), BareSdk.name]
-COLOURS = ["#1a7f37", "#0969da", "#8250df", "#bc4c00", "#cf222e", "#9a6700", "#bf3989", "#57606a", "#000000"]
+COLOURS = [
+    "#1a7f37",
+    "#0969da",
+    "#8250df",
+    "#bc4c00",
+    "#cf222e",
+    "#9a6700",
+    "#bf3989",
+    "#57606a",
+    "#000000",
+]
 LEFT, TOP, RIGHT, BOTTOM = 70, 50, 560, 400
 FLAT_LEFT, BAR, GAP = 170, 14, 34
 DISTANCES = [0, 40, 150]
@@ -26,7 +36,10 @@ DISTANCES = [0, 40, 150]
 
 def draw(results: Results) -> dict[Path, str]:
     """Return the drawings by their paths."""
-    return {CHECKOUT / "docs/latency.svg": latency(results), CHECKOUT / "docs/footprint.svg": small(results)}
+    return {
+        CHECKOUT / "docs/latency.svg": latency(results),
+        CHECKOUT / "docs/footprint.svg": small(results),
+    }
 
 
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
@@ -39,13 +52,17 @@ def svg(width: int, height: int, title: str, parts: list[str]) -> str:
 
 def text(x: float, y: float, what: str, anchor: str = "start", colour: str = "#000000") -> str:
     """Return a line of text."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(what)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
+        f'fill="{colour}">{escape(what)}</text>'
+    )
 
 
 def points(results: Results, name: str) -> list[tuple[int, float]]:
     """Return the median latency over https, warm, by round-trip time."""
     rows = {
-        each: results.find(stored.over("https", "warm"), name, case={"round trip": f"{each} ms"}) for each in DISTANCES
+        each: results.find(stored.over("https", "warm"), name, case={"round trip": f"{each} ms"})
+        for each in DISTANCES
     }
     return [(distance, row.median) for distance, row in rows.items() if row]
 
@@ -67,14 +84,19 @@ def latency(results: Results) -> str:
             f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#d0d7de"/>',
             text(LEFT - 8, y + 4, f"{10**power:,}", "end"),
         ]
-    parts += [text(place(each, 10.0**low)[0], BOTTOM + 18, str(each), "middle") for each in DISTANCES]
+    parts += [
+        text(place(each, 10.0**low)[0], BOTTOM + 18, str(each), "middle") for each in DISTANCES
+    ]
     parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 38, "round-trip time to S3, ms", "middle"))
     used: list[float] = []
     for name, found in sorted(curves.items(), key=lambda item: -item[1][-1][1]):
         colour, width = COLOURS[NAMES.index(name)], 3 if name == NAMES[0] else 1.5
         dots = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*each) for each in found))
         dashes = ' stroke-dasharray="5 4"' if name == BareSdk.name else ""
-        parts.append(f'<polyline points="{dots}" fill="none" stroke="{colour}" stroke-width="{width}"{dashes}/>')
+        parts.append(
+            f'<polyline points="{dots}" fill="none" stroke="{colour}" '
+            f'stroke-width="{width}"{dashes}/>'
+        )
         x, y = place(*found[-1])
         y = max([y, *(each + 15 for each in used[-1:])])  # names do not cover each other
         used.append(y)
@@ -95,7 +117,10 @@ def small(results: Results) -> str:
             colour = COLOURS[NAMES.index(row.contestant)]
             parts += [
                 text(FLAT_LEFT - 8, y + BAR - 2, row.contestant, "end"),
-                f'<rect x="{FLAT_LEFT}" y="{y:.1f}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>',
+                (
+                    f'<rect x="{FLAT_LEFT}" y="{y:.1f}" width="{length:.1f}" height="{BAR}" '
+                    f'fill="{colour}"/>'
+                ),
                 text(
                     FLAT_LEFT + length + 6,
                     y + BAR - 2,

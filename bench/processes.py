@@ -19,7 +19,9 @@ SAMPLE_SECONDS = 0.002
 
 
 class Memory(NamedTuple):
-    """Memory of processes, in MB: their share of it (PSS), and with all of what they share (RSS)."""
+    """Memory of processes, in MB: their share of it (PSS), and with all of what they share
+    (RSS).
+    """
 
     pss: float
     rss: float
@@ -33,7 +35,9 @@ def memory(pids: Iterable[int]) -> Memory:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
             sizes = dict(re.findall(r"^(Pss|Rss):\s+(\d+) kB", text, re.MULTILINE))
             if sizes:  # a process that is ending has none
-                total = Memory(total.pss + int(sizes["Pss"]) / 1024, total.rss + int(sizes["Rss"]) / 1024)
+                total = Memory(
+                    total.pss + int(sizes["Pss"]) / 1024, total.rss + int(sizes["Rss"]) / 1024
+                )
     return total
 
 
@@ -46,7 +50,9 @@ def peak_rss(pid: int) -> float:
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """Return the CPU time of these processes, and, cut to the tick, of all their children that have ended."""
+    """Return the CPU time of these processes, and, cut to the tick, of all their children that have
+    ended.
+    """
     seconds = 0.0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -56,14 +62,18 @@ def cpu_seconds(pids: Iterable[int]) -> float:
 
 
 def clock(pid: int) -> float:
-    """Return the CPU time of a process, its ended threads included, to the nanosecond; 0 if it has ended."""
+    """Return the CPU time of a process, its ended threads included, to the nanosecond; 0 if it has
+    ended.
+    """
     with contextlib.suppress(OSError):
         return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)  # as clock_getcpuclockid(3) makes it
     return 0.0
 
 
 class Idle(NamedTuple):
-    """What processes have used until now: CPU seconds to the nanosecond, and how often their threads woke up."""
+    """What processes have used until now: CPU seconds to the nanosecond, and how often their
+    threads woke up.
+    """
 
     cpu: float
     wake_ups: int
@@ -74,12 +84,16 @@ class Idle(NamedTuple):
 
 
 def idle(pids: Iterable[int]) -> Idle:
-    """Return what the threads of these processes have used; the wake-ups of threads that have ended are lost."""
+    """Return what the threads of these processes have used; the wake-ups of threads that have ended
+    are lost.
+    """
     total = Idle(0, 0)
     for pid in pids:
         total = Idle(total.cpu + clock(pid), total.wake_ups)
         for task in Path(f"/proc/{pid}/task").iterdir():
-            waited = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", (task / "status").read_text(), re.MULTILINE)
+            waited = re.search(
+                r"^voluntary_ctxt_switches:\s*(\d+)", (task / "status").read_text(), re.MULTILINE
+            )
             total = Idle(total.cpu, total.wake_ups + int(waited[1] if waited else 0))
     return total
 
@@ -95,7 +109,9 @@ def family(pid: int) -> list[int]:
 
 
 class Peak:
-    """The largest memory of a process and its descendants while the `with` block runs, looked at all the time."""
+    """The largest memory of a process and its descendants while the `with` block runs, looked at
+    all the time.
+    """
 
     def __init__(self, pid: int) -> None:
         """Prepare to look at this process."""

@@ -1,4 +1,6 @@
-"""Tables of the results: on the terminal, and in the documents, which `python -m bench.report` brings up to date."""
+"""Tables of the results: on the terminal, and in the documents, which `python -m bench.report`
+brings up to date.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,17 @@ class Table(NamedTuple):
 
 
 def cell(row: Row | None, program: Row | None, bare: Row | None) -> str:
-    """Return median, spread and ratio of a row: to this program, or for this program to a bare put."""
+    """Return median, spread and ratio of a row: to this program, or for this program to a bare
+    put.
+    """
     if row is None:
         return ""
     low, high = row.spread
     text = number(row.median) + (f" ({number(low)} to {number(high)})" if low != high else "")
     if row.contestant == PROGRAM:
-        return f"{text}, {number(row.median / bare.median)} of bare" if bare and bare.median else text
+        return (
+            f"{text}, {number(row.median / bare.median)} of bare" if bare and bare.median else text
+        )
     return f"{text}, {number(row.median / program.median)}x" if program and program.median else text
 
 
@@ -80,7 +86,11 @@ def _table(title: str, rows: list[Row]) -> Table:
         [
             name,
             *(
-                cell(cells.get((name, column)), cells.get((PROGRAM, column)), cells.get((BARE, column)))
+                cell(
+                    cells.get((name, column)),
+                    cells.get((PROGRAM, column)),
+                    cells.get((BARE, column)),
+                )
                 for column, _ in columns
             ),
         ]
@@ -100,7 +110,9 @@ def targets(results: Results) -> Table:
         value = target.figure(results)
         limit = f"{'≥' if target.at_least else '≤'} {target.limit:g}"
         verdict = "not measured" if value is None else "met" if target.met(value) else "not met"
-        measured = "" if value is None else f"{value:g}" if value == round(value) else f"{value:#.3g}"
+        measured = (
+            "" if value is None else f"{value:g}" if value == round(value) else f"{value:#.3g}"
+        )
         lines.append([target.what, limit, measured, verdict])
     return Table("Targets", ["ratio or number", "target", "measured", ""], lines)
 
@@ -109,18 +121,26 @@ def setting(results: Results) -> str:
     """Return when, on what and with what the figures were taken."""
     machine = ", ".join(f"{name} {value}" for name, value in results.machine.items())
     versions = "".join(f"- {name}: {version}\n" for name, version in results.versions.items())
-    missing = "".join(f"- {name}: not measured: {reason}\n" for name, reason in results.missing.items())
+    missing = "".join(
+        f"- {name}: not measured: {reason}\n" for name, reason in results.missing.items()
+    )
     return f"Taken {results.date}, on one machine: {machine}.\n\n{versions}{missing}"
 
 
 def markdown(results: Results) -> str:
     """Return the part of the document that is made from the results."""
-    parts = [setting(results), targets(results).markdown(), *(table.markdown() for table in tables(results))]
+    parts = [
+        setting(results),
+        targets(results).markdown(),
+        *(table.markdown() for table in tables(results)),
+    ]
     return "\n".join(parts)
 
 
 def console() -> Console:
-    """Return a console as wide as the terminal, or wide enough for the tables where there is none."""
+    """Return a console as wide as the terminal, or wide enough for the tables where there is
+    none.
+    """
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
@@ -138,7 +158,8 @@ def three_numbers(results: Results) -> list[str]:
     bare = ratio(results, NEAR_GROUP, PROGRAM, BARE, case=NEAR)
     rclone = ratio(results, NEAR_GROUP, Rclone.name, PROGRAM, case=NEAR)
     trips = [
-        results.find(stored.COUNTED, PROGRAM, case={"scheme": "https", "connection": each}) for each in ("warm", "cold")
+        results.find(stored.COUNTED, PROGRAM, case={"scheme": "https", "connection": each})
+        for each in ("warm", "cold")
     ]
     memory = results.find(footprint.REST, PROGRAM, "PSS")
     memory_ratio = ratio(results, footprint.REST, PROGRAM, BARE, figure="PSS")
@@ -146,16 +167,19 @@ def three_numbers(results: Results) -> list[str]:
         raise ValueError("the results are not whole")
     return [
         (
-            f"- **{number(row.median)} ms** from LND's rename to the object stored, on loopback, with both fsyncs: "
+            f"- **{number(row.median)} ms** from LND's rename to the object stored, on "
+            f"loopback, with both fsyncs: "
             f"{bare:.2g} times\n"
-            f"  a bare `put_object`; `rclone copyto` for each event takes {number(rclone)} times as long."
+            f"  a bare `put_object`; `rclone copyto` for each event takes "
+            f"{number(rclone)} times as long."
         ),
         (
             f"- **{trips[0].median:g} round trip** over https on an open connection, "
             f"{trips[1].median:g} on a new one: what is idle for five seconds is closed."
         ),
         (
-            f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens, as the service: "
+            f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens, as "
+            f"the service: "
             f"{memory_ratio:.2g} times a bare process with a boto3 client."
         ),
     ]
@@ -171,7 +195,9 @@ def between(text: str, content: str) -> str:
 def documents(results: Results) -> dict[Path, str]:
     """Return what is made from the results: the documents with their tables, and the plots."""
     written = {DOCUMENT: markdown(results), README: "\n".join(three_numbers(results))}
-    return {path: between(path.read_text(), content) for path, content in written.items()} | plots.draw(results)
+    return {
+        path: between(path.read_text(), content) for path, content in written.items()
+    } | plots.draw(results)
 
 
 def main() -> int:

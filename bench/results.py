@@ -1,4 +1,6 @@
-"""The results of one run: what was measured, on what, with what; stored so that a diff of two runs can be read."""
+"""The results of one run: what was measured, on what, with what; stored so that a diff of two runs
+can be read.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,12 @@ class Results:
     rows: list[Row]
 
     @classmethod
-    def of_now(cls, load: float, versions: dict[str, str], missing: dict[str, str], rows: list[Row]) -> Self:
-        """Return the results of a run that has just ended on this machine, which had this load when it began."""
+    def of_now(
+        cls, load: float, versions: dict[str, str], missing: dict[str, str], rows: list[Row]
+    ) -> Self:
+        """Return the results of a run that has just ended on this machine, which had this load when
+        it began.
+        """
         date = datetime.now(UTC).isoformat(timespec="minutes")
         rounded = [row._replace(values=[_rounded(value) for value in row.values]) for row in rows]
         return cls(date, machine() | {"load before": load}, versions, missing, rounded)
@@ -49,12 +55,19 @@ class Results:
         """Store everything, a row in a line."""
         head = {name: getattr(self, name) for name in ("date", "machine", "versions", "missing")}
         rows = ",\n  ".join(json.dumps(row._asdict(), ensure_ascii=False) for row in self.rows)
-        lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()]
+        lines = [
+            f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
+            for name, value in head.items()
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{\n" + ",\n".join([*lines, f' "rows": [\n  {rows}\n ]']) + "\n}\n")
 
-    def find(self, group: str, contestant: str, figure: str = "", case: Case | None = None) -> Row | None:
-        """Return the one row of a contestant for a figure and these parts of a case; None if it was not measured."""
+    def find(
+        self, group: str, contestant: str, figure: str = "", case: Case | None = None
+    ) -> Row | None:
+        """Return the one row of a contestant for a figure and these parts of a case; None if it was
+        not measured.
+        """
         wanted = case or {}
         found = [
             row

@@ -9,7 +9,9 @@ Case = dict[str, str | int]
 
 
 class Row(NamedTuple):
-    """All values that one contestant gave for one figure in one case; a group is a table of the report."""
+    """All values that one contestant gave for one figure in one case; a group is a table of the
+    report.
+    """
 
     group: str
     figure: str
@@ -35,12 +37,17 @@ class Row(NamedTuple):
     def column(self) -> str:
         """Return the heading under which the row stands in the table of its group."""
         return ", ".join(
-            [*([self.figure] if self.figure else []), *(f"{name} {value}" for name, value in self.case.items())]
+            [
+                *([self.figure] if self.figure else []),
+                *(f"{name} {value}" for name, value in self.case.items()),
+            ]
         )
 
 
 def number(value: float) -> str:
-    """Return a value with three digits at the most that mean something, all of those before the point."""
+    """Return a value with three digits at the most that mean something, all of those before the
+    point.
+    """
     if value >= 100:  # noqa: PLR2004 - three digits
         return f"{value:,.0f}"
     return f"{value:.3g}"

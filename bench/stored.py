@@ -37,12 +37,16 @@ def size_of(channels: int) -> str:
 
 
 @contextlib.contextmanager
-def all_running(world: World, contestants: Sequence[Contestant], line: Line) -> Iterator[list[Running]]:
+def all_running(
+    world: World, contestants: Sequence[Contestant], line: Line
+) -> Iterator[list[Running]]:
     """Start all contestants on one line, and yield them when each has stored its first version."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(STARTS_AT_ONCE) as pool:
 
         def start(contestant: Contestant) -> Running:
-            return contestant.start(world.place(contestant.name.replace(" ", "-"), line)).__enter__()
+            return contestant.start(
+                world.place(contestant.name.replace(" ", "-"), line)
+            ).__enter__()
 
         jobs = [pool.submit(start, contestant) for contestant in contestants]
         for job in jobs:
@@ -66,7 +70,9 @@ def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list
 
 
 def on_loopback(plan: Plan, scheme: str, running: Sequence[Running]) -> list[Row]:
-    """Measure without a delay; all sizes over http, and the usual one over https and on cold connections."""
+    """Measure without a delay; all sizes over http, and the usual one over https and on cold
+    connections.
+    """
     rows = at_distance(plan, scheme, "0 ms", running, plan.rounds)
     if scheme != "http":
         return rows
@@ -76,12 +82,18 @@ def on_loopback(plan: Plan, scheme: str, running: Sequence[Running]) -> list[Row
         if channels == USUAL:
             rows += [row._replace(group=SIZES, case=case) for row in usual.values()]
         else:
-            rows += timed(SIZES, case, running, plan.rounds_of_others, plan.slow_every, channels=channels)
+            rows += timed(
+                SIZES, case, running, plan.rounds_of_others, plan.slow_every, channels=channels
+            )
     return rows
 
 
-def at_distance(plan: Plan, scheme: str, distance: str, running: Sequence[Running], rounds: int) -> list[Row]:
-    """Measure the usual size, warm and cold. What connects anew for each update knows no difference."""
+def at_distance(
+    plan: Plan, scheme: str, distance: str, running: Sequence[Running], rounds: int
+) -> list[Row]:
+    """Measure the usual size, warm and cold. What connects anew for each update knows no
+    difference.
+    """
     case: Case = {"round trip": distance}
     keepers = [each for each in running if each.contestant.keeps_connection]
     warm = timed(over(scheme, "warm"), case, running, rounds, plan.slow_every)
@@ -101,7 +113,8 @@ def timed(  # noqa: PLR0913 - the cell of a table has that many sides
 ) -> list[Row]:
     """Update one contestant after the other, round by round, and return the milliseconds of each.
 
-    The first round opens the connections, and is not counted. A cold update is one whose connection was closed before.
+    The first round opens the connections, and is not counted. A cold update is one whose connection
+    was closed before.
     """
     values: dict[str, list[float]] = {each.name: [] for each in running}
     for number in range(-1, rounds):
@@ -118,7 +131,9 @@ def timed(  # noqa: PLR0913 - the cell of a table has that many sides
 
 
 def counted(scheme: str, running: Sequence[Running]) -> list[Row]:
-    """Count the round trips of an update on a warm connection and on a cold one, handshakes included."""
+    """Count the round trips of an update on a warm connection and on a cold one, handshakes
+    included.
+    """
     rows = []
     for each in running:
         line = each.place.line

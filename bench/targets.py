@@ -32,7 +32,13 @@ class Target(NamedTuple):
 
 
 def ratio(  # noqa: PLR0913 - a cell of a table over another one
-    results: Results, group: str, over: str, under: str, *, figure: str = "", case: Case | None = None
+    results: Results,
+    group: str,
+    over: str,
+    under: str,
+    *,
+    figure: str = "",
+    case: Case | None = None,
 ) -> float | None:
     """Return how many times the median of one contestant is that of another."""
     above, below = (results.find(group, name, figure, case) for name in (over, under))
@@ -58,14 +64,18 @@ def trips(connection: str) -> Callable[[Results], float | None]:
     """Return what tells the round trips of this program over https."""
 
     def figure(results: Results) -> float | None:
-        row = results.find(stored.COUNTED, PROGRAM, case={"scheme": "https", "connection": connection})
+        row = results.find(
+            stored.COUNTED, PROGRAM, case={"scheme": "https", "connection": connection}
+        )
         return row.median if row else None
 
     return figure
 
 
 def times_faster(*names: str) -> Callable[[Results], float | None]:
-    """Return what tells how many times faster than the fastest of these this program is on loopback."""
+    """Return what tells how many times faster than the fastest of these this program is on
+    loopback.
+    """
 
     def figure(results: Results) -> float | None:
         ratios = [ratio(results, NEAR_GROUP, name, PROGRAM, case=NEAR) for name in names]
@@ -99,13 +109,27 @@ def staged(results: Results) -> float | None:
 
 
 TARGETS = [
-    Target("rename to stored, 6,775 B, http on loopback, warm, against a bare put_object", 1.5, near_bare),
+    Target(
+        "rename to stored, 6,775 B, http on loopback, warm, against a bare put_object",
+        1.5,
+        near_bare,
+    ),
     Target("round trips, counted, https, warm", 1, trips("warm")),
     Target("round trips, counted, https, cold", 3, trips("cold")),
-    Target("rename to stored at 40 ms, against a bare put_object: the worst of four", 1.1, far_bare),
-    Target("times faster than rclone for each event, loopback", 10, times_faster(Rclone.name), at_least=True),
     Target(
-        "times faster than aws s3 cp for each event, loopback", 50, times_faster(AwsV1.name, AwsV2.name), at_least=True
+        "rename to stored at 40 ms, against a bare put_object: the worst of four", 1.1, far_bare
+    ),
+    Target(
+        "times faster than rclone for each event, loopback",
+        10,
+        times_faster(Rclone.name),
+        at_least=True,
+    ),
+    Target(
+        "times faster than aws s3 cp for each event, loopback",
+        50,
+        times_faster(AwsV1.name, AwsV2.name),
+        at_least=True,
     ),
     Target("versions lost, in pairs and outages", 0, lost),
     Target(

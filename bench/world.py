@@ -1,4 +1,6 @@
-"""The world of a run: one S3 server, lines to it, and a place with an LND of its own for each contestant."""
+"""The world of a run: one S3 server, lines to it, and a place with an LND of its own for each
+contestant.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class World:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE)))
             self.server = stack.enter_context(S3Server(self.directory / "s3"))
             self.bucket = self.server.create_bucket()
-            self.key = self.server.read_write_user(self.bucket)  # some of the peers look before or after they put
+            self.key = self.server.read_write_user(
+                self.bucket
+            )  # some of the peers look before or after they put
             self._stack = stack.pop_all()
         return self
 
@@ -63,7 +67,9 @@ class World:
             yield line
 
     def place(self, name: str, line: Line) -> Place:
-        """Make a place at the near end of a line: an LND that has written once, and empty directories."""
+        """Make a place at the near end of a line: an LND that has written once, and empty
+        directories.
+        """
         home = self.directory / f"{next(self._numbers)}-{name}"
         staging = home / "staging"
         staging.mkdir(mode=0o700, parents=True)

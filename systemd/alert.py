@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Tell somebody that a service failed: by mail (ALERT_MAIL) and by POST (ALERT_URL), at most once an hour.
+"""Tell somebody that a service failed: by mail (ALERT_MAIL) and by POST (ALERT_URL), at most once
+an hour.
 
-An example to keep or to replace. Started by lnd-backup-alert@.service with the name of the service that failed;
-systemd says in MONITOR_SERVICE_RESULT and MONITOR_EXIT_STATUS why. The message always goes to the journal as well.
+An example to keep or to replace. Started by lnd-backup-alert@.service with the name of the service
+that failed; systemd says in MONITOR_SERVICE_RESULT and MONITOR_EXIT_STATUS why. The message always
+goes to the
+journal as well.
 """
 
 from __future__ import annotations
@@ -42,13 +45,27 @@ def remember(unit: str) -> None:
 
 
 def why(unit: str) -> str:
-    """Return what systemd knows of the failure; the variables are there only when it was the service's own end."""
+    """Return what systemd knows of the failure; the variables are there only when it was the
+    service's own end.
+    """
     result, status = os.environ.get("MONITOR_SERVICE_RESULT"), os.environ.get("MONITOR_EXIT_STATUS")
     if not result:
-        show = ["systemctl", "show", "--property=Result", "--property=ExecMainStatus", "--value", unit]
-        answer = subprocess.run(show, check=False, capture_output=True, encoding="utf-8", timeout=PATIENCE_SECONDS)
+        show = [
+            "systemctl",
+            "show",
+            "--property=Result",
+            "--property=ExecMainStatus",
+            "--value",
+            unit,
+        ]
+        answer = subprocess.run(
+            show, check=False, capture_output=True, encoding="utf-8", timeout=PATIENCE_SECONDS
+        )
         result, _, status = answer.stdout.strip().partition("\n")
-    meaning = {"78": ": the configuration is wrong", "start-limit-hit": ": it failed again and again"}
+    meaning = {
+        "78": ": the configuration is wrong",
+        "start-limit-hit": ": it failed again and again",
+    }
     return f"{result}, status {status}{meaning.get(status or '', meaning.get(result, ''))}"
 
 
@@ -56,7 +73,12 @@ def last_lines(unit: str) -> str:
     """Return the end of the service's log."""
     show = ["journalctl", "--unit", unit, "--lines=15", "--no-pager", "--output=short-iso"]
     return subprocess.run(
-        show, check=False, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE_SECONDS
+        show,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=PATIENCE_SECONDS,
     ).stdout
 
 
@@ -65,7 +87,9 @@ def send_mail(address: str, subject: str, text: str) -> None:
     mail = EmailMessage()
     mail["To"], mail["Subject"] = address, subject
     mail.set_content(text)
-    subprocess.run([SENDMAIL, "-t", "-i"], check=True, input=mail.as_bytes(), timeout=PATIENCE_SECONDS)
+    subprocess.run(
+        [SENDMAIL, "-t", "-i"], check=True, input=mail.as_bytes(), timeout=PATIENCE_SECONDS
+    )
 
 
 def post(url: str, subject: str, text: str) -> None:
@@ -80,7 +104,10 @@ def post(url: str, subject: str, text: str) -> None:
 
 def main(unit: str) -> int:
     """Send the alert by each way that is configured, and return 1 if one of them failed."""
-    subject = f"{socket.gethostname()}: {unit} failed ({why(unit)}): new versions of channel.backup are not stored"
+    subject = (
+        f"{socket.gethostname()}: {unit} failed ({why(unit)}): new versions of "
+        f"channel.backup are not stored"
+    )
     print(f"<2>{subject}", flush=True)
     if told_lately(unit):
         print("<6>not sent: there was an alert within the hour")
@@ -92,7 +119,11 @@ def main(unit: str) -> int:
             try:
                 send(target, subject, text)
             except (OSError, ValueError, subprocess.SubprocessError) as error:
-                reason = error.reason if isinstance(error, urllib.error.URLError) else type(error).__name__
+                reason = (
+                    error.reason
+                    if isinstance(error, urllib.error.URLError)
+                    else type(error).__name__
+                )
                 print(f"<3>the alert could not be sent: {name}: {reason}")
                 failed = True
     if not failed:

@@ -1,4 +1,6 @@
-"""Fixtures: one S3 server per scheme for the whole session, and a fresh bucket, user and LND for each test."""
+"""Fixtures: one S3 server per scheme for the whole session, and a fresh bucket, user and LND for
+each test.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,11 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _measured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure the coverage of what a test starts in the first of its cases alone; a start costs twice as much with it.
+    """Measure the coverage of what a test starts in the first of its cases alone; a start costs
+    twice as much with it.
 
-    What only a later case reaches is missed, and so the report can be too low by that, and never too high.
+    What only a later case reaches is missed, and so the report can be too low by that, and never
+    too high.
     """
     case = getattr(request.node, "callspec", None)
     if (case and any(case.indices.values())) or request.node.get_closest_marker("unmeasured"):
@@ -112,7 +116,9 @@ def staging(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def env(s3: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path) -> dict[str, str]:
-    """Return the settings of the program, with a key that may put below the prefix and nothing else."""
+    """Return the settings of the program, with a key that may put below the prefix and nothing
+    else.
+    """
     return settings_for(s3, bucket, prefix, lnd, staging)
 
 
@@ -143,7 +149,9 @@ def fake_env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, st
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """Return a directory with a short path that every user can reach, and that the unprivileged one owns."""
+    """Return a directory with a short path that every user can reach, and that the unprivileged one
+    owns.
+    """
     directory = Path(tempfile.mkdtemp(prefix="kit-", dir="/tmp"))
     directory.chmod(0o755)
     if os.geteuid() == 0:
@@ -159,7 +167,10 @@ def started_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     def prepare(code: str) -> None:
         script = str(script_module.SCRIPT)
         launcher = tmp_path / "launcher.py"
-        launcher.write_text(f"import runpy\nSCRIPT = {script!r}\n{code}\nrunpy.run_path(SCRIPT, run_name='__main__')\n")
+        launcher.write_text(
+            f"import runpy\nSCRIPT = {script!r}\n{code}\nrunpy.run_path(SCRIPT, "
+            f"run_name='__main__')\n"
+        )
         monkeypatch.setattr(script_module, "SCRIPT", launcher)
 
     return prepare

@@ -1,7 +1,10 @@
-"""Watch the program at work for twenty seconds: a pretend LND, the real daemon, and a real S3 server on this machine.
+"""Watch the program at work for twenty seconds: a pretend LND, the real daemon, and a real S3
+server on this machine.
 
-Nothing is taken on trust: each time is that of LND's rename or of the arrival of the daemon's log line, what waits is
-what lies in the staging directory, and in the end the bucket is read with another key and compared byte for byte.
+Nothing is taken on trust: each time is that of LND's rename or of the arrival of the daemon's log
+line, what waits is what lies in the staging directory, and in the end the bucket is read with
+another key and compared
+byte for byte.
 """
 
 from __future__ import annotations
@@ -28,7 +31,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from kit import SCRIPT, VERSION_NAME, FaultProxy, Lnd, S3Server, Script, Written, script_environment, settings_for
+from kit import (
+    SCRIPT,
+    VERSION_NAME,
+    FaultProxy,
+    Lnd,
+    S3Server,
+    Script,
+    Written,
+    script_environment,
+    settings_for,
+)
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -42,7 +55,9 @@ if TYPE_CHECKING:
 BUCKET, PREFIX = "backups", "alice/"
 SETTLE_SECONDS = 15.0
 READING_SECONDS = 1.0
-STOP_SECONDS = 12.0  # the grace period of 10 s, one more that is promised, and one for a slow machine
+STOP_SECONDS = (
+    12.0  # the grace period of 10 s, one more that is promised, and one for a slow machine
+)
 FOREVER_SECONDS = 3600.0
 SLOW_LINE_SECONDS = 0.1
 INDENT = 17
@@ -50,7 +65,8 @@ LINES_SHOWN = 16
 INTERRUPTED = 130
 
 OPENING = (
-    "A played LND, the real daemon, and a real S3 server that goes away and comes back: watch every version get into "
+    "A played LND, the real daemon, and a real S3 server that goes away and comes back: "
+    "watch every version get into "
     "the bucket. It takes some 25 s, and nothing leaves this machine."
 )
 CLOSING = "Read next: README.md"
@@ -70,7 +86,9 @@ class Line:
 
 @dataclass
 class Version:
-    """One version that LND wrote, and what the daemon's log says about it; `timed` if S3 was there to take it."""
+    """One version that LND wrote, and what the daemon's log says about it; `timed` if S3 was there
+    to take it.
+    """
 
     number: int
     written: Written
@@ -89,7 +107,9 @@ class Version:
 
 
 class Inbox:
-    """What the daemon says, stamped as it arrives, and the watcher's wish to end; read by the main thread alone."""
+    """What the daemon says, stamped as it arrives, and the watcher's wish to end; read by the main
+    thread alone.
+    """
 
     def __init__(self) -> None:
         """Begin empty."""
@@ -110,7 +130,9 @@ class Inbox:
         self._lines.put(Line(time.monotonic(), None))
 
     def next(self, seconds: float) -> Line | None:
-        """Return the next line, or None if none comes in time; raises when the watcher wants to end."""
+        """Return the next line, or None if none comes in time; raises when the watcher wants to
+        end.
+        """
         line = None
         with contextlib.suppress(queue.Empty):
             line = self._lines.get(timeout=max(0.0, seconds))
@@ -120,9 +142,17 @@ class Inbox:
 
 
 class Screen:
-    """A running log of who does what; `log` quotes the daemon's own. A terminal also shows the present state below."""
+    """A running log of who does what; `log` quotes the daemon's own. A terminal also shows the
+    present state below.
+    """
 
-    STYLES = ("LND", "magenta"), ("daemon", "cyan"), ("log", "dim cyan"), ("S3", "green"), ("disk", "yellow")
+    STYLES = (
+        ("LND", "magenta"),
+        ("daemon", "cyan"),
+        ("log", "dim cyan"),
+        ("S3", "green"),
+        ("disk", "yellow"),
+    )
 
     def __init__(self) -> None:
         """Write to stdout, whatever its encoding can hold."""
@@ -143,9 +173,13 @@ class Screen:
 
     def fact(self, at: float, who: str, text: str, style: str = "") -> None:
         """Print what somebody did, with the seconds since the beginning."""
-        first, *others = textwrap.wrap(text, max(20, self.console.width - INDENT), break_on_hyphens=False) or [""]
+        first, *others = textwrap.wrap(
+            text, max(20, self.console.width - INDENT), break_on_hyphens=False
+        ) or [""]
         line = Text.assemble(
-            (f"{at - self.began:7.3f}  ", "dim"), (f"{who:<8}", dict(self.STYLES)[who]), (first, style)
+            (f"{at - self.began:7.3f}  ", "dim"),
+            (f"{who:<8}", dict(self.STYLES)[who]),
+            (first, style),
         )
         for other in others:
             line.append("\n" + " " * INDENT + other, style)
@@ -155,19 +189,35 @@ class Screen:
         """Keep the present state in the last line, where a terminal can do that."""
         if not self.console.is_interactive:
             return contextlib.nullcontext()
-        return Live(get_renderable=state, console=self.console, transient=True, refresh_per_second=12)
+        return Live(
+            get_renderable=state, console=self.console, transient=True, refresh_per_second=12
+        )
 
 
 class Stage:
-    """All that takes part, and what was seen of each version; leaving the `with` block kills the daemon."""
+    """All that takes part, and what was seen of each version; leaving the `with` block kills the
+    daemon.
+    """
 
-    def __init__(self, screen: Screen, inbox: Inbox, root: Path, server: S3Server, proxy: FaultProxy) -> None:
-        """Set the stage: a bucket, a key that may only put, LND's directory and the staging directory."""
-        self.screen, self.inbox, self.root, self.server, self.proxy = screen, inbox, root, server, proxy
+    def __init__(
+        self, screen: Screen, inbox: Inbox, root: Path, server: S3Server, proxy: FaultProxy
+    ) -> None:
+        """Set the stage: a bucket, a key that may only put, LND's directory and the staging
+        directory.
+        """
+        self.screen, self.inbox, self.root, self.server, self.proxy = (
+            screen,
+            inbox,
+            root,
+            server,
+            proxy,
+        )
         self.lnd, self.staging = Lnd(root / "lnd"), root / "staging"
         self.lnd.leave_decoys()
         server.create_bucket(BUCKET)
-        self.settings = settings_for(server, BUCKET, PREFIX, self.lnd, self.staging, endpoint=proxy.endpoint())
+        self.settings = settings_for(
+            server, BUCKET, PREFIX, self.lnd, self.staging, endpoint=proxy.endpoint()
+        )
         self.versions: list[Version] = []
         self.daemon: Script | None = None
         self.s3_there = True
@@ -191,15 +241,23 @@ class Stage:
     def write(self, channels: int) -> None:
         """Let LND write a version."""
         written = self.lnd.write(channels)
-        version = Version(len(self.versions) + 1, written, timed=self.s3_there and self.daemon is not None)
+        version = Version(
+            len(self.versions) + 1, written, timed=self.s3_there and self.daemon is not None
+        )
         self.versions.append(version)
         size = f"{counted(channels, 'channel')}, {len(written.data)} bytes"
         self.screen.fact(written.renamed_at, "LND", f"wrote version {version.number}: {size}")
 
     def watch(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Show what the daemon does until the condition holds, the time is over or the daemon has ended."""
+        """Show what the daemon does until the condition holds, the time is over or the daemon has
+        ended.
+        """
         deadline = time.monotonic() + seconds
-        while not (held := until()) and not self.ended and (line := self.inbox.next(deadline - time.monotonic())):
+        while (
+            not (held := until())
+            and not self.ended
+            and (line := self.inbox.next(deadline - time.monotonic()))
+        ):
             self.hear(line)
         return held
 
@@ -207,7 +265,9 @@ class Stage:
         """Wait until every version is stored, and then for the watcher's eye."""
         if self.problems:
             return
-        came = self.watch(SETTLE_SECONDS, lambda: all(version.stored_at for version in self.versions))
+        came = self.watch(
+            SETTLE_SECONDS, lambda: all(version.stored_at for version in self.versions)
+        )
         if not came and not self.ended:
             self.problems.append(f"not every version was stored within {SETTLE_SECONDS:.0f} s")
         self.watch(reading_seconds)
@@ -226,8 +286,12 @@ class Stage:
             self.screen.fact(line.at, "log", text, loud.get(text.partition(" ")[0], ""))
 
     def note(self, at: float, what: str, name: str, remark: str) -> None:
-        """Note and show that a version was captured or stored; the end of its name tells which one it is."""
-        version = next((each for each in self.versions if name.endswith(each.written.sha256[-6:])), None)
+        """Note and show that a version was captured or stored; the end of its name tells which one
+        it is.
+        """
+        version = next(
+            (each for each in self.versions if name.endswith(each.written.sha256[-6:])), None
+        )
         if version is None:
             self.screen.fact(at, "daemon", f"{what} {name}, which LND never wrote", "bold red")
             return
@@ -247,12 +311,18 @@ class Stage:
         """Return the names of the versions that lie in the staging directory."""
         if not self.staging.is_dir():
             return []
-        return sorted(entry.name for entry in self.staging.iterdir() if VERSION_NAME.fullmatch(entry.name))
+        return sorted(
+            entry.name for entry in self.staging.iterdir() if VERSION_NAME.fullmatch(entry.name)
+        )
 
     def state(self) -> Text:
         """Return the present state: one mark for each version, from the first to the last."""
         stored, staged, neither = ("#", "o", ".") if self.screen.plain else ("■", "□", "·")
-        text = Text(" S3 is there ", "black on green") if self.s3_there else Text(" S3 is away  ", "white on red")
+        text = (
+            Text(" S3 is there ", "black on green")
+            if self.s3_there
+            else Text(" S3 is away  ", "white on red")
+        )
         text.append("  ")
         for version in self.versions:
             if version.stored_at:
@@ -263,12 +333,14 @@ class Stage:
         return text.append(f"  {len(self.versions)} written, {waiting} waiting")
 
 
-# --- The acts --------------------------------------------------------------------------------------------------------
+# --- The acts ---
 
 
 def act_start(stage: Stage) -> None:
     """Start the daemon, as a service does, on a node whose LND has no channels yet."""
-    stage.screen.title("The daemon starts, with a key that may only put, and backs up what it finds")
+    stage.screen.title(
+        "The daemon starts, with a key that may only put, and backs up what it finds"
+    )
     for name, value in stage.settings.items():
         shown = "***" if "SECRET" in name else value.replace(f"{stage.root}/", "")
         stage.screen.console.print(f"         {name}={shown}", style="dim")
@@ -280,7 +352,9 @@ def act_start(stage: Stage) -> None:
 
 def act_channels(stage: Stage) -> None:
     """Open channels."""
-    stage.screen.title("LND opens channels: each version is in the bucket a moment after LND's rename")
+    stage.screen.title(
+        "LND opens channels: each version is in the bucket a moment after LND's rename"
+    )
     for channels in (1, 10, 100):
         stage.write(channels)
         stage.settle()
@@ -306,7 +380,9 @@ def act_restart(stage: Stage) -> None:
 
 def act_outage(stage: Stage) -> None:
     """Take S3 away while LND goes on writing."""
-    stage.screen.title("S3 goes away for some seconds, LND goes on writing: versions wait on this disk")
+    stage.screen.title(
+        "S3 goes away for some seconds, LND goes on writing: versions wait on this disk"
+    )
     stage.proxy.set("refuse", cut=True)
     stage.s3_there = False
     for channels in range(107, 112):
@@ -318,7 +394,9 @@ def act_outage(stage: Stage) -> None:
 
 
 def act_return(stage: Stage) -> None:
-    """Bring S3 back, on a line slow enough for the eye, and let LND write: the daemon then tries at once."""
+    """Bring S3 back, on a line slow enough for the eye, and let LND write: the daemon then tries at
+    once.
+    """
     stage.screen.title("S3 is back, on a slow line, and LND writes: the newest version goes first")
     stage.proxy.set("latency", up=SLOW_LINE_SECONDS, down=SLOW_LINE_SECONDS)
     stage.s3_there = True
@@ -327,13 +405,17 @@ def act_return(stage: Stage) -> None:
     stage.settle(0.0)
     order = [version.number for version in sorted(waiting, key=lambda each: each.stored_at or 0.0)]
     how = ", the newest first" if order == sorted(order, reverse=True) else ""
-    stage.screen.fact(time.monotonic(), "S3", f"got them in the order {', '.join(map(str, order))}{how}", "bold")
+    stage.screen.fact(
+        time.monotonic(), "S3", f"got them in the order {', '.join(map(str, order))}{how}", "bold"
+    )
     stage.watch(READING_SECONDS)
 
 
 def act_stop(stage: Stage) -> None:
     """Stop LND and then the daemon, as systemd does."""
-    stage.screen.title("The machine stops: LND writes a last time, and the daemon gets SIGTERM at once")
+    stage.screen.title(
+        "The machine stops: LND writes a last time, and the daemon gets SIGTERM at once"
+    )
     if not stage.daemon:
         return
     stage.write(112)
@@ -347,35 +429,56 @@ def act_stop(stage: Stage) -> None:
 
 
 def run_on_terminal(settings: dict[str, str], *arguments: str) -> tuple[int, list[str]]:
-    """Run the program with a terminal for its output, and return its exit code and what it printed."""
+    """Run the program with a terminal for its output, and return its exit code and what it
+    printed.
+    """
     mine, its = os.openpty()
-    with tempfile.TemporaryDirectory() as home, open(mine, encoding="utf-8", errors="replace") as output:
+    with (
+        tempfile.TemporaryDirectory() as home,
+        open(mine, encoding="utf-8", errors="replace") as output,
+    ):
         command = [sys.executable, str(SCRIPT), *arguments]
-        with subprocess.Popen(command, env=script_environment(settings, home), stdout=its, stderr=its) as process:
+        with subprocess.Popen(
+            command, env=script_environment(settings, home), stdout=its, stderr=its
+        ) as process:
             os.close(its)
             lines: list[str] = []
             with contextlib.suppress(OSError):  # EIO: the other end is closed
                 lines.extend(line.rstrip() for line in output)
-        return process.returncode, [line for line in lines if not line.startswith("20") or " using " not in line]
+        return process.returncode, [
+            line for line in lines if not line.startswith("20") or " using " not in line
+        ]
 
 
 def act_read_back(stage: Stage) -> None:
-    """Ask for what the bucket holds, with a reader's key, and bring the file back as on the day of a loss."""
-    stage.screen.title("The worst day: another key, that may only read, asks for the versions and restores one")
+    """Ask for what the bucket holds, with a reader's key, and bring the file back as on the day of
+    a loss.
+    """
+    stage.screen.title(
+        "The worst day: another key, that may only read, asks for the versions and restores one"
+    )
     stage.proxy.set("pass")
     reader = stage.server.reader_user(BUCKET)
     bucket = {
-        name: value for name, value in stage.settings.items() if name not in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")
+        name: value
+        for name, value in stage.settings.items()
+        if name not in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")
     }
     bucket |= {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
     output = stage.root / "restored" / "channel.backup"
     output.parent.mkdir()
     node = {"MONITOR_FILE_PATH": stage.settings["MONITOR_FILE_PATH"]}
-    for settings, arguments in ((node, ["check"]), ({}, ["list"]), ({}, ["restore", "--output", str(output)])):
+    for settings, arguments in (
+        (node, ["check"]),
+        ({}, ["list"]),
+        ({}, ["restore", "--output", str(output)]),
+    ):
         stage.screen.say(f"$ s3_backup_lnd_channels.py {arguments[0]}", "bold")
         code, lines = run_on_terminal(bucket | settings, *arguments)
         for line in lines[:LINES_SHOWN]:
-            stage.screen.console.print(line.replace(f"{stage.root}/", ""), style="dim", markup=False)
+            stage.screen.console.print(
+                line.replace(f"{stage.root}/", ""), style="dim", markup=False
+            )
         if code:
             stage.problems.append(f"{arguments[0]} ended with exit code {code}")
             return
@@ -385,10 +488,19 @@ def act_read_back(stage: Stage) -> None:
         stage.problems.append("the restored file is not what LND last wrote")
 
 
-ACTS = (act_start, act_channels, act_burst, act_restart, act_outage, act_return, act_stop, act_read_back)
+ACTS = (
+    act_start,
+    act_channels,
+    act_burst,
+    act_restart,
+    act_outage,
+    act_return,
+    act_stop,
+    act_read_back,
+)
 
 
-# --- The proof -------------------------------------------------------------------------------------------------------
+# --- The proof ---
 
 
 def prove(stage: Stage) -> bool:
@@ -399,7 +511,10 @@ def prove(stage: Stage) -> bool:
     stage.screen.console.print(comparison(stage, held))
     stored = sum(version.written.data in held for version in stage.versions)
     staged = stage.staged()
-    lost = sum(version.written.data not in held and not waits(version, staged) for version in stage.versions)
+    lost = sum(
+        version.written.data not in held and not waits(version, staged)
+        for version in stage.versions
+    )
     stage.problems += shortcomings(stage, objects.values(), lost, len(staged))
     written = counted(len(stage.versions), "version")
     totals = f"{written} written, {stored} stored, {lost} lost, {len(staged)} left in staging."
@@ -428,14 +543,21 @@ def comparison(stage: Stage, held: dict[bytes, str]) -> Table:
     for version in stage.versions:
         written, key = version.written, held.get(version.written.data)
         after = shown_time(version.after(version.stored_at)) if key and version.stored_at else "-"
-        cells = [f"{written.wall:%H:%M:%S.%f}"[:-3], str(written.channels), str(len(written.data)), after]
+        cells = [
+            f"{written.wall:%H:%M:%S.%f}"[:-3],
+            str(written.channels),
+            str(len(written.data)),
+            after,
+        ]
         found = Text(key.removeprefix(PREFIX)) if key else Text("not in the bucket", "bold red")
         tick = Text(equal, "green") if key else Text(different, "bold red")
         table.add_row(str(version.number), *cells, found, tick)
     return table
 
 
-def shortcomings(stage: Stage, objects: Iterable[StoredObject], lost: int, staged: int) -> list[str]:
+def shortcomings(
+    stage: Stage, objects: Iterable[StoredObject], lost: int, staged: int
+) -> list[str]:
     """Return all that is wrong with the outcome."""
     written = {version.written.data for version in stage.versions}
     contents = [entry.data for entry in objects]
@@ -449,8 +571,14 @@ def shortcomings(stage: Stage, objects: Iterable[StoredObject], lost: int, stage
 
 
 def medians(versions: list[Version]) -> str:
-    """Return how long it took while S3 was there, from LND's rename on, by the arrival of the log lines."""
-    timed = [version for version in versions if version.timed and version.captured_at and version.stored_at]
+    """Return how long it took while S3 was there, from LND's rename on, by the arrival of the log
+    lines.
+    """
+    timed = [
+        version
+        for version in versions
+        if version.timed and version.captured_at and version.stored_at
+    ]
     captured = statistics.median(version.after(version.captured_at) for version in timed)
     stored = statistics.median(version.after(version.stored_at) for version in timed)
     return (
@@ -470,7 +598,9 @@ def shown_time(seconds: float) -> str:
 
 
 def perform(screen: Screen, inbox: Inbox) -> bool:
-    """Play the acts below a temporary directory until something fails, and tell whether the proof succeeded."""
+    """Play the acts below a temporary directory until something fails, and tell whether the proof
+    succeeded.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="demo-") as directory,
         S3Server(Path(directory, "s3")) as server,

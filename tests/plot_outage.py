@@ -1,4 +1,6 @@
-"""Draws docs/outage.svg: one outage of S3 in a real run, with what LND wrote, what was staged and what was stored."""
+"""Draws docs/outage.svg: one outage of S3 in a real run, with what LND wrote, what was staged and
+what was stored.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit import CHECKOUT, VERSION_NAME, Daemon, FaultProxy, Lnd, S3Server, assert_nothing_lost, settings_for
+from kit import (
+    CHECKOUT,
+    VERSION_NAME,
+    Daemon,
+    FaultProxy,
+    Lnd,
+    S3Server,
+    assert_nothing_lost,
+    settings_for,
+)
 
 if TYPE_CHECKING:
     from kit import Mode
@@ -27,7 +38,9 @@ Sample = tuple[float, int, int, int]
 
 
 def run() -> list[Sample]:
-    """Run the daemon through one outage, and return the numbers of versions written, stored and staged over time."""
+    """Run the daemon through one outage, and return the numbers of versions written, stored and
+    staged over time.
+    """
     chance = random.Random(1)  # noqa: S311 - the same picture each time, as far as that goes
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as name, S3Server(Path(name, "s3")) as server:
@@ -43,7 +56,9 @@ def run() -> list[Sample]:
                     wanted: Mode = "refuse" if AWAY <= now < BACK else "pass"
                     if line.mode != wanted:
                         line.set(wanted, cut=True)
-                    staged = sum(bool(VERSION_NAME.fullmatch(path.name)) for path in staging.iterdir())
+                    staged = sum(
+                        bool(VERSION_NAME.fullmatch(path.name)) for path in staging.iterdir()
+                    )
                     stored = daemon.log.count(" stored s3://")
                     samples.append((now, len(lnd.written), stored, staged))
                     time.sleep(SAMPLE_SECONDS)  # a sample is due at intervals
@@ -71,22 +86,30 @@ def draw(samples: list[Sample]) -> str:
     most = max(written for _, written, _, _ in samples)
     scale = (RIGHT - LEFT) / END
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 380" font-family="sans-serif" font-size="13">',
+        (
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 380" '
+            'font-family="sans-serif" font-size="13">'
+        ),
         "<title>One outage of S3: versions written, stored and staged over time</title>",
         '<rect width="800" height="380" fill="#ffffff"/>',
         f'<rect x="{LEFT + AWAY * scale:.1f}" y="{TOP}" fill="#ffebe9"',
         f' width="{(BACK - AWAY) * scale:.1f}" height="{BOTTOM - TOP}"/>',
-        f'<text x="{LEFT + (AWAY + BACK) / 2 * scale:.1f}" y="{TOP - 8}" text-anchor="middle">S3 out of reach</text>',
+        (
+            f'<text x="{LEFT + (AWAY + BACK) / 2 * scale:.1f}" y="{TOP - 8}" '
+            f'text-anchor="middle">S3 out of reach</text>'
+        ),
         f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#000000"/>',
         f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 36}" text-anchor="middle">seconds</text>',
         f'<text x="{LEFT}" y="{TOP - 8}">versions</text>',
     ]
     parts += [
-        f'<text x="{LEFT + seconds * scale:.1f}" y="{BOTTOM + 18}" text-anchor="middle">{seconds}</text>'
+        f'<text x="{LEFT + seconds * scale:.1f}" y="{BOTTOM + 18}" '
+        f'text-anchor="middle">{seconds}</text>'
         for seconds in range(0, int(END) + 1, 10)
     ]
     parts += [
-        f'<text x="{LEFT - 8}" y="{BOTTOM - (BOTTOM - TOP) * number / most + 4:.1f}" text-anchor="end">{number}</text>'
+        f'<text x="{LEFT - 8}" y="{BOTTOM - (BOTTOM - TOP) * number / most + 4:.1f}" '
+        f'text-anchor="end">{number}</text>'
         for number in range(0, most + 1, 10)
     ]
     for index, (label, colour, dashes) in enumerate(SERIES):
@@ -94,7 +117,9 @@ def draw(samples: list[Sample]) -> str:
         stroke = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes or "none"}"'
         x = LEFT + 30 + index * 230
         parts.append(f'<path d="{data}" fill="none" {stroke}/>')
-        parts.append(f'<path d="M{x} 368h30" fill="none" {stroke}/><text x="{x + 38}" y="372">{label}</text>')
+        parts.append(
+            f'<path d="M{x} 368h30" fill="none" {stroke}/><text x="{x + 38}" y="372">{label}</text>'
+        )
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -1,4 +1,6 @@
-"""The harness of the benchmark: what it measures with is right. The benchmark itself is `make bench`."""
+"""The harness of the benchmark: what it measures with is right. The benchmark itself is `make
+bench`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def digest(data: bytes) -> str:
 
 
 def test_a_line_tells_what_is_stored_when(tmp_path: Path) -> None:
-    """Each PUT that S3 acknowledged is told with its key, size and digest; one that it refused is not."""
+    """Each PUT that S3 acknowledged is told with its key, size and digest; one that it refused is
+    not.
+    """
     with FakeS3() as fake, Line(fake.port, tmp_path) as line:
         began = time.monotonic()
         put(line, b"first", b"", b"x" * 1_000_000)
@@ -60,7 +64,9 @@ def test_a_line_tells_what_is_stored_when(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.04, 0.15])
 def test_a_line_delays_and_counts(tmp_path: Path, seconds: float) -> None:
-    """A request takes a round trip, a connection one more, and so they are counted; stored is in the middle."""
+    """A request takes a round trip, a connection one more, and so they are counted; stored is in
+    the middle.
+    """
     with FakeS3() as fake, Line(fake.port, tmp_path, far=True) as line:
         line.set_round_trip(seconds)
         assert put(line, b"cold") >= 2 * seconds
@@ -108,17 +114,27 @@ def test_a_line_cuts(tmp_path: Path, far: bool) -> None:  # noqa: FBT001 - a cas
 def test_chunks_of_the_sdk_are_put_together() -> None:
     """What the SDK sends in chunks with a checksum behind it is told by its content."""
     head = b"PUT / HTTP/1.1\r\nContent-Encoding: aws-chunked\r\nx-amz-decoded-content-length: 5"
-    assert content(head, b"3\r\nabc\r\n2\r\nde\r\n0\r\nx-amz-checksum-crc32:AAAA\r\n\r\n") == b"abcde"
+    assert (
+        content(head, b"3\r\nabc\r\n2\r\nde\r\n0\r\nx-amz-checksum-crc32:AAAA\r\n\r\n") == b"abcde"
+    )
     assert content(b"PUT / HTTP/1.1", b"3\r\nabc\r\n0\r\n\r\n") == b"3\r\nabc\r\n0\r\n\r\n"
 
 
 def made_up(rows: list[Row]) -> Results:
     """Return results with these rows."""
-    return Results("2026-01-01T00:00+00:00", {"cores": 2}, {PROGRAM: "0"}, {"some peer": "no such package"}, rows)
+    return Results(
+        "2026-01-01T00:00+00:00",
+        {"cores": 2},
+        {PROGRAM: "0"},
+        {"some peer": "no such package"},
+        rows,
+    )
 
 
 def test_a_table_has_medians_spreads_and_ratios() -> None:
-    """A cell shows the median, the quartiles and the ratio to this program; this program's, that to the bare put."""
+    """A cell shows the median, the quartiles and the ratio to this program; this program's, that to
+    the bare put.
+    """
     rows = [
         Row("group", "figure", "ms", "rclone copyto", {"size": "45 B"}, [40.0]),
         Row("group", "figure", "ms", BARE, {"size": "45 B"}, [1.0, 2.0, 3.0]),
@@ -137,7 +153,10 @@ def test_a_table_has_medians_spreads_and_ratios() -> None:
 
 def test_what_was_not_measured_meets_no_target() -> None:
     """A target is met, not met, or not measured; what is missing is named with its reason."""
-    rows = [Row(losses.GROUP, "of 2", "", PROGRAM, {}, [0.0]), Row(losses.GROUP, "of 1", "", PROGRAM, {}, [1.0])]
+    rows = [
+        Row(losses.GROUP, "of 2", "", PROGRAM, {}, [0.0]),
+        Row(losses.GROUP, "of 1", "", PROGRAM, {}, [1.0]),
+    ]
     verdicts = {line[0]: line[-1] for line in report.targets(made_up(rows)).lines}
     assert verdicts.pop("versions lost, in pairs and outages") == "not met"
     assert set(verdicts.values()) == {"not measured"}
@@ -155,7 +174,9 @@ def test_results_are_stored_as_they_are(tmp_path: Path) -> None:
 
 
 def test_the_documents_tell_the_stored_results() -> None:
-    """README, docs/performance.md and the plots say what bench/results.json says: run `python -m bench.report`."""
+    """README, docs/performance.md and the plots say what bench/results.json says: run `python -m
+    bench.report`.
+    """
     results = Results.load()
     for path, whole in report.documents(results).items():
         assert path.read_text() == whole, path

@@ -21,7 +21,10 @@ PATIENCE_SECONDS = 10.0
 BURN = "import time\nwhile time.process_time() < 0.3: pass\nprint(time.process_time(), flush=True)"
 FILL = f"data = bytearray(b'x') * ({MEGABYTES} << 20)\nprint(flush=True)\ninput()"
 GIVE_BACK = f"data = bytearray(b'x') * ({MEGABYTES} << 20)\ndel data\nprint(flush=True)\ninput()"
-SLEEP = "import time\nprint(flush=True)\ninput()\nfor _ in range(50): time.sleep(0.001)\nprint(flush=True)\ninput()"
+SLEEP = (
+    "import time\nprint(flush=True)\ninput()\nfor _ in range(50): "
+    "time.sleep(0.001)\nprint(flush=True)\ninput()"
+)
 
 
 def python(code: str) -> str:
@@ -33,7 +36,9 @@ def python(code: str) -> str:
 def shell(script: str) -> Iterator[subprocess.Popen[str]]:
     """Run a shell script that ends with its stdin, at the latest."""
     command = ["sh", "-c", f"{script}\ncat >/dev/null"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    ) as process:
         try:
             yield process
         finally:

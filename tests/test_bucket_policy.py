@@ -1,4 +1,6 @@
-"""The bucket of docs/: one policy in README, template, script and hints, and nothing in it that deletes a backup."""
+"""The bucket of docs/: one policy in README, template, script and hints, and nothing in it that
+deletes a backup.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_the_policy_of_the_readme_is_the_templates() -> None:
 
 
 def test_the_policy_of_the_hint_is_the_templates(lnd: Lnd, staging: Path) -> None:
-    """The statement that the program names when a put is denied is that of the template's user for the node."""
+    """The statement that the program names when a put is denied is that of the template's user for
+    the node.
+    """
     lnd.write()
     with FakeS3(defaults={"PUT": ACCESS_DENIED}) as fake:
         env = {
@@ -72,15 +76,23 @@ def test_the_policy_of_the_hint_is_the_templates(lnd: Lnd, staging: Path) -> Non
 
 
 def test_no_rule_of_the_template_deletes_a_current_object(template: dict[str, Any]) -> None:
-    """The lifecycle ends noncurrent versions and unfinished uploads, and the bucket outlives its stack."""
+    """The lifecycle ends noncurrent versions and unfinished uploads, and the bucket outlives its
+    stack.
+    """
     rules = template["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
     does = {key for rule in rules for key in rule} - {"Id", "Status"}
     assert does == {"NoncurrentVersionExpiration", "AbortIncompleteMultipartUpload"}
-    assert template["Bucket"]["DeletionPolicy"] == template["Bucket"]["UpdateReplacePolicy"] == "Retain"
+    assert (
+        template["Bucket"]["DeletionPolicy"]
+        == template["Bucket"]["UpdateReplacePolicy"]
+        == "Retain"
+    )
 
 
 def test_the_template_locks_what_is_put(template: dict[str, Any]) -> None:
-    """The bucket has versioning, a default retention of the operator's choice, TLS alone, and nothing public."""
+    """The bucket has versioning, a default retention of the operator's choice, TLS alone, and
+    nothing public.
+    """
     bucket = template["Bucket"]["Properties"]
     assert bucket["ObjectLockEnabled"] is True
     retention = bucket["ObjectLockConfiguration"]["Rule"]["DefaultRetention"]
@@ -88,7 +100,11 @@ def test_the_template_locks_what_is_put(template: dict[str, Any]) -> None:
     assert bucket["VersioningConfiguration"] == {"Status": "Enabled"}
     assert set(bucket["PublicAccessBlockConfiguration"].values()) == {True}
     [statement] = template["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    assert (statement["Effect"], statement["Action"], statement["Principal"]) == ("Deny", "s3:*", "*")
+    assert (statement["Effect"], statement["Action"], statement["Principal"]) == (
+        "Deny",
+        "s3:*",
+        "*",
+    )
     assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
 
 
@@ -98,18 +114,30 @@ def test_the_script_makes_what_the_template_makes(tmp_path: Path) -> None:
     stand_in.write_text(AWS.format(python=sys.executable, calls=str(calls)))
     stand_in.chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "AWS_REGION": "eu-central-1"}
-    subprocess.run([SCRIPT, BUCKET, "node1/", "GOVERNANCE", "30", "90"], env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [SCRIPT, BUCKET, "node1/", "GOVERNANCE", "30", "90"],
+        env=env,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     made: dict[str, dict[str, str]] = {}
     for line in calls.read_text().splitlines():
         _, command, *words = json.loads(line)
-        options = {word: value for word, value in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
+        options = {
+            word: value
+            for word, value in zip(words, [*words[1:], ""], strict=True)
+            if word.startswith("--")
+        }
         made[command + (options.get("--user-name") or BUCKET).removeprefix(BUCKET)] = options
     said = template_settings(BUCKET)
     create = made["create-bucket"]
     assert "--object-lock-enabled-for-bucket" in create
     assert create["--create-bucket-configuration"] == "LocationConstraint=eu-central-1"
     assert create["--object-ownership"] == "BucketOwnerEnforced"
-    assert made["put-bucket-versioning"]["--versioning-configuration"] == f"Status={said['versioning']}"
+    assert (
+        made["put-bucket-versioning"]["--versioning-configuration"]
+        == f"Status={said['versioning']}"
+    )
     public = ",".join(f"{name}={json.dumps(value)}" for name, value in said["public"].items())
     assert made["put-public-access-block"]["--public-access-block-configuration"] == public
     documents = {

@@ -1,4 +1,6 @@
-"""What `check` answers: is the version on disk now in the bucket, byte for byte, and how is that known?"""
+"""What `check` answers: is the version on disk now in the bucket, byte for byte, and how is that
+known?
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ def newest_key(server: S3Server, bucket: str) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_stored(s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+def test_stored(
+    s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
     """When the bucket holds the version on disk it is exit 0, "stored", proved by the bucket."""
     lnd.write()
     back_up(env)
@@ -107,7 +111,9 @@ def test_stored(s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str
     assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (0, "bucket", key)
     assert answer.fields["staged"] == 0
     assert "stored" in answer.reason
-    captured, stored = (datetime.fromisoformat(answer.fields[field]) for field in ("captured_at", "stored_at"))
+    captured, stored = (
+        datetime.fromisoformat(answer.fields[field]) for field in ("captured_at", "stored_at")
+    )
     assert (captured.utcoffset(), stored.utcoffset()) == (timedelta(0), timedelta(0))
     assert f"{captured:%Y%m%dT%H%M%S}" in key
     assert abs(stored - captured) < timedelta(minutes=1)
@@ -117,7 +123,9 @@ def test_stored(s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str
     assert "bucket" in only
 
 
-def test_a_version_put_again_is_stored(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
+def test_a_version_put_again_is_stored(
+    reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
     """A version that lies under several keys, as after restarts, is stored."""
     lnd.write()
     back_up(env)
@@ -128,7 +136,9 @@ def test_a_version_put_again_is_stored(reader: dict[str, str], env: dict[str, st
 def test_a_newer_version_is_told(
     s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
 ) -> None:
-    """When the version on disk is stored, but is not the newest there, it is exit 0, naming both."""
+    """When the version on disk is stored, but is not the newest there, it is exit 0, naming
+    both.
+    """
     first = lnd.write()
     back_up(env)
     key = newest_key(s3, bucket)
@@ -148,12 +158,18 @@ def test_a_newer_version_is_told(
 def test_lnd_has_written_since(
     s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
 ) -> None:
-    """A version written a moment ago that is not in the bucket is told as that, with the newest that is there."""
+    """A version written a moment ago that is not in the bucket is told as that, with the newest
+    that is there.
+    """
     lnd.write()
     back_up(env)
     lnd.write()
     answer = check(reader)
-    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "bucket", newest_key(s3, bucket))
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (
+        1,
+        "bucket",
+        newest_key(s3, bucket),
+    )
     assert "LND has written since" in answer.reason
     assert newest_key(s3, bucket) in line(reader, 1)
 
@@ -172,7 +188,9 @@ def test_behind_for_hours(reader: dict[str, str], env: dict[str, str], lnd: Lnd)
 
 
 def test_a_file_from_the_future(reader: dict[str, str], lnd: Lnd) -> None:
-    """A file whose time is ahead, as after a clock was set back, is reported without a negative age."""
+    """A file whose time is ahead, as after a clock was set back, is reported without a negative
+    age.
+    """
     lnd.write()
     age(lnd, -FIVE_HOURS)
     answer = check(reader)
@@ -194,12 +212,16 @@ def test_an_empty_bucket(reader: dict[str, str], lnd: Lnd) -> None:
 def test_a_damaged_object(
     s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd, damage: str
 ) -> None:
-    """An object that does not hold the bytes of its name, or bears other metadata, is told as damaged."""
+    """An object that does not hold the bytes of its name, or bears other metadata, is told as
+    damaged.
+    """
     data = lnd.write().data
     back_up(env)
     key = newest_key(s3, bucket)
     digest = hashlib.sha256(b"" if damage == "metadata" else data).hexdigest()
-    body = {"bytes": bytes([data[0] ^ 1]) + data[1:], "metadata": data, "truncated": data[:-1]}[damage]
+    body = {"bytes": bytes([data[0] ^ 1]) + data[1:], "metadata": data, "truncated": data[:-1]}[
+        damage
+    ]
     s3.admin.put_object(Bucket=bucket, Key=key, Body=body, Metadata={"sha256": digest})
     answer = check(reader)
     assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "bucket", key)
@@ -225,7 +247,9 @@ def test_one_damaged_copy_of_two(
     lnd.write()
     back_up(env)
     back_up(env)
-    s3.admin.put_object(Bucket=bucket, Key=newest_key(s3, bucket), Body=b"damaged", Metadata={"sha256": "0" * 64})
+    s3.admin.put_object(
+        Bucket=bucket, Key=newest_key(s3, bucket), Body=b"damaged", Metadata={"sha256": "0" * 64}
+    )
     assert check(reader).code == 0
 
 
@@ -263,7 +287,9 @@ def test_a_put_only_key(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd
 
 
 @pytest.mark.parametrize("other", ["S3_BACKUP_PREFIX", "S3_BUCKET_NAME"])
-def test_a_receipt_of_another_place_proves_nothing(env: dict[str, str], lnd: Lnd, other: str) -> None:
+def test_a_receipt_of_another_place_proves_nothing(
+    env: dict[str, str], lnd: Lnd, other: str
+) -> None:
     """A receipt counts for the bucket and the prefix that are set now, and for no other."""
     lnd.write()
     back_up(env)
@@ -273,7 +299,9 @@ def test_a_receipt_of_another_place_proves_nothing(env: dict[str, str], lnd: Lnd
 
 
 def test_a_receipt_of_another_store_proves_nothing(env: dict[str, str], lnd: Lnd) -> None:
-    """A receipt counts for the store that is set now: moved to another, the same bucket's name proves nothing."""
+    """A receipt counts for the store that is set now: moved to another, the same bucket's name
+    proves nothing.
+    """
     lnd.write()
     back_up(env)
     assert check(env).code == 0
@@ -283,7 +311,9 @@ def test_a_receipt_of_another_store_proves_nothing(env: dict[str, str], lnd: Lnd
 
 
 def test_an_old_receipt_proves_nothing(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """A receipt that is older than twice the refresh says that nothing refreshes it, unless there is no refresh."""
+    """A receipt that is older than twice the refresh says that nothing refreshes it, unless there
+    is no refresh.
+    """
     lnd.write()
     back_up(env)
     receipt = staging / ".receipt"
@@ -295,14 +325,20 @@ def test_an_old_receipt_proves_nothing(env: dict[str, str], lnd: Lnd, staging: P
     assert check(env | {"REFRESH_SECONDS": "0"}).code == 0
 
 
-def test_a_version_that_waited_long_has_a_new_receipt(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """A receipt is as old as the storing it proves, also when the version was captured long before."""
+def test_a_version_that_waited_long_has_a_new_receipt(
+    env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """A receipt is as old as the storing it proves, also when the version was captured long
+    before.
+    """
     lnd.write()
     back_up(env)
     receipt = staging / ".receipt"
     fields = json.loads(receipt.read_text())
     name = "20260101T000000.000000Z" + fields["name"][-7:]
-    receipt.write_text(json.dumps(fields | {"name": name, "key": fields["key"].replace(fields["name"], name)}))
+    receipt.write_text(
+        json.dumps(fields | {"name": name, "key": fields["key"].replace(fields["name"], name)})
+    )
     assert check(env).code == 0
 
 
@@ -316,7 +352,9 @@ def test_a_put_only_key_without_a_receipt(env: dict[str, str], lnd: Lnd) -> None
 
 
 def test_a_put_only_key_without_a_staging_directory(env: dict[str, str], lnd: Lnd) -> None:
-    """Without BACKUP_DIRECTORY there is no receipt to judge by: exit 1, saying what is missing, not a made-up path."""
+    """Without BACKUP_DIRECTORY there is no receipt to judge by: exit 1, saying what is missing, not
+    a made-up path.
+    """
     lnd.write()
     back_up(env)
     del env["BACKUP_DIRECTORY"]
@@ -357,7 +395,9 @@ def test_a_broken_receipt(env: dict[str, str], staging: Path, lnd: Lnd, content:
 
 
 @pytest.mark.parametrize("field", ["stored_at", "sha256", "key"])
-def test_a_receipt_with_a_wrong_field(env: dict[str, str], staging: Path, lnd: Lnd, field: str) -> None:
+def test_a_receipt_with_a_wrong_field(
+    env: dict[str, str], staging: Path, lnd: Lnd, field: str
+) -> None:
     """A receipt of which one field is wrong is no traceback."""
     lnd.write()
     back_up(env)
@@ -366,11 +406,17 @@ def test_a_receipt_with_a_wrong_field(env: dict[str, str], staging: Path, lnd: L
     check(env)
 
 
-def test_a_staging_directory_of_somebody_else(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
-    """A staging directory that may not be read does not stop the check: the number staged is unknown."""
+def test_a_staging_directory_of_somebody_else(
+    reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """A staging directory that may not be read does not stop the check: the number staged is
+    unknown.
+    """
     lnd.write()
     back_up(env)
-    ordinary = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    ordinary = (
+        ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    )
     os.chmod(env["BACKUP_DIRECTORY"], 0)
     try:
         done = subprocess.run(
@@ -390,7 +436,9 @@ def test_a_staging_directory_of_somebody_else(reader: dict[str, str], env: dict[
 # --- What is staged, and the daemon beside it ---
 
 
-def test_staged_versions_are_counted(reader: dict[str, str], env: dict[str, str], staging: Path, lnd: Lnd) -> None:
+def test_staged_versions_are_counted(
+    reader: dict[str, str], env: dict[str, str], staging: Path, lnd: Lnd
+) -> None:
     """Versions that still wait to be sent are counted, and files of others are not."""
     lnd.write()
     assert run_script(env | {"AWS_SECRET_ACCESS_KEY": "wrong"}, "once").returncode == 1
@@ -447,7 +495,9 @@ def test_a_staging_directory_is_not_made(reader: dict[str, str], staging: Path, 
 def test_an_answer_that_cannot_be_printed(
     reader: dict[str, str], env: dict[str, str], lnd: Lnd, options: tuple[str]
 ) -> None:
-    """When stdout takes nothing it is exit 1 and one line, though the version is stored: nobody was told."""
+    """When stdout takes nothing it is exit 1 and one line, though the version is stored: nobody was
+    told.
+    """
     lnd.write()
     back_up(env)
     with open("/dev/full", "w", encoding="utf-8") as full:
@@ -471,8 +521,12 @@ def test_wrong_configuration(reader: dict[str, str], lnd: Lnd, wrong: dict[str, 
     assert next(iter(wrong)) in done.stderr
 
 
-def test_what_reporting_needs_is_not_checked(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
-    """It reports to nobody, so that where and how the daemon does is no matter, as to another user."""
+def test_what_reporting_needs_is_not_checked(
+    reader: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """It reports to nobody, so that where and how the daemon does is no matter, as to another
+    user.
+    """
     lnd.write()
     back_up(env)
     assert check(reader | {"METRICS_FILE": "/nowhere/lnd.prom"}).code == 0
@@ -488,11 +542,18 @@ def test_s3_refuses_connections(reader: dict[str, str], lnd: Lnd) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "code"),
-    [(answers.PORTAL, 75), (answers.INTERNAL_ERROR, 75), (answers.CLOCK_SKEW, 75), (answers.NO_SUCH_BUCKET, 1)],
+    [
+        (answers.PORTAL, 75),
+        (answers.INTERNAL_ERROR, 75),
+        (answers.CLOCK_SKEW, 75),
+        (answers.NO_SUCH_BUCKET, 1),
+    ],
     ids=["portal", "internal", "clock", "bucket"],
 )
 def test_errors_of_s3(reader: dict[str, str], lnd: Lnd, answer: answers.Answer, code: int) -> None:
-    """What trying again may help is exit 75 and no verdict on the bucket, the page of a captive portal included."""
+    """What trying again may help is exit 75 and no verdict on the bucket, the page of a captive
+    portal included.
+    """
     lnd.write()
     with FakeS3(defaults={"GET": answer}) as fake:
         done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "check")
@@ -525,7 +586,9 @@ def test_names_are_escaped(reader: dict[str, str], lnd: Lnd, tmp_path: Path) -> 
     """A path with control characters is escaped before it is shown."""
     lnd.write()
     done = run_script(reader | {"MONITOR_FILE_PATH": str(tmp_path / "a\x1b[31mb")}, "check")
-    assert all(character.isprintable() for character in done.stdout + done.stderr if character != "\n")
+    assert all(
+        character.isprintable() for character in done.stdout + done.stderr if character != "\n"
+    )
 
 
 def test_a_receipt_cannot_forge_lines(env: dict[str, str], staging: Path, lnd: Lnd) -> None:
@@ -533,5 +596,7 @@ def test_a_receipt_cannot_forge_lines(env: dict[str, str], staging: Path, lnd: L
     lnd.write()
     back_up(env)
     receipt = staging / ".receipt"
-    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"key": "evil\x1b[31m\nstored"}))
+    receipt.write_text(
+        json.dumps(json.loads(receipt.read_text()) | {"key": "evil\x1b[31m\nstored"})
+    )
     assert line(env, 1).isprintable()

@@ -43,7 +43,10 @@ if TYPE_CHECKING:
 
 SELDOM = {"RESCAN_SECONDS": "600"}  # only events are left
 OFTEN = {"RESCAN_SECONDS": "0.1"}
-AWAY = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "SHUTDOWN_GRACE_SECONDS": "0"}  # nobody listens there
+AWAY = {
+    "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
+    "SHUTDOWN_GRACE_SECONDS": "0",
+}  # nobody listens there
 TRY_AGAIN, WRONG_CONFIGURATION = 75, 78
 
 
@@ -86,7 +89,9 @@ def stepped(env: dict[str, str]) -> Iterator[SteppedS3]:
 
 
 @pytest.fixture
-def check_stepped(lnd: Lnd, stepped: SteppedS3, bucket: str, prefix: str, staging: Path) -> partial[None]:
+def check_stepped(
+    lnd: Lnd, stepped: SteppedS3, bucket: str, prefix: str, staging: Path
+) -> partial[None]:
     """Return the invariant for the scripted S3."""
     return partial(assert_nothing_lost, lnd, stepped, bucket, prefix, staging)
 
@@ -117,7 +122,9 @@ def write_unseen(lnd: Lnd) -> Written:
 # --- readiness ---
 
 
-def test_it_is_ready_although_nothing_is_there(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_it_is_ready_although_nothing_is_there(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """With LND's directory and S3 missing the daemon is ready, and stops in order."""
     lnd.directory.rmdir()
     with Daemon(SELDOM | env | AWAY) as daemon:
@@ -127,7 +134,9 @@ def test_it_is_ready_although_nothing_is_there(env: dict[str, str], lnd: Lnd, ch
     check()
 
 
-def test_it_is_not_ready_with_a_wrong_configuration(env: dict[str, str], check: partial[None]) -> None:
+def test_it_is_not_ready_with_a_wrong_configuration(
+    env: dict[str, str], check: partial[None]
+) -> None:
     """With a fault in the configuration systemd hears nothing."""
     with NotifySocket() as systemd:
         done = run_script(env | {"S3_BUCKET_NAME": "s3://wrong", "NOTIFY_SOCKET": systemd.path})
@@ -142,7 +151,9 @@ def test_it_is_not_ready_with_a_wrong_configuration(env: dict[str, str], check: 
 def test_the_gap_between_read_and_rename_does_not_matter(
     env: dict[str, str], lnd: Lnd, proxy: FaultProxy, check: partial[None]
 ) -> None:
-    """With 30 ms between LND's read and its rename and a slow upload, the newest version is stored 20 of 20 times."""
+    """With 30 ms between LND's read and its rename and a slow upload, the newest version is stored
+    20 of 20 times.
+    """
     proxy.set("latency", up=0.15, down=0.15)
     lnd.read_gap_seconds = 0.03
     lnd.write()
@@ -171,8 +182,12 @@ def test_a_second_version_during_an_upload_is_stored_too(
 # --- what is put, and how often ---
 
 
-def test_every_start_puts_the_version_once(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """The version on disk gets a new name at each start, and only then, even if it did not change."""
+def test_every_start_puts_the_version_once(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """The version on disk gets a new name at each start, and only then, even if it did not
+    change.
+    """
     version = lnd.write()
     for _ in range(2):
         with Daemon(SELDOM | env | OFTEN) as daemon:
@@ -186,7 +201,9 @@ def test_every_start_puts_the_version_once(env: dict[str, str], lnd: Lnd, check:
 def test_a_staged_version_counts_as_the_put_of_a_start(
     env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path
 ) -> None:
-    """A version that is still staged with the bytes on disk gets no second name at the next start."""
+    """A version that is still staged with the bytes on disk gets no second name at the next
+    start.
+    """
     version = lnd.write()
     for _ in range(2):
         with Daemon(SELDOM | env | AWAY) as daemon:
@@ -199,8 +216,12 @@ def test_a_staged_version_counts_as_the_put_of_a_start(
     check()
 
 
-def test_an_unchanged_file_is_put_again(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """When the last receipt is REFRESH_SECONDS old the unchanged file is put under a new, later name."""
+def test_an_unchanged_file_is_put_again(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """When the last receipt is REFRESH_SECONDS old the unchanged file is put under a new, later
+    name.
+    """
     version = lnd.write()
     with Daemon(SELDOM | env | {"REFRESH_SECONDS": "0.3"}) as daemon:
         daemon.wait_for_stored(version, count=3)
@@ -238,9 +259,16 @@ def test_a_refresh_can_be_turned_off(env: dict[str, str], lnd: Lnd, check: parti
 
 @pytest.mark.parametrize("damage", ["edited", "removed"])
 def test_a_version_whose_staged_copy_is_gone_gets_out(
-    env: dict[str, str], lnd: Lnd, proxy: FaultProxy, check: partial[None], staging: Path, damage: str
+    env: dict[str, str],
+    lnd: Lnd,
+    proxy: FaultProxy,
+    check: partial[None],
+    staging: Path,
+    damage: str,
 ) -> None:
-    """A version that waits for S3, and whose staged copy somebody edits or removes, is staged anew at a look."""
+    """A version that waits for S3, and whose staged copy somebody edits or removes, is staged anew
+    at a look.
+    """
     with Daemon(SELDOM | env | OFTEN | {"REFRESH_SECONDS": "0"}) as daemon:
         daemon.wait_for_stored(lnd.write())
         proxy.set("refuse", cut=True)
@@ -264,8 +292,12 @@ def test_a_version_whose_staged_copy_is_gone_gets_out(
     check()
 
 
-def test_a_version_that_somebody_put_into_staging_is_sent_once(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """A version of a later name, laid into the staging directory, is sent, and LND's own gets a name above it, once."""
+def test_a_version_that_somebody_put_into_staging_is_sent_once(
+    env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """A version of a later name, laid into the staging directory, is sent, and LND's own gets a
+    name above it, once.
+    """
     foreign = Lnd(lnd.directory.parent / "other").write()
     with Daemon(SELDOM | env | OFTEN) as daemon:
         daemon.wait_for_stored(lnd.write())
@@ -287,7 +319,9 @@ def test_a_version_that_somebody_put_into_staging_is_sent_once(env: dict[str, st
 def test_an_outage_delays_and_loses_nothing(
     env: dict[str, str], lnd: Lnd, proxy: FaultProxy, check: partial[None], mode: Mode
 ) -> None:
-    """What LND writes during an outage is stored when it is over, newest first; its begin and its end are logged."""
+    """What LND writes during an outage is stored when it is over, newest first; its begin and its
+    end are logged.
+    """
     proxy.set(mode)
     lnd.write()
     with Daemon(SELDOM | env) as daemon:
@@ -299,7 +333,9 @@ def test_an_outage_delays_and_loses_nothing(
         for version in lnd.written:
             daemon.wait_for_stored(version)
         names = daemon.stored_names()
-        names = names[names.index(max(names)) :]  # some may have been on their way before the newest was there
+        names = names[
+            names.index(max(names)) :
+        ]  # some may have been on their way before the newest was there
         assert names == sorted(names, reverse=True)
         assert len(names) > 5
         assert daemon.log.count("cannot store") == 1, daemon.log
@@ -330,8 +366,12 @@ def test_the_newest_comes_first_even_within_a_drain(
     check_stepped()
 
 
-def test_wrong_credentials_are_put_right(env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path) -> None:
-    """With a wrong key versions are captured and the log is loud; when the file is mended all of them are stored."""
+def test_wrong_credentials_are_put_right(
+    env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
+) -> None:
+    """With a wrong key versions are captured and the log is loud; when the file is mended all of
+    them are stored.
+    """
     key, secret = env.pop("AWS_ACCESS_KEY_ID"), env.pop("AWS_SECRET_ACCESS_KEY")
     file = tmp_path / "credentials"
     content = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
@@ -339,7 +379,9 @@ def test_wrong_credentials_are_put_right(env: dict[str, str], lnd: Lnd, check: p
     with Daemon(SELDOM | env | {"AWS_SHARED_CREDENTIALS_FILE": str(file)}) as daemon:
         for _ in range(3):
             daemon.wait_for_captured(lnd.write())
-        daemon.wait_for_log("error: cannot store: .*SignatureDoesNotMatch: .*\n.*hint: check the access key")
+        daemon.wait_for_log(
+            "error: cannot store: .*SignatureDoesNotMatch: .*\n.*hint: check the access key"
+        )
         file.write_text(content.format(key, secret))
         daemon.wait_for_captured(lnd.write())
         for version in lnd.written:
@@ -353,7 +395,9 @@ def test_wrong_credentials_are_put_right(env: dict[str, str], lnd: Lnd, check: p
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_an_idle_daemon(env: dict[str, str], lnd: Lnd, check: partial[None], sig: signal.Signals) -> None:
+def test_a_signal_ends_an_idle_daemon(
+    env: dict[str, str], lnd: Lnd, check: partial[None], sig: signal.Signals
+) -> None:
     """An idle daemon ends with success at the first signal."""
     version = lnd.write()
     with Daemon(SELDOM | env) as daemon:
@@ -367,7 +411,9 @@ def test_a_signal_ends_an_idle_daemon(env: dict[str, str], lnd: Lnd, check: part
 def test_an_upload_in_flight_is_finished(
     env: dict[str, str], lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], staging: Path
 ) -> None:
-    """A version on its way when the signal comes, and one that LND writes after it, are stored before the end."""
+    """A version on its way when the signal comes, and one that LND writes after it, are stored
+    before the end.
+    """
     first = lnd.write()
     with Daemon(SELDOM | env) as daemon:
         stepped.wait_for_requests(1)
@@ -376,16 +422,29 @@ def test_an_upload_in_flight_is_finished(
         daemon.wait_for_captured(second)
         stepped.let(2)
         assert daemon.wait() == 0
-        assert [name[-6:] for name in daemon.stored_names()] == [first.sha256[-6:], second.sha256[-6:]]
+        assert [name[-6:] for name in daemon.stored_names()] == [
+            first.sha256[-6:],
+            second.sha256[-6:],
+        ]
         assert staged(staging) == []
     check_stepped()
 
 
-@pytest.mark.parametrize(("mode", "grace"), [("blackhole", 0), ("blackhole", 1), ("refuse", 0), ("refuse", 1)])
+@pytest.mark.parametrize(
+    ("mode", "grace"), [("blackhole", 0), ("blackhole", 1), ("refuse", 0), ("refuse", 1)]
+)
 def test_the_grace_period_is_kept(
-    env: dict[str, str], lnd: Lnd, proxy: FaultProxy, check: partial[None], staging: Path, mode: Mode, grace: int
+    env: dict[str, str],
+    lnd: Lnd,
+    proxy: FaultProxy,
+    check: partial[None],
+    staging: Path,
+    mode: Mode,
+    grace: int,
 ) -> None:
-    """With S3 hanging or gone the daemon ends in order after the grace period, and the next start sends the rest."""
+    """With S3 hanging or gone the daemon ends in order after the grace period, and the next start
+    sends the rest.
+    """
     proxy.set(mode)
     version = lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": str(grace)}) as daemon:
@@ -405,7 +464,9 @@ def test_the_grace_period_is_kept(
 def test_it_looks_after_the_signal_and_before_it_leaves(
     env: dict[str, str], lnd: Lnd, proxy: FaultProxy, check: partial[None], staging: Path
 ) -> None:
-    """What no event told is found by a look right after the signal, and what comes later by another before the end."""
+    """What no event told is found by a look right after the signal, and what comes later by another
+    before the end.
+    """
     first = lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
@@ -422,9 +483,15 @@ def test_it_looks_after_the_signal_and_before_it_leaves(
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(
-    env: dict[str, str], lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], second: signal.Signals
+    env: dict[str, str],
+    lnd: Lnd,
+    stepped: SteppedS3,
+    check_stepped: partial[None],
+    second: signal.Signals,
 ) -> None:
-    """While the daemon is still sending, a second signal ends it without waiting for the grace period."""
+    """While the daemon is still sending, a second signal ends it without waiting for the grace
+    period.
+    """
     lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "300"}) as daemon:
         stepped.wait_for_requests(1)
@@ -442,7 +509,9 @@ def test_a_second_signal_ends_it_at_once(
 def test_kills_at_any_moment_lose_nothing_that_was_staged(
     env: dict[str, str], lnd: Lnd, s3: S3Server, check: partial[None], staging: Path
 ) -> None:
-    """Killed ten times in the middle of bursts, the daemon sends all that was staged, and leaves no litter."""
+    """Killed ten times in the middle of bursts, the daemon sends all that was staged, and leaves no
+    litter.
+    """
     chance, before = random.Random(1), set()  # noqa: S311 - any moments will do
     for _ in range(10):
         with Daemon(SELDOM | env) as daemon:
@@ -462,9 +531,16 @@ def test_kills_at_any_moment_lose_nothing_that_was_staged(
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_no_half_version(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    env: dict[str, str],
+    lnd: Lnd,
+    check: partial[None],
+    staging: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Killed when 4096 bytes of a version are written, the daemon leaves nothing that looks like a version."""
+    """Killed when 4096 bytes of a version are written, the daemon leaves nothing that looks like a
+    version.
+    """
     launcher = tmp_path / "limited.py"
     launcher.write_text(f"""
 import resource, runpy, signal
@@ -489,7 +565,9 @@ runpy.run_path({str(script_module.SCRIPT)!r}, run_name="__main__")
 def test_a_kill_before_the_receipt_leaves_one_object(
     env: dict[str, str], lnd: Lnd, proxy: FaultProxy, check: partial[None], staging: Path
 ) -> None:
-    """Killed between S3's storing and its answer, the daemon sends the same bytes under the same name again."""
+    """Killed between S3's storing and its answer, the daemon sends the same bytes under the same
+    name again.
+    """
     proxy.set("swallow_response")
     version = lnd.write()
     with Daemon(SELDOM | env) as daemon:
@@ -511,7 +589,9 @@ def test_a_kill_before_the_receipt_leaves_one_object(
 def test_once_stores_the_version_and_what_was_staged(
     env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, prefix: str
 ) -> None:
-    """The command once stores the version on disk and what is staged, names their keys in the log, prints nothing."""
+    """The command once stores the version on disk and what is staged, names their keys in the log,
+    prints nothing.
+    """
     lnd.write()
     with Daemon(SELDOM | env | AWAY) as daemon:
         daemon.wait_for_log("cannot store")
@@ -526,7 +606,9 @@ def test_once_stores_the_version_and_what_was_staged(
     check()
 
 
-def test_once_puts_an_unchanged_file_again(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_once_puts_an_unchanged_file_again(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """Each run of the command once puts the version on disk under a new name."""
     lnd.write()
     assert [run_script(env, "once").returncode for _ in range(2)] == [0, 0]
@@ -537,7 +619,9 @@ def test_once_puts_an_unchanged_file_again(env: dict[str, str], lnd: Lnd, check:
 def test_once_without_a_channel_backup_fails_and_sends_the_rest(
     env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, size: int | None
 ) -> None:
-    """With no file, or one that is too small, the command once fails, and what was staged is sent all the same."""
+    """With no file, or one that is too small, the command once fails, and what was staged is sent
+    all the same.
+    """
     lnd.write()
     with Daemon(SELDOM | env | AWAY) as daemon:
         daemon.wait_for_log("cannot store")
@@ -547,15 +631,23 @@ def test_once_without_a_channel_backup_fails_and_sends_the_rest(
         lnd.path.write_bytes(bytes(size))
     done = run_script(env, "once")
     assert done.returncode == 1, done.stderr
-    assert re.search(r"stopped, 0 .*\n.*error: not done: cannot read channel\.backup: ", done.stderr)
+    assert re.search(
+        r"stopped, 0 .*\n.*error: not done: cannot read channel\.backup: ", done.stderr
+    )
     assert staged(staging) == []
     check()
 
 
 def test_once_with_s3_away_may_be_tried_again(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, started_by: Callable[[str], None]
+    env: dict[str, str],
+    lnd: Lnd,
+    check: partial[None],
+    staging: Path,
+    started_by: Callable[[str], None],
 ) -> None:
-    """With S3 out of reach the command once stages the version, loses patience and says that trying again may help."""
+    """With S3 out of reach the command once stages the version, loses patience and says that trying
+    again may help.
+    """
     started_by("""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("program", SCRIPT)
@@ -577,7 +669,9 @@ sys.exit(program.main())
 def test_a_second_copy_does_not_start(
     env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, command: str
 ) -> None:
-    """While one copy holds the staging directory another ends with 75 and says so, and the first goes on."""
+    """While one copy holds the staging directory another ends with 75 and says so, and the first
+    goes on.
+    """
     first = lnd.write()
     with Daemon(SELDOM | env) as daemon:
         daemon.wait_for_stored(first)
@@ -602,7 +696,9 @@ def test_names_increase_although_the_clock_was_set_back(
     *,
     stored: bool,
 ) -> None:
-    """After a day's jump back of the clock the names go on from the last one, whether it is stored or still staged."""
+    """After a day's jump back of the clock the names go on from the last one, whether it is stored
+    or still staged.
+    """
     stepped.release()
     ahead = tmp_path / "ahead"
     ahead.mkdir()
@@ -631,9 +727,15 @@ datetime.datetime = Ahead
 
 
 def test_a_version_that_the_disk_refuses_is_sent_from_memory(
-    env: dict[str, str], lnd: Lnd, proxy: FaultProxy, check: partial[None], started_by: Callable[[str], None]
+    env: dict[str, str],
+    lnd: Lnd,
+    proxy: FaultProxy,
+    check: partial[None],
+    started_by: Callable[[str], None],
 ) -> None:
-    """Where staging is impossible, versions are sent straight from memory, the log says so, and it recovers."""
+    """Where staging is impossible, versions are sent straight from memory, the log says so, and it
+    recovers.
+    """
     started_by("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))")
     with Daemon(SELDOM | env | OFTEN) as daemon:
         daemon.wait_for_stored(lnd.write())
@@ -642,7 +744,9 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
         for _ in range(3):
             daemon.wait_for_captured(lnd.write())
         daemon.wait_for_log("cannot store")
-        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.prlimit(
+            daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
         daemon.wait_for_log("staging works again")
         daemon.wait_for_looks()
         daemon.signal(signal.SIGKILL)
@@ -651,14 +755,26 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
 
 
 def test_a_full_disk_is_no_end(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, started_by: Callable[[str], None]
+    env: dict[str, str],
+    lnd: Lnd,
+    check: partial[None],
+    staging: Path,
+    started_by: Callable[[str], None],
 ) -> None:
-    """On a full disk a version is sent once and from memory, and when there is room again nothing is left over."""
+    """On a full disk a version is sent once and from memory, and when there is room again nothing
+    is left over.
+    """
     mounted = f"mount -t tmpfs -o size=32k,mode=700 none '{staging}' && exec \"$@\""
     unshare = ["unshare", "-m", "--propagation", "private", "sh", "-c", mounted, "sh"]
-    if os.geteuid() or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode
+    ):
         pytest.skip("needs root, and unshare -m")
-    started_by(f"import os, sys\nos.execvp('unshare', [*{unshare!r}, sys.executable, SCRIPT, *sys.argv[1:]])")
+    started_by(
+        f"import os, sys\nos.execvp('unshare', [*{unshare!r}, sys.executable, SCRIPT, "
+        f"*sys.argv[1:]])"
+    )
     first = lnd.write()
     with Daemon(SELDOM | env | OFTEN | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
@@ -680,8 +796,12 @@ def test_a_full_disk_is_no_end(
     check()
 
 
-def test_the_staging_directory_may_vanish(env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path) -> None:
-    """Without its staging directory the daemon goes on and stores versions, each once, from memory."""
+def test_the_staging_directory_may_vanish(
+    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path
+) -> None:
+    """Without its staging directory the daemon goes on and stores versions, each once, from
+    memory.
+    """
     first = lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
@@ -711,7 +831,9 @@ def test_a_staging_directory_that_cannot_be_listed_is_explained(
 def test_a_staging_directory_that_cannot_be_listed_spoils_no_stop(
     env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path, started_by: Callable[[str], None]
 ) -> None:
-    """A disk that fails while the daemon stops is named, and the stop is an orderly one all the same."""
+    """A disk that fails while the daemon stops is named, and the stop is an orderly one all the
+    same.
+    """
     broken = tmp_path / "broken"
     started_by(unlistable_while(broken))
     first = lnd.write()
@@ -725,7 +847,9 @@ def test_a_staging_directory_that_cannot_be_listed_spoils_no_stop(
 def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
     env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None]
 ) -> None:
-    """An attempt that was given up may write to the log while the program ends; Python alone would abort."""
+    """An attempt that was given up may write to the log while the program ends; Python alone would
+    abort.
+    """
     started_by("""
 import sys
 import threading
@@ -745,8 +869,12 @@ threading.Thread(target=chatter, daemon=True).start()
 # --- manners ---
 
 
-def test_the_directory_of_lnd_is_only_read(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """Neither a session with an outage and a stop, nor the command once, changes anything in LND's directory."""
+def test_the_directory_of_lnd_is_only_read(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """Neither a session with an outage and a stop, nor the command once, changes anything in LND's
+    directory.
+    """
     lnd.leave_decoys()
     version = lnd.write()
     before = lnd.fingerprint()
@@ -767,7 +895,10 @@ def test_the_journal_gets_priorities(
     env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None]
 ) -> None:
     """For journald each line, hints included, bears a priority instead of a time."""
-    started_by("import os\nstderr = os.fstat(2)\nos.environ['JOURNAL_STREAM'] = f'{stderr.st_dev}:{stderr.st_ino}'")
+    started_by(
+        "import os\nstderr = os.fstat(2)\nos.environ['JOURNAL_STREAM'] = "
+        "f'{stderr.st_dev}:{stderr.st_ino}'"
+    )
     lnd.write(channels=0)
     with Daemon(SELDOM | env | AWAY) as daemon:
         daemon.wait_for_log(r"^<4>captured")
@@ -781,7 +912,9 @@ def test_the_journal_gets_priorities(
 
 
 def test_a_session_has_no_warnings(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """In Python's development mode, with every warning an error, a session with an outage goes as ever."""
+    """In Python's development mode, with every warning an error, a session with an outage goes as
+    ever.
+    """
     first = lnd.write()
     strict = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
     with Daemon(SELDOM | env | strict | AWAY) as daemon:
@@ -798,7 +931,9 @@ def test_a_session_has_no_warnings(env: dict[str, str], lnd: Lnd, check: partial
 
 
 def test_a_python_without_the_libraries_says_so(env: dict[str, str], check: partial[None]) -> None:
-    """A Python that lacks the libraries ends with 78 and says in one line what is missing, and what to do."""
+    """A Python that lacks the libraries ends with 78 and says in one line what is missing, and what
+    to do.
+    """
     command = [sys.executable, "-I", "-S", str(script_module.SCRIPT)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == WRONG_CONFIGURATION
@@ -807,10 +942,17 @@ def test_a_python_without_the_libraries_says_so(env: dict[str, str], check: part
 
 
 def test_a_python_that_is_too_old_says_so(env: dict[str, str], check: partial[None]) -> None:
-    """A Python before 3.11, which `datetime` tells by the lack of UTC, ends with 78 and says which one is needed."""
-    older = "import datetime, runpy, sys\ndel datetime.UTC\nrunpy.run_path(sys.argv[1], run_name='__main__')"
+    """A Python before 3.11, which `datetime` tells by the lack of UTC, ends with 78 and says which
+    one is needed.
+    """
+    older = (
+        "import datetime, runpy, sys\ndel datetime.UTC\nrunpy.run_path(sys.argv[1], "
+        "run_name='__main__')"
+    )
     command = [sys.executable, "-I", "-c", older, str(script_module.SCRIPT)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == WRONG_CONFIGURATION
-    assert re.fullmatch(r"cannot start: cannot import name 'UTC' .*\nhint: .*Python 3\.11 or newer\n", done.stderr)
+    assert re.fullmatch(
+        r"cannot start: cannot import name 'UTC' .*\nhint: .*Python 3\.11 or newer\n", done.stderr
+    )
     check()

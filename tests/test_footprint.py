@@ -1,4 +1,5 @@
-"""What the daemon costs the node stays what it is: memory, modules and bytes, counted beside a bare process with boto3.
+"""What the daemon costs the node stays what it is: memory, modules and bytes, counted beside a bare
+process with boto3.
 
 The round trips are counted in test_round_trips.py, each one exactly.
 """
@@ -36,11 +37,17 @@ signal.pause()
 
 def kilobytes(pid: int, file: str, name: str) -> int:
     """Return a size that the kernel gives for a process."""
-    return int(re.findall(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)[0])
+    return int(
+        re.findall(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)[
+            0
+        ]
+    )
 
 
 def memory(pid: int) -> int:
-    """Return the memory of a process that it shares with no other, and that is in no file: what it has allocated."""
+    """Return the memory of a process that it shares with no other, and that is in no file: what it
+    has allocated.
+    """
     return kilobytes(pid, "smaps_rollup", "Anonymous")
 
 
@@ -76,12 +83,18 @@ def twin_settings(fake: FakeS3) -> dict[str, str]:
 
 
 @pytest.fixture
-def settings(twin_settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path) -> dict[str, str]:
+def settings(
+    twin_settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path
+) -> dict[str, str]:
     """Return what the daemon needs."""
     return (
         twin_settings
         | installed.environment
-        | {"MONITOR_FILE_PATH": str(lnd.path), "BACKUP_DIRECTORY": str(staging), "S3_BUCKET_NAME": "some-bucket"}
+        | {
+            "MONITOR_FILE_PATH": str(lnd.path),
+            "BACKUP_DIRECTORY": str(staging),
+            "S3_BUCKET_NAME": "some-bucket",
+        }
     )
 
 
@@ -91,9 +104,15 @@ def wait_until_settled(daemon: Daemon) -> None:
 
 
 def test_memory(
-    settings: dict[str, str], twin_settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path
+    settings: dict[str, str],
+    twin_settings: dict[str, str],
+    installed: Installed,
+    lnd: Lnd,
+    staging: Path,
 ) -> None:
-    """Idle and at its peak, the daemon's memory is that part of a bare process's with a boto3 client that it was."""
+    """Idle and at its peak, the daemon's memory is that part of a bare process's with a boto3
+    client that it was.
+    """
     lnd.write()
     with (
         Daemon(settings, installed.command) as daemon,
@@ -109,8 +128,12 @@ def test_memory(
     assert peak <= PEAK * GROWTH_MAX
 
 
-def test_modules(settings: dict[str, str], twin_settings: dict[str, str], installed: Installed, lnd: Lnd) -> None:
-    """Until its first version is stored, the daemon loads as many modules as it did, which is most of its start."""
+def test_modules(
+    settings: dict[str, str], twin_settings: dict[str, str], installed: Installed, lnd: Lnd
+) -> None:
+    """Until its first version is stored, the daemon loads as many modules as it did, which is most
+    of its start.
+    """
     lnd.write()
     told = {"PYTHONPROFILEIMPORTTIME": "1"}
     with (
@@ -124,7 +147,9 @@ def test_modules(settings: dict[str, str], twin_settings: dict[str, str], instal
     assert counts[0] <= counts[1] * MODULES * GROWTH_MAX
 
 
-def test_bytes_of_an_update(settings: dict[str, str], fake: FakeS3, installed: Installed, lnd: Lnd) -> None:
+def test_bytes_of_an_update(
+    settings: dict[str, str], fake: FakeS3, installed: Installed, lnd: Lnd
+) -> None:
     """A version costs its own bytes on the line, and a head of the length that it had."""
     with FaultProxy("127.0.0.1", fake.port) as line, contextlib.ExitStack() as stack:
         through = settings | {"AWS_ENDPOINT_URL_S3": line.endpoint()}
@@ -141,13 +166,17 @@ def test_bytes_of_an_update(settings: dict[str, str], fake: FakeS3, installed: I
 def test_memory_with_many_staged(
     settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
-    """Ten thousand staged versions that cannot be sent cost next to no memory, idle or at its peak."""
+    """Ten thousand staged versions that cannot be sent cost next to no memory, idle or at its
+    peak.
+    """
     lnd.write()
     other = tmp_path / "empty"
     other.mkdir(mode=0o700)
     for number in range(10_000):
         data = channel_backup(0)
-        (staging / f"20260101T000000.{number:06}Z-{hashlib.sha256(data).hexdigest()[-6:]}").write_bytes(data)
+        (
+            staging / f"20260101T000000.{number:06}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
+        ).write_bytes(data)
     with FaultProxy("127.0.0.1", 9) as line:
         line.set("refuse")
         away = settings | {"AWS_ENDPOINT_URL_S3": line.endpoint()}

@@ -78,7 +78,11 @@ EVENTS = {
     0x200: "DELETE",
 }
 IN_ISDIR = 0x40000000
-NAMES = {"channel.backup": "main", "temp-dont-use.backup": "temp", "chan-backup-archives": "archives"}
+NAMES = {
+    "channel.backup": "main",
+    "temp-dont-use.backup": "temp",
+    "chan-backup-archives": "archives",
+}
 
 READ_OLD = ["OPEN main", "ACCESS main", "CLOSE_NOWRITE main"]
 WRITE_TEMP = ["CREATE temp", "OPEN temp", "MODIFY temp", "CLOSE_WRITE temp"]
@@ -128,12 +132,21 @@ def test_an_update_without_archive_has_the_events_of_lnd(tmp_path: Path) -> None
 
 
 def test_an_update_with_archive_has_the_events_of_lnd(tmp_path: Path) -> None:
-    """An update with archive reads the old file twice, the second time between the new file and the rename."""
+    """An update with archive reads the old file twice, the second time between the new file and the
+    rename.
+    """
     lnd = Lnd(tmp_path)
     lnd.write()
     with watched(tmp_path) as events:
         lnd.write()
-        assert events() == [*READ_OLD, *WRITE_TEMP, "OPEN main", "CREATE archives", *READ_OLD[1:], *RENAME]
+        assert events() == [
+            *READ_OLD,
+            *WRITE_TEMP,
+            "OPEN main",
+            "CREATE archives",
+            *READ_OLD[1:],
+            *RENAME,
+        ]
         lnd.write()
         assert events() == [*READ_OLD, *WRITE_TEMP, *READ_OLD, *RENAME]
 
@@ -164,7 +177,9 @@ def test_backups_have_real_sizes_and_never_repeat() -> None:
 
 
 def test_versions_are_recorded_in_order(tmp_path: Path) -> None:
-    """Every version is recorded with its bytes, its hash and rising times; a file merely placed is not."""
+    """Every version is recorded with its bytes, its hash and rising times; a file merely placed is
+    not.
+    """
     lnd = Lnd(tmp_path)
     first, second = lnd.write(channels=3), lnd.write(data=b"x" * 45)
     lnd.place(b"odd")
@@ -194,7 +209,11 @@ def test_reading_leaves_the_fingerprint_and_any_change_alters_it(tmp_path: Path)
     assert {"admin.macaroon", "wallet.db", "channel.backup", "."} == set(before)
     lnd.path.read_bytes()
     assert lnd.fingerprint() == before
-    touches: list[Callable[[], None]] = [lnd.path.touch, lambda: lnd.path.chmod(0o600), (tmp_path / "new").touch]
+    touches: list[Callable[[], None]] = [
+        lnd.path.touch,
+        lambda: lnd.path.chmod(0o600),
+        (tmp_path / "new").touch,
+    ]
     for touch in touches:
         touch()
         assert lnd.fingerprint() != before
@@ -213,7 +232,9 @@ def test_a_wrong_signature_or_an_unknown_key_is_refused(s3: S3Server, bucket: st
     """Whoever does not know the secret can store nothing."""
     user = s3.put_only_user(bucket)
     with pytest.raises(ClientError) as error:
-        s3.client(Credentials(user.access_key, "wrong")).put_object(Bucket=bucket, Key="a", Body=b"")
+        s3.client(Credentials(user.access_key, "wrong")).put_object(
+            Bucket=bucket, Key="a", Body=b""
+        )
     assert code(error) == "SignatureDoesNotMatch"
     with pytest.raises(ClientError) as error:
         s3.client(Credentials("AKIAUNKNOWN", "wrong")).put_object(Bucket=bucket, Key="a", Body=b"")
@@ -221,8 +242,12 @@ def test_a_wrong_signature_or_an_unknown_key_is_refused(s3: S3Server, bucket: st
     assert s3.objects(bucket) == {}
 
 
-def test_a_put_only_user_can_put_below_the_prefix_and_do_nothing_else(s3: S3Server, bucket: str) -> None:
-    """The program's key stores below its prefix; it neither reads, lists nor deletes, nor stores elsewhere."""
+def test_a_put_only_user_can_put_below_the_prefix_and_do_nothing_else(
+    s3: S3Server, bucket: str
+) -> None:
+    """The program's key stores below its prefix; it neither reads, lists nor deletes, nor stores
+    elsewhere.
+    """
     client = s3.client(s3.put_only_user(bucket, "alice/"))
     client.put_object(Bucket=bucket, Key="alice/a", Body=b"data", Metadata={"sha256": "00"})
     forbidden: list[Callable[[], object]] = [
@@ -267,7 +292,9 @@ def test_a_wrong_checksum_is_refused(s3: S3Server, bucket: str) -> None:
 
 
 def test_the_objects_are_read_over_several_pages(s3_http: S3Server) -> None:
-    """All objects below the prefix are returned, also when there are more than a page of them holds."""
+    """All objects below the prefix are returned, also when there are more than a page of them
+    holds.
+    """
     bucket = s3_http.create_bucket()
     paginator = s3_http.admin.get_paginator
     try:
@@ -293,7 +320,9 @@ class _SmallPages:
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_a_server_comes_back_with_its_objects_buckets_and_users(own_s3: S3Server, how: str) -> None:
-    """After an orderly end and after a crash the server is at the same port with all that it held."""
+    """After an orderly end and after a crash the server is at the same port with all that it
+    held.
+    """
     bucket, empty = own_s3.create_bucket(), own_s3.create_bucket()
     user = own_s3.put_only_user(bucket)
     client = make_client("s3", own_s3.endpoint, user)
@@ -305,7 +334,10 @@ def test_a_server_comes_back_with_its_objects_buckets_and_users(own_s3: S3Server
     client.put_object(Bucket=bucket, Key="c", Body=b"data")
     with pytest.raises(ClientError):
         client.list_objects_v2(Bucket=bucket)
-    assert {key: stored.metadata for key, stored in own_s3.objects(bucket).items()} == {"a": {"x": "y"}, "c": {}}
+    assert {key: stored.metadata for key, stored in own_s3.objects(bucket).items()} == {
+        "a": {"x": "y"},
+        "c": {},
+    }
     assert own_s3.objects(empty) == {}
     client.close()
 
@@ -316,7 +348,9 @@ def test_a_suspended_server_answers_when_it_is_resumed(own_s3: S3Server) -> None
     own_s3.suspend()
     done: queue.SimpleQueue[object] = queue.SimpleQueue()
     thread = threading.Thread(
-        target=lambda: done.put(own_s3.admin.put_object(Bucket=bucket, Key="a", Body=b"data")["ETag"])
+        target=lambda: done.put(
+            own_s3.admin.put_object(Bucket=bucket, Key="a", Body=b"data")["ETag"]
+        )
     )
     thread.start()
     with pytest.raises(queue.Empty):
@@ -328,7 +362,11 @@ def test_a_suspended_server_answers_when_it_is_resumed(own_s3: S3Server) -> None
 
 def test_the_server_listens_on_the_loopback_address_alone(s3: S3Server) -> None:
     """The server has one listening socket, on 127.0.0.1."""
-    inodes = {str(entry.readlink()) for entry in Path(f"/proc/{s3.pid}/fd").iterdir() if entry.is_symlink()}
+    inodes = {
+        str(entry.readlink())
+        for entry in Path(f"/proc/{s3.pid}/fd").iterdir()
+        if entry.is_symlink()
+    }
     listening = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{s3.pid}/net/{table}").read_text().splitlines()[1:]:
@@ -375,7 +413,9 @@ def proxy(s3: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def put(s3: S3Server, bucket: str, proxy: FaultProxy) -> Iterator[Callable[[bytes], Any]]:
-    """Return what puts an object through the proxy as the program does: one attempt, no Expect, with MD5."""
+    """Return what puts an object through the proxy as the program does: one attempt, no Expect,
+    with MD5.
+    """
     client = make_client("s3", proxy.endpoint(s3.scheme), s3.put_only_user(bucket), s3.ca_file)
     client.meta.events.register("before-sign.s3.PutObject", _without_expect)
 
@@ -394,8 +434,12 @@ def _without_expect(request: Any, **_: object) -> None:  # noqa: ANN401 - botoco
 
 
 @pytest.mark.parametrize("size", [300, 100_000])
-def test_round_trips_are_counted(s3: S3Server, proxy: FaultProxy, put: Callable[[bytes], Any], size: int) -> None:
-    """A cold put takes two round trips over http and three over https, a warm one takes one, of any size."""
+def test_round_trips_are_counted(
+    s3: S3Server, proxy: FaultProxy, put: Callable[[bytes], Any], size: int
+) -> None:
+    """A cold put takes two round trips over http and three over https, a warm one takes one, of any
+    size.
+    """
     cold = {"http": 2, "https": 3}[s3.scheme]
     modes: list[tuple[Mode, float, float]] = [("pass", 0.0, 0.0), ("latency", 0.03, 0.02)]
     for mode, up, down in modes:
@@ -412,7 +456,9 @@ def test_round_trips_are_counted(s3: S3Server, proxy: FaultProxy, put: Callable[
 
 
 def test_latency_delays_without_slowing_down() -> None:
-    """Many pieces written one after the other arrive together after one delay, not after one delay each."""
+    """Many pieces written one after the other arrive together after one delay, not after one delay
+    each.
+    """
     with FaultProxy(*_echo_address()) as proxy:
         proxy.set("latency", up=0.05, down=0.05)
         with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
@@ -441,8 +487,12 @@ def _echo_address() -> tuple[str, int]:
     return "127.0.0.1", listener.getsockname()[1]
 
 
-def test_refused_and_reset_connections_fail_at_once_and_recover(proxy: FaultProxy, put: Callable[[bytes], Any]) -> None:
-    """A refused connection is not accepted at all, a reset one is, and after either the same port works again."""
+def test_refused_and_reset_connections_fail_at_once_and_recover(
+    proxy: FaultProxy, put: Callable[[bytes], Any]
+) -> None:
+    """A refused connection is not accepted at all, a reset one is, and after either the same port
+    works again.
+    """
     proxy.set("refuse")
     with pytest.raises(EndpointConnectionError):
         put(b"data")
@@ -467,8 +517,12 @@ def test_a_black_hole_accepts_and_says_nothing(proxy: FaultProxy) -> None:
             connection.recv(1)
 
 
-def test_open_connections_can_be_cut_and_frozen(s3: S3Server, proxy: FaultProxy, put: Callable[[bytes], Any]) -> None:
-    """A cut connection fails at its next use or is opened anew, a frozen one takes bytes and never answers."""
+def test_open_connections_can_be_cut_and_frozen(
+    s3: S3Server, proxy: FaultProxy, put: Callable[[bytes], Any]
+) -> None:
+    """A cut connection fails at its next use or is opened anew, a frozen one takes bytes and never
+    answers.
+    """
     put(b"data")
     proxy.cut_all()
     put(b"data")
@@ -483,7 +537,9 @@ def test_open_connections_can_be_cut_and_frozen(s3: S3Server, proxy: FaultProxy,
     assert s3.port != proxy.port
 
 
-@pytest.mark.parametrize(("mode", "end"), [("rst_after_up", ConnectionResetError), ("stall_after_up", TimeoutError)])
+@pytest.mark.parametrize(
+    ("mode", "end"), [("rst_after_up", ConnectionResetError), ("stall_after_up", TimeoutError)]
+)
 def test_a_reset_or_stall_comes_after_so_many_bytes(mode: Mode, end: type[OSError]) -> None:
     """The server gets exactly the first bytes, and then a reset, or nothing at all."""
     with (
@@ -536,7 +592,9 @@ def test_a_throttled_line_is_slow(proxy: FaultProxy, put: Callable[[bytes], Any]
 
 
 @pytest.mark.parametrize("scheme", ["http"])
-def test_a_corrupted_body_is_refused(s3: S3Server, bucket: str, proxy: FaultProxy, put: Callable[[bytes], Any]) -> None:
+def test_a_corrupted_body_is_refused(
+    s3: S3Server, bucket: str, proxy: FaultProxy, put: Callable[[bytes], Any]
+) -> None:
     """A bit that flips on the way makes S3 refuse the object; the line is good again afterwards."""
     proxy.set("corrupt")
     for _ in range(2):
@@ -575,7 +633,9 @@ def test_an_unreachable_server_resets_the_client() -> None:
 
 
 def test_a_connection_of_the_last_moment_leaves_nothing_open() -> None:
-    """A client that the proxy sees when it is about to end is cut off, and nothing is left undone."""
+    """A client that the proxy sees when it is about to end is cut off, and nothing is left
+    undone.
+    """
     busy, free = threading.Event(), threading.Event()
 
     def be_busy() -> None:
@@ -632,7 +692,9 @@ def test_a_scripted_error_comes_once(answer: Answer) -> None:
 
 
 def test_scripted_oddities() -> None:
-    """Success without ETag, a portal's page, a redirect and a dropped connection are as they are named."""
+    """Success without ETag, a portal's page, a redirect and a dropped connection are as they are
+    named.
+    """
     with FakeS3(answers.NO_ETAG, answers.PORTAL_WITH_ETAG) as fake, fake_client(fake) as client:
         assert "ETag" not in client.put_object(Bucket="bucket", Key="a", Body=b"data")
         portal = client.put_object(Bucket="bucket", Key="a", Body=b"data")
@@ -651,10 +713,14 @@ def test_scripted_oddities() -> None:
 
 
 def test_answers_can_be_held_back() -> None:
-    """A held answer comes when it is released, and leaving the block releases and cuts everything."""
+    """A held answer comes when it is released, and leaving the block releases and cuts
+    everything.
+    """
     with FakeS3(hold=True) as fake, fake_client(fake) as client:
         done: queue.SimpleQueue[object] = queue.SimpleQueue()
-        thread = threading.Thread(target=lambda: done.put(client.put_object(Bucket="bucket", Key="a", Body=b"")))
+        thread = threading.Thread(
+            target=lambda: done.put(client.put_object(Bucket="bucket", Key="a", Body=b""))
+        )
         thread.start()
         fake.wait_for_requests(1)
         assert done.empty()
@@ -670,7 +736,9 @@ def test_answers_can_be_held_back() -> None:
 
 
 def test_a_client_that_is_gone_before_it_is_accepted_leaves_nothing_open() -> None:
-    """A connection that was reset before the server took it is closed, and the next one is served."""
+    """A connection that was reset before the server took it is closed, and the next one is
+    served.
+    """
     authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     trusting = ssl.create_default_context()
@@ -723,8 +791,12 @@ def test_the_program_runs_with_a_scrubbed_environment(monkeypatch: pytest.Monkey
     assert os.environ["HOME"] not in environment.split('"HOME": ')[1].split(",")[0]
 
 
-def test_all_that_was_written_is_read_however_slow_the_reader_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was written, or sent to systemd, before one asks is in the answer, though the thread has read nothing."""
+def test_all_that_was_written_is_read_however_slow_the_reader_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was written, or sent to systemd, before one asks is in the answer, though the thread has
+    read nothing.
+    """
     woken, follow = threading.Event(), script_module._Text._follow  # noqa: SLF001 - what the thread does
 
     def wait_and_follow(text: script_module._Text) -> None:
@@ -752,7 +824,9 @@ def test_all_that_was_written_is_read_however_slow_the_reader_is(monkeypatch: py
 
 @pytest.mark.usefixtures("_program")
 def test_the_log_of_a_running_program_can_be_waited_for() -> None:
-    """What the program writes and tells systemd can be waited for while it runs, and its end as well."""
+    """What the program writes and tells systemd can be waited for while it runs, and its end as
+    well.
+    """
     with NotifySocket() as notify, Script({"NOTIFY_SOCKET": notify.path}, "stay") as script:
         assert script.wait_for_log(r"^line (\d)$", count=3)[1] == "2"
         notify.wait_for("^READY=1$")
@@ -782,7 +856,9 @@ def test_a_program_left_running_is_killed() -> None:
 
 
 class Kept:
-    """A world in which nothing is lost: two versions stored, the last one staged as well as stored."""
+    """A world in which nothing is lost: two versions stored, the last one staged as well as
+    stored.
+    """
 
     def __init__(self, s3: S3Server, bucket: str, lnd: Lnd, staging: Path) -> None:
         """Let LND write three versions, and keep them as the program does."""
@@ -797,7 +873,9 @@ class Kept:
         """Return the name of a version captured at that second."""
         return f"20261120T2155{number:02}.123456Z-{version.sha256[-6:]}"
 
-    def store(self, version: Written, number: int, data: bytes | None = None, **metadata: str) -> None:
+    def store(
+        self, version: Written, number: int, data: bytes | None = None, **metadata: str
+    ) -> None:
         """Put a version, or other bytes under its name, into the bucket."""
         self.s3.admin.put_object(
             Bucket=self.bucket,
@@ -815,7 +893,9 @@ class Kept:
 
     def remove(self, number: int) -> None:
         """Delete a version from the bucket."""
-        self.s3.admin.delete_object(Bucket=self.bucket, Key="alice/" + self.name(self.written[number], number))
+        self.s3.admin.delete_object(
+            Bucket=self.bucket, Key="alice/" + self.name(self.written[number], number)
+        )
 
     def check(self, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         """Hold everything to the invariant."""
@@ -829,7 +909,9 @@ def kept(s3_http: S3Server, lnd: Lnd, staging: Path) -> Kept:
 
 
 def test_the_invariant_holds_where_nothing_is_lost(kept: Kept) -> None:
-    """Versions that are stored, staged or both satisfy the invariant, and so do those after an orderly upload."""
+    """Versions that are stored, staged or both satisfy the invariant, and so do those after an
+    orderly upload.
+    """
     kept.check()
     kept.store(kept.written[2], 2)
     kept.check()
@@ -838,7 +920,9 @@ def test_the_invariant_holds_where_nothing_is_lost(kept: Kept) -> None:
 
 
 def test_a_lost_version_is_found_unless_it_was_replaced(kept: Kept) -> None:
-    """A version in neither place is lost, except one that is named as replaced; the last one never is."""
+    """A version in neither place is lost, except one that is named as replaced; the last one never
+    is.
+    """
     kept.remove(1)
     with pytest.raises(AssertionError, match=r"version 1 of 3 is lost: <0 channels, 45 bytes"):
         kept.check()
@@ -852,13 +936,19 @@ def test_a_lost_version_is_found_unless_it_was_replaced(kept: Kept) -> None:
 
 
 def test_second_names_are_found_unless_they_are_refreshes(kept: Kept) -> None:
-    """The same bytes under two names are a duplicate, in either place, unless so many refreshes took place."""
+    """The same bytes under two names are a duplicate, in either place, unless so many refreshes
+    took place.
+    """
     kept.store(kept.written[2], 3)
-    with pytest.raises(AssertionError, match="1 second names for the same bytes, where 0 are allowed"):
+    with pytest.raises(
+        AssertionError, match="1 second names for the same bytes, where 0 are allowed"
+    ):
         kept.check()
     kept.check(refreshes=1)
     kept.stage(kept.written[2], 4)
-    with pytest.raises(AssertionError, match="2 second names for the same bytes, where 1 are allowed"):
+    with pytest.raises(
+        AssertionError, match="2 second names for the same bytes, where 1 are allowed"
+    ):
         kept.check(refreshes=1)
     kept.check(refreshes=None)
 
@@ -867,7 +957,9 @@ def test_foreign_names_are_left_out(kept: Kept) -> None:
     """What others left is a violation until it is named."""
     (kept.staging / "notes.txt").touch(mode=0o600)
     kept.s3.admin.put_object(Bucket=kept.bucket, Key="alice/other/key", Body=b"")
-    with pytest.raises(AssertionError, match=r"alice/other/key does not have.*\n(.*\n)*.*notes.txt does not have"):
+    with pytest.raises(
+        AssertionError, match=r"alice/other/key does not have.*\n(.*\n)*.*notes.txt does not have"
+    ):
         kept.check()
     kept.check(foreign={"notes.txt", "other/key"})
 
@@ -901,7 +993,10 @@ VIOLATIONS: dict[str, tuple[Callable[[Kept], object], str]] = {
         lambda kept: (kept.staging / "20261120T215558.123456Z-a1b2c3.tmp").touch(mode=0o600),
         "does not have the name of a version",
     ),
-    "staged link": (lambda kept: (kept.staging / ".link").symlink_to(kept.lnd.path), "is not a regular file"),
+    "staged link": (
+        lambda kept: (kept.staging / ".link").symlink_to(kept.lnd.path),
+        "is not a regular file",
+    ),
     "staging open": (lambda kept: kept.staging.chmod(0o750), "has mode 0750, not 0700"),
     "staged open": (lambda kept: (kept.staging / ".state").chmod(0o644), "has mode 0644, not 0600"),
     "bytes unknown": (lambda kept: kept.store(_unwritten(), 3), "that were never a version"),
@@ -919,10 +1014,14 @@ def test_each_violation_is_found(kept: Kept, violation: str) -> None:
 
 
 def test_a_placed_file_may_be_kept_but_need_not(kept: Kept) -> None:
-    """A file that was placed at LND's path satisfies the invariant whether it was backed up or not."""
+    """A file that was placed at LND's path satisfies the invariant whether it was backed up or
+    not.
+    """
     kept.lnd.place(b"x" * 100)
     kept.check()
-    placed = Written(b"x" * 100, hashlib.sha256(b"x" * 100).hexdigest(), 0, 0.0, kept.written[0].wall)
+    placed = Written(
+        b"x" * 100, hashlib.sha256(b"x" * 100).hexdigest(), 0, 0.0, kept.written[0].wall
+    )
     kept.store(placed, 3)
     kept.check()
 

@@ -45,12 +45,18 @@ FIELDS = {"key", "name", "captured_at", "stored_at", "size_bytes", "empty"}
 MARKS = ("no channels", "much smaller than the one before", "named later than stored")
 
 
-def put(server: S3Server, bucket: str, at: datetime, data: bytes | int = 10, prefix: str = "alice/") -> str:
-    """Store a version, of a number of channels if no bytes are given, captured at this time, and return its name."""
+def put(
+    server: S3Server, bucket: str, at: datetime, data: bytes | int = 10, prefix: str = "alice/"
+) -> str:
+    """Store a version, of a number of channels if no bytes are given, captured at this time, and
+    return its name.
+    """
     data = channel_backup(data) if isinstance(data, int) else data
     digest = hashlib.sha256(data).hexdigest()
     name = f"{at:%Y%m%dT%H%M%S.%f}Z-{digest[-6:]}"
-    server.admin.put_object(Bucket=bucket, Key=prefix + name, Body=data, Metadata={"sha256": digest})
+    server.admin.put_object(
+        Bucket=bucket, Key=prefix + name, Body=data, Metadata={"sha256": digest}
+    )
     return name
 
 
@@ -95,13 +101,17 @@ def on_terminal(env: dict[str, str], home: Path, *args: str) -> str:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_newest_first(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Versions are listed newest first, over http and over https, whatever the order in which they were stored."""
+    """Versions are listed newest first, over http and over https, whatever the order in which they
+    were stored.
+    """
     names = [put(s3, bucket, NOON + HOUR * hours) for hours in (1, 3, 0, 2)]
     assert [row["name"] for row in listed(reader)] == sorted(names, reverse=True)
 
 
 def test_a_year_ahead_is_not_the_newest(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """A version named a year ahead stands where S3's own time puts it, and is marked; one named in time is not."""
+    """A version named a year ahead stands where S3's own time puts it, and is marked; one named in
+    time is not.
+    """
     ahead = put(s3, bucket, datetime.now(UTC) + YEAR)
     time.sleep(1.1)  # S3's own time is told in seconds
     latest, old = put(s3, bucket, datetime.now(UTC)), put(s3, bucket, NOON)
@@ -114,16 +124,23 @@ def test_no_channels_are_marked(s3: S3Server, bucket: str, reader: dict[str, str
     put(s3, bucket, NOON)
     empty = put(s3, bucket, NOON + HOUR, 0)
     lines = plain(reader)
-    assert [(MARKS[0] in line, MARKS[1] in line) for line in lines] == [(True, False), (False, False)]
+    assert [(MARKS[0] in line, MARKS[1] in line) for line in lines] == [
+        (True, False),
+        (False, False),
+    ]
     assert empty in lines[0]
     assert [row["empty"] for row in listed(reader)] == [True, False]
 
 
-@pytest.mark.parametrize(("size", "is_marked"), [(500, False), (499, True), (1000, False), (1001, False)])
+@pytest.mark.parametrize(
+    ("size", "is_marked"), [(500, False), (499, True), (1000, False), (1001, False)]
+)
 def test_much_smaller_is_marked(
     s3: S3Server, bucket: str, reader: dict[str, str], size: int, *, is_marked: bool
 ) -> None:
-    """A version of less than half the size of the one before is marked, and one of half the size is not."""
+    """A version of less than half the size of the one before is marked, and one of half the size is
+    not.
+    """
     put(s3, bucket, NOON, os.urandom(1000))
     put(s3, bucket, NOON + HOUR, os.urandom(size))
     assert [MARKS[1] in line for line in plain(reader)] == [is_marked, False]
@@ -132,7 +149,9 @@ def test_much_smaller_is_marked(
 def test_much_smaller_is_seen_past_a_version_without_channels(
     s3: S3Server, bucket: str, reader: dict[str, str]
 ) -> None:
-    """What LND writes after a recovery is held against the last version that held channels before it."""
+    """What LND writes after a recovery is held against the last version that held channels before
+    it.
+    """
     for hours, channels in enumerate((10, 0, 1)):
         put(s3, bucket, NOON + HOUR * hours, channels)
     assert [row["marks"] for row in listed(reader)] == [[MARKS[1]], [MARKS[0]], []]
@@ -142,13 +161,20 @@ def test_much_smaller_is_seen_past_a_version_without_channels(
 
 
 def test_others_are_counted(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Foreign files and the prefixes of other nodes, above and below, are counted or left out, and never shown."""
+    """Foreign files and the prefixes of other nodes, above and below, are counted or left out, and
+    never shown.
+    """
     name = put(s3, bucket, NOON)
     put(s3, bucket, NOON, prefix="bob/")
     put(s3, bucket, NOON, prefix="alice/regtest/")
     put(s3, bucket, NOON + HOUR, prefix="alice/regtest/")
     put(s3, bucket, NOON, prefix="alice")
-    for key in ("alice/readme.txt", "alice/20260230T000000.000000Z-a1b2c3", "alice/20260301T120000Z-a1b2c3", "alice/"):
+    for key in (
+        "alice/readme.txt",
+        "alice/20260230T000000.000000Z-a1b2c3",
+        "alice/20260301T120000Z-a1b2c3",
+        "alice/",
+    ):
         s3.admin.put_object(Bucket=bucket, Key=key, Body=b"foreign")
     done = run_script(reader, "list", "--json")
     assert [row["name"] for row in json.loads(done.stdout)] == [name]
@@ -171,8 +197,12 @@ def test_an_empty_prefix(s3: S3Server, bucket: str, reader: dict[str, str]) -> N
     assert [row["key"] for row in listed(reader | {"S3_BACKUP_PREFIX": ""})] == [name]
 
 
-def test_what_a_delete_marker_hides_is_not_shown(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """In a bucket with versioning the list shows what the bucket shows: not what a delete marker hides."""
+def test_what_a_delete_marker_hides_is_not_shown(
+    s3: S3Server, bucket: str, reader: dict[str, str]
+) -> None:
+    """In a bucket with versioning the list shows what the bucket shows: not what a delete marker
+    hides.
+    """
     s3.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     kept, hidden = put(s3, bucket, NOON), put(s3, bucket, NOON + HOUR)
     s3.admin.delete_object(Bucket=bucket, Key=f"alice/{hidden}")
@@ -183,26 +213,41 @@ def test_what_a_delete_marker_hides_is_not_shown(s3: S3Server, bucket: str, read
 
 
 def test_json(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Each element tells key, name, size, whether it is empty, and both times in ISO 8601 and UTC."""
+    """Each element tells key, name, size, whether it is empty, and both times in ISO 8601 and
+    UTC.
+    """
     name = put(s3, bucket, NOON + timedelta(microseconds=123456), os.urandom(1234))
     before = datetime.now(UTC)
     (row,) = listed(reader)
     assert row.keys() >= FIELDS
-    assert (row["key"], row["name"], row["size_bytes"], row["empty"]) == (f"alice/{name}", name, 1234, False)
-    captured, stored = (datetime.fromisoformat(row[field]) for field in ("captured_at", "stored_at"))
+    assert (row["key"], row["name"], row["size_bytes"], row["empty"]) == (
+        f"alice/{name}",
+        name,
+        1234,
+        False,
+    )
+    captured, stored = (
+        datetime.fromisoformat(row[field]) for field in ("captured_at", "stored_at")
+    )
     assert captured == NOON + timedelta(microseconds=123456)
     assert (captured.utcoffset(), stored.utcoffset()) == (timedelta(0), timedelta(0))
     assert abs(stored - before) < timedelta(seconds=30)
 
 
-def test_json_beside_a_terminal(s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path) -> None:
+def test_json_beside_a_terminal(
+    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
+) -> None:
     """`--json` is JSON on a terminal, too."""
     name = put(s3, bucket, NOON)
-    assert [row["name"] for row in json.loads(on_terminal(reader, tmp_path, "list", "--json"))] == [name]
+    assert [row["name"] for row in json.loads(on_terminal(reader, tmp_path, "list", "--json"))] == [
+        name
+    ]
 
 
 def test_plain_in_a_pipe(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Into a pipe goes one line for each version, its fields separated by tabs, without escape sequences."""
+    """Into a pipe goes one line for each version, its fields separated by tabs, without escape
+    sequences.
+    """
     name = put(s3, bucket, NOON, os.urandom(1234))
     (line,) = plain(reader)
     assert line.isascii()
@@ -213,8 +258,12 @@ def test_plain_in_a_pipe(s3: S3Server, bucket: str, reader: dict[str, str]) -> N
     assert datetime.fromisoformat(fields[1]) == NOON
 
 
-def test_a_terminal_of_80_columns(s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path) -> None:
-    """On a terminal every line fits 80 columns, marks and large sizes included, and ages are told in words."""
+def test_a_terminal_of_80_columns(
+    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
+) -> None:
+    """On a terminal every line fits 80 columns, marks and large sizes included, and ages are told
+    in words.
+    """
     names = [
         put(s3, bucket, NOON - 30 * YEAR),
         put(s3, bucket, datetime.now(UTC) - 3 * HOUR, os.urandom(12_345_678)),
@@ -227,10 +276,19 @@ def test_a_terminal_of_80_columns(s3: S3Server, bucket: str, reader: dict[str, s
     assert all(mark in seen for mark in MARKS[1:])
 
 
-def test_foreign_keys_cannot_forge_lines(s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path) -> None:
-    """Keys and prefixes with control characters, whoever made them, reach neither the terminal nor the log."""
+def test_foreign_keys_cannot_forge_lines(
+    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
+) -> None:
+    """Keys and prefixes with control characters, whoever made them, reach neither the terminal nor
+    the log.
+    """
     name = put(s3, bucket, NOON)
-    for key in (f"alice/{name}\n", f"alice/{name}\x1b[31m", "alice/\x1b]0;title\x07/x", "alice/\u202egnp"):
+    for key in (
+        f"alice/{name}\n",
+        f"alice/{name}\x1b[31m",
+        "alice/\x1b]0;title\x07/x",
+        "alice/\u202egnp",
+    ):
         s3.admin.put_object(Bucket=bucket, Key=key, Body=b"foreign")
     done = run_script(reader, "list")
     seen = done.stdout + done.stderr + on_terminal(reader, tmp_path, "list").replace("\r\n", "\n")
@@ -242,7 +300,9 @@ def test_foreign_keys_cannot_forge_lines(s3: S3Server, bucket: str, reader: dict
 @pytest.mark.parametrize("answer", ["key", "message"])
 def test_answers_cannot_forge_lines(reader: dict[str, str], answer: str) -> None:
     """What S3 says, be it a key or an error, is escaped before it is shown."""
-    evil = "evil%1B%5B31m%0Ahint: run this" if answer == "key" else "evil&#27;[31m&#10;hint: run this"
+    evil = (
+        "evil%1B%5B31m%0Ahint: run this" if answer == "key" else "evil&#27;[31m&#10;hint: run this"
+    )
     document = (
         '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name><Prefix>alice/</Prefix>'
         "<KeyCount>1</KeyCount><MaxKeys>1000</MaxKeys><EncodingType>url</EncodingType><IsTruncated>false</IsTruncated>"
@@ -251,10 +311,16 @@ def test_answers_cannot_forge_lines(reader: dict[str, str], answer: str) -> None
         if answer == "key"
         else f"<Error><Code>InvalidArgument</Code><Message>{evil}</Message></Error>"
     )
-    with FakeS3(defaults={"GET": answers.Answer(200 if answer == "key" else 400, body=document.encode())}) as fake:
+    with FakeS3(
+        defaults={"GET": answers.Answer(200 if answer == "key" else 400, body=document.encode())}
+    ) as fake:
         done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "list")
     assert done.returncode == (0 if answer == "key" else 1)
-    assert all(character.isprintable() for character in done.stdout + done.stderr if character not in "\n\t")
+    assert all(
+        character.isprintable()
+        for character in done.stdout + done.stderr
+        if character not in "\n\t"
+    )
     assert "\nhint: run this" not in done.stderr
 
 
@@ -262,7 +328,9 @@ def test_answers_cannot_forge_lines(reader: dict[str, str], answer: str) -> None
 
 
 def plant(server: S3Server, bucket: str, count: int) -> list[str]:
-    """Put versions where a server that does not run yet keeps them, which is fast, and return their names in order."""
+    """Put versions where a server that does not run yet keeps them, which is fast, and return their
+    names in order.
+    """
     directory = server.directory / "s3/000000000000" / bucket / "alice"
     directory.mkdir(parents=True)
     names = []
@@ -284,7 +352,9 @@ def plant(server: S3Server, bucket: str, count: int) -> list[str]:
 
 
 def test_thousands_of_versions(tmp_path: Path, prefix: str) -> None:
-    """All of 2,500 versions are listed in order, page by page, and the newest of them is restored."""
+    """All of 2,500 versions are listed in order, page by page, and the newest of them is
+    restored.
+    """
     server, bucket = S3Server(tmp_path / "s3"), "crowded"
     names = plant(server, bucket, CROWD)
     with server:
@@ -313,7 +383,9 @@ def test_a_reader_that_goes_away(
         check=True,
     )
     assert "using endpoint" in done.stderr
-    assert not any(text in done.stderr for text in ("Traceback", "BrokenPipe", "fault of this program"))
+    assert not any(
+        text in done.stderr for text in ("Traceback", "BrokenPipe", "fault of this program")
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["lines", "json"])
@@ -340,7 +412,9 @@ def test_a_list_that_cannot_be_printed(
 
 
 def test_a_put_only_key(s3: S3Server, bucket: str, prefix: str) -> None:
-    """A key that may only put is exit 1 with the permission that is missing and the statement to add."""
+    """A key that may only put is exit 1 with the permission that is missing and the statement to
+    add.
+    """
     env = reader_settings(s3, bucket, prefix, s3.put_only_user(bucket, prefix))
     done = run_script(env, "list")
     assert (done.returncode, done.stdout) == (1, "")
@@ -368,8 +442,12 @@ def test_s3_refuses_connections(reader: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_s3_does_not_answer(s3: S3Server, reader: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path) -> None:
-    """Exit 75 within a minute, from `list`, `check` and `restore`, when connections are accepted and never answered."""
+def test_s3_does_not_answer(
+    s3: S3Server, reader: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path
+) -> None:
+    """Exit 75 within a minute, from `list`, `check` and `restore`, when connections are accepted
+    and never answered.
+    """
     lnd.write()
     with FaultProxy(s3.host, s3.port) as proxy, ThreadPoolExecutor(3) as pool:
         proxy.set("blackhole")
@@ -409,7 +487,9 @@ def test_a_captive_portal_is_no_empty_bucket(reader: dict[str, str]) -> None:
     ids=["slow", "internal", "clock", "dropped", "expired", "region"],
 )
 def test_errors_of_s3(reader: dict[str, str], answer: answers.Answer, code: int) -> None:
-    """What trying again may help is exit 75, what it will not is exit 1, each with something to do."""
+    """What trying again may help is exit 75, what it will not is exit 1, each with something to
+    do.
+    """
     with FakeS3(defaults={"GET": answer}) as fake:
         done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "list")
     assert (done.returncode, done.stdout) == (code, "")
@@ -454,12 +534,16 @@ def test_a_missing_bucket(s3: S3Server, prefix: str) -> None:
     ],
     ids=["empty", "tilde", "nowhere", "impossible", "reporting"],
 )
-def test_the_node_is_not_needed(s3: S3Server, bucket: str, reader: dict[str, str], node: dict[str, str]) -> None:
+def test_the_node_is_not_needed(
+    s3: S3Server, bucket: str, reader: dict[str, str], node: dict[str, str]
+) -> None:
     """The node's settings may be absent, empty or wrong; nothing is said of them."""
     name = put(s3, bucket, NOON)
     done = run_script(reader | node, "list", "--json")
     assert [row["name"] for row in json.loads(done.stdout)] == [name]
-    assert not any(text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere"))
+    assert not any(
+        text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere")
+    )
 
 
 def test_a_wrong_bucket_name(reader: dict[str, str]) -> None:
@@ -469,7 +553,9 @@ def test_a_wrong_bucket_name(reader: dict[str, str]) -> None:
     assert "S3_BUCKET_NAME" in done.stderr
 
 
-def test_an_env_file_is_enough(s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path) -> None:
+def test_an_env_file_is_enough(
+    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
+) -> None:
     """Everything may come from one file, as a new user keeps it."""
     name = put(s3, bucket, NOON)
     file = tmp_path / "reader.env"

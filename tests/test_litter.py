@@ -1,4 +1,6 @@
-"""Whatever lies around in the staging directory: `once` neither fails for it, nor sends it, nor touches it."""
+"""Whatever lies around in the staging directory: `once` neither fails for it, nor sends it, nor
+touches it.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,19 @@ def version_name(data: bytes, moment: str) -> bytes:
     return f"{moment}-{hashlib.sha256(data).hexdigest()[-6:]}".encode()
 
 
-odd_names = st.binary(min_size=1, max_size=80).map(lambda name: name.replace(b"/", b"_").replace(b"\0", b"_"))
-odd_names |= st.sampled_from([b"\n", b"-rf", b" ", b"*", b"\xff\xfe", b"channel.backup", b"x" * 255, b"\x1b[2J"])
+odd_names = st.binary(min_size=1, max_size=80).map(
+    lambda name: name.replace(b"/", b"_").replace(b"\0", b"_")
+)
+odd_names |= st.sampled_from(
+    [b"\n", b"-rf", b" ", b"*", b"\xff\xfe", b"channel.backup", b"x" * 255, b"\x1b[2J"]
+)
 odd_names |= st.sampled_from([b".receipt~", b".lock.1", b".damaged-", b"notes.txt", b"..."])
-contents = st.binary(max_size=100) | st.just(b"{}") | st.just(b'{"name": 1}') | st.binary(min_size=400, max_size=500)
+contents = (
+    st.binary(max_size=100)
+    | st.just(b"{}")
+    | st.just(b'{"name": 1}')
+    | st.binary(min_size=400, max_size=500)
+)
 
 
 @st.composite
@@ -44,9 +55,15 @@ def things(draw: st.DrawFn) -> list[Thing]:
     for kind in draw(st.lists(st.sampled_from(KINDS), min_size=5, max_size=40)):
         data = draw(contents)
         moment = draw(st.sampled_from([EARLIER, LATER, IMPOSSIBLE]))
-        name = draw(odd_names | st.just(version_name(data, moment)) | st.just(version_name(data + b"?", moment)))
+        name = draw(
+            odd_names
+            | st.just(version_name(data, moment))
+            | st.just(version_name(data + b"?", moment))
+        )
         found[name] = Thing(name, kind, data)
-    for own in draw(st.lists(st.sampled_from([b".receipt", b".partial-x", b".partial-.receipt"]), unique=True)):
+    for own in draw(
+        st.lists(st.sampled_from([b".receipt", b".partial-x", b".partial-.receipt"]), unique=True)
+    ):
         found[own] = Thing(own, "file", draw(contents))
     return [thing for name, thing in found.items() if name not in (b".", b"..", b".lock")]
 
@@ -70,7 +87,9 @@ def put(directory: Path, thing: Thing) -> None:
 
 
 def identity(path: str) -> tuple[int, ...]:
-    """Return what any change to the thing itself would alter; the name and the link count are left out."""
+    """Return what any change to the thing itself would alter; the name and the link count are left
+    out.
+    """
     status = os.lstat(path)
     return status.st_ino, status.st_mode, status.st_uid, status.st_size, status.st_mtime_ns
 
@@ -84,7 +103,9 @@ def is_version(thing: Thing) -> bool:
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(things())
 def test_once_is_not_bothered(lying: list[Thing]) -> None:
-    """`once` sends LND's version and the true staged ones, nothing else, and leaves every other thing as it is."""
+    """`once` sends LND's version and the true staged ones, nothing else, and leaves every other
+    thing as it is.
+    """
     with tempfile.TemporaryDirectory() as name, FakeS3() as fake:
         directory = Path(name, "staging")
         directory.mkdir(mode=0o700)
@@ -94,16 +115,22 @@ def test_once_is_not_bothered(lying: list[Thing]) -> None:
         for thing in lying:
             put(directory, thing)
         before = {thing.name: identity(f"{directory}/{os.fsdecode(thing.name)}") for thing in lying}
-        done = run_script(settings_at(fake.endpoint, lnd, directory, bucket="bucket", prefix=""), "once")
+        done = run_script(
+            settings_at(fake.endpoint, lnd, directory, bucket="bucket", prefix=""), "once"
+        )
         after = {identity(entry.path) for entry in os.scandir(directory)}
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         assert "\x1b" not in done.stderr
         versions = {thing.name: thing.data for thing in lying if is_version(thing)}
         for thing in lying:
-            if thing.name not in versions and not thing.name.startswith((b".receipt", b".partial-")):
+            if thing.name not in versions and not thing.name.startswith(
+                (b".receipt", b".partial-")
+            ):
                 assert before[thing.name] in after, f"{thing} is not as it was"
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         sent = {key: entry.data for key, entry in fake.objects("bucket").items()}
         assert {os.fsdecode(name): data for name, data in versions.items()}.items() <= sent.items()
-        assert [data for key, data in sent.items() if key.encode() not in versions] == [lnd.written[-1].data]
+        assert [data for key, data in sent.items() if key.encode() not in versions] == [
+            lnd.written[-1].data
+        ]

@@ -1,4 +1,6 @@
-"""S3 fails in every way that it, and the line to it, can fail: the log says why, capture goes on, and all is sent."""
+"""S3 fails in every way that it, and the line to it, can fail: the log says why, capture goes on,
+and all is sent.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trustme
-from kit import Answer, Daemon, FakeS3, FaultProxy, Lnd, Mode, Request, assert_nothing_lost, channel_backup, settings_at
+from kit import (
+    Answer,
+    Daemon,
+    FakeS3,
+    FaultProxy,
+    Lnd,
+    Mode,
+    Request,
+    assert_nothing_lost,
+    channel_backup,
+    settings_at,
+)
 from kit import fake_s3 as answers
 
 if TYPE_CHECKING:
@@ -24,7 +37,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.unmeasured
 
 AWAY_STAGED = 10_000
-# One attempt lasts half a second instead of half a minute; names are resolved unless a file says that they are not.
+# One attempt lasts half a second instead of half a minute; names are resolved unless a file says
+# that they are not.
 LAUNCHER = """
 import importlib.util, os, socket, sys
 spec = importlib.util.spec_from_file_location("program", SCRIPT)
@@ -46,7 +60,9 @@ class Outage:
     """S3 behind a line: both fail on demand, and are well again on demand."""
 
     def __init__(self, directory: Path, scheme: str) -> None:
-        """Make the servers; the second one has a certificate from an authority that nobody trusts."""
+        """Make the servers; the second one has a certificate from an authority that nobody
+        trusts.
+        """
         self.scheme = scheme
         self.dns_is_dead = directory / "dns-is-dead"
         self.ca_file = directory / "ca.pem"
@@ -93,7 +109,9 @@ class Outage:
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to fail: how it begins, and a pattern for the log that says so, and one for the hint."""
+    """One way to fail: how it begins, and a pattern for the log that says so, and one for the
+    hint.
+    """
 
     begin: Callable[[Outage], None]
     says: str
@@ -115,7 +133,9 @@ FAULTS = {
     "refused": Fault(_line("refuse"), "Could not connect.*refused"),
     "black-holed": Fault(_line("blackhole"), "timed? ?out|given up"),
     "reset at once": Fault(_line("rst"), "reset by peer|Connection was closed|SSL"),
-    "reset in mid-body": Fault(_line("rst_after_up", n=4000), "reset by peer|Connection was closed|SSL|Broken pipe"),
+    "reset in mid-body": Fault(
+        _line("rst_after_up", n=4000), "reset by peer|Connection was closed|SSL|Broken pipe"
+    ),
     "stalled in mid-body": Fault(_line("stall_after_up", n=4000), "timed? ?out|given up"),
     "answers lost": Fault(_line("swallow_response"), "timed? ?out|given up"),
     "a byte per second": Fault(_line("throttle", bps=1), "timed? ?out|given up"),
@@ -124,15 +144,21 @@ FAULTS = {
     "slow down": Fault(_answer(answers.SLOW_DOWN), "SlowDown"),
     "another region": Fault(_answer(answers.WRONG_REGION), "PermanentRedirect.*301", "AWS_REGION"),
     "expired": Fault(_answer(answers.EXPIRED_TOKEN), "ExpiredToken.*403", "check the access key"),
-    "revoked": Fault(_answer(answers.UNKNOWN_KEY), "InvalidAccessKeyId.*403", "check the access key"),
+    "revoked": Fault(
+        _answer(answers.UNKNOWN_KEY), "InvalidAccessKeyId.*403", "check the access key"
+    ),
     "denied": Fault(_answer(answers.ACCESS_DENIED), "AccessDenied.*403", "s3:PutObject"),
     "skewed": Fault(_answer(answers.CLOCK_SKEW), "RequestTimeTooSkewed.*403", "set the clock"),
     "bucket gone": Fault(_answer(answers.NO_SUCH_BUCKET), "NoSuchBucket.*404", "check the bucket"),
     "bit flipped": Fault(_answer(Answer(400, "BadDigest")), "BadDigest.*400"),
     "captive portal": Fault(_answer(answers.PORTAL), "the answer is no receipt", "captive portal"),
-    "portal with an ETag": Fault(_answer(answers.PORTAL_WITH_ETAG), "the answer is no receipt", "captive portal"),
+    "portal with an ETag": Fault(
+        _answer(answers.PORTAL_WITH_ETAG), "the answer is no receipt", "captive portal"
+    ),
     "resolver dead": Fault(Outage.resolver, "Could not connect.*name resolution"),
-    "certificate changed": Fault(Outage.certificate, "CERTIFICATE_VERIFY_FAILED", "AWS_CA_BUNDLE", ("https",)),
+    "certificate changed": Fault(
+        Outage.certificate, "CERTIFICATE_VERIFY_FAILED", "AWS_CA_BUNDLE", ("https",)
+    ),
 }
 CASES = [
     pytest.param(fault, scheme, id=f"{name.replace(' ', '-')}-{scheme}")
@@ -174,7 +200,9 @@ def test_a_fault_is_told_survived_and_over(
     prefix: str,
     started_by: Callable[[str], None],
 ) -> None:
-    """The log says what is wrong, once, and what to do; versions are captured; each is sent once when it is over."""
+    """The log says what is wrong, once, and what to do; versions are captured; each is sent once
+    when it is over.
+    """
     started_by(LAUNCHER.format(dead=str(outage.dns_is_dead)))
     fault.begin(outage)
     lnd.write()
@@ -188,16 +216,26 @@ def test_a_fault_is_told_survived_and_over(
             daemon.wait_for_stored(version)
         assert daemon.stop() == 0
         told = [line for line in daemon.log.splitlines() if "cannot store" in line]
-        cut = re.compile("reset|Connection was closed|Broken pipe")  # the end of a fault may cut an attempt short
-        assert len([line for line in told if not cut.search(line) or cut.search(fault.says)]) == 1, daemon.log
-        assert len(re.findall(r"S3 stores versions again, after \d+ failures", daemon.log)) == 1, daemon.log
-    assert outage.attempts() - before <= len(lnd.written) + 1, "one may have been on its way when the fault ended"
+        cut = re.compile(
+            "reset|Connection was closed|Broken pipe"
+        )  # the end of a fault may cut an attempt short
+        assert (
+            len([line for line in told if not cut.search(line) or cut.search(fault.says)]) == 1
+        ), daemon.log
+        assert len(re.findall(r"S3 stores versions again, after \d+ failures", daemon.log)) == 1, (
+            daemon.log
+        )
+    assert outage.attempts() - before <= len(lnd.written) + 1, (
+        "one may have been on its way when the fault ended"
+    )
     assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
 
 
 @pytest.mark.parametrize("scheme", ["http"])
 @pytest.mark.parametrize(
-    "answer", [answers.INTERNAL_ERROR, Answer(503, etag=False), answers.SLOW_DOWN], ids=["500", "503", "slow-down"]
+    "answer",
+    [answers.INTERNAL_ERROR, Answer(503, etag=False), answers.SLOW_DOWN],
+    ids=["500", "503", "slow-down"],
 )
 def test_it_never_gives_up(
     answer: Answer,
@@ -208,7 +246,9 @@ def test_it_never_gives_up(
     prefix: str,
     started_by: Callable[[str], None],
 ) -> None:
-    """A version that S3 refuses seven times is sent an eighth time, under the same key, and that was all."""
+    """A version that S3 refuses seven times is sent an eighth time, under the same key, and that
+    was all.
+    """
     hurried = "program.BACKOFF_FIRST_SECONDS = 0.01\nsys.exit"
     started_by(LAUNCHER.format(dead=str(outage.dns_is_dead)).replace("sys.exit", hurried))
     outage.fake.script(*[answer] * 7)
@@ -238,7 +278,9 @@ class TimedS3(FakeS3):
 
 
 def test_it_does_not_storm(env: dict[str, str], lnd: Lnd, staging: Path, prefix: str) -> None:
-    """While S3 answers with errors, it is asked ever more seldom: the pauses are 1, 2 and 4 s, half of it by chance."""
+    """While S3 answers with errors, it is asked ever more seldom: the pauses are 1, 2 and 4 s, half
+    of it by chance.
+    """
     lnd.write()
     with TimedS3() as fake, Daemon(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as daemon:
         fake.wait_for_requests(4)
@@ -246,7 +288,9 @@ def test_it_does_not_storm(env: dict[str, str], lnd: Lnd, staging: Path, prefix:
         daemon.wait()
         pauses = [later - earlier for earlier, later in itertools.pairwise(fake.came_at)]
         # A busy machine makes a pause longer, and never shorter.
-        assert all(pause > shortest for pause, shortest in zip(pauses, [0.45, 0.95, 1.95], strict=False)), pauses
+        assert all(
+            pause > shortest for pause, shortest in zip(pauses, [0.45, 0.95, 1.95], strict=False)
+        ), pauses
         assert_nothing_lost(lnd, fake, env["S3_BUCKET_NAME"], prefix, staging)
 
 
@@ -254,9 +298,12 @@ def fill(staging: Path, lnd: Lnd, count: int) -> None:
     """Stage versions as a long outage leaves them, so many, one an hour."""
     for number in range(count):
         data = channel_backup(1)
-        name = f"2026{number // 672 % 12 + 1:02}{number // 24 % 28 + 1:02}T{number % 24:02}0000.{number:06}Z"
+        name = f"2026{number // 672 % 12 + 1:02}{number // 24 % 28 + 1:02}"
+        name += f"T{number % 24:02}0000.{number:06}Z"
         descriptor = os.open(
-            staging / f"{name}-{hashlib.sha256(data).hexdigest()[-6:]}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
+            staging / f"{name}-{hashlib.sha256(data).hexdigest()[-6:]}",
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+            0o600,
         )
         os.write(descriptor, data)
         os.close(descriptor)
@@ -265,7 +312,9 @@ def fill(staging: Path, lnd: Lnd, count: int) -> None:
 
 def proportional_set_size(pid: int) -> int:
     """Return how much memory a process has, in kB."""
-    found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    found = re.search(
+        r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE
+    )
     assert found
     return int(found[1])
 
@@ -276,7 +325,9 @@ def processor_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_a_month_of_versions_is_no_burden(env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path) -> None:
+def test_a_month_of_versions_is_no_burden(
+    env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path
+) -> None:
     """With 10,000 versions staged the start and the memory are hardly more than with none."""
     fill(staging, lnd, AWAY_STAGED)
     lnd.write()

@@ -1,7 +1,8 @@
-"""Whom the program talks to: the endpoint, the configured source of credentials, and nobody else; a proxy hides both.
+"""Whom the program talks to: the endpoint, the configured source of credentials, and nobody else; a
+proxy hides both.
 
-Every look-up of a name and every connection of the program's process is recorded, as Python's audit events tell them.
-What would leave this machine fails instead.
+Every look-up of a name and every connection of the program's process is recorded, as Python's audit
+events tell them. What would leave this machine fails instead.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ pytestmark = pytest.mark.unmeasured
 NAME = "s3.example.org"
 TARGET = f"{NAME}:443"
 METADATA = "169.254.169.254"
-ON_EC2 = any("amazon" in path.read_text().lower() for path in Path("/sys/class/dmi/id").glob("*s_ve*"))
+ON_EC2 = any(
+    "amazon" in path.read_text().lower() for path in Path("/sys/class/dmi/id").glob("*s_ve*")
+)
 # Local sockets (systemd's) have no port, and are left out.
 RECORD = """
 import json, os, sys
@@ -81,9 +84,16 @@ def proxy(s3_https: S3Server) -> Iterator[ConnectProxy]:
 
 
 def test_through_a_proxy_only_the_proxy_hears_of_the_program(
-    s3_https: S3Server, proxy: ConnectProxy, talk: Callable[[], Talk], prefix: str, lnd: Lnd, staging: Path
+    s3_https: S3Server,
+    proxy: ConnectProxy,
+    talk: Callable[[], Talk],
+    prefix: str,
+    lnd: Lnd,
+    staging: Path,
 ) -> None:
-    """With HTTPS_PROXY every command talks to the proxy alone, looks up no name, and the proxy sees one target."""
+    """With HTTPS_PROXY every command talks to the proxy alone, looks up no name, and the proxy sees
+    one target.
+    """
     bucket = s3_https.create_bucket()
     through = {"AWS_ENDPOINT_URL_S3": f"https://{NAME}", "HTTPS_PROXY": proxy.url}
     env = settings_for(s3_https, bucket, prefix, lnd, staging) | through
@@ -107,11 +117,22 @@ def test_through_a_proxy_only_the_proxy_hears_of_the_program(
 
 
 def test_the_heartbeat_goes_through_the_proxy_too(
-    s3_https: S3Server, proxy: ConnectProxy, talk: Callable[[], Talk], prefix: str, lnd: Lnd, staging: Path
+    s3_https: S3Server,
+    proxy: ConnectProxy,
+    talk: Callable[[], Talk],
+    prefix: str,
+    lnd: Lnd,
+    staging: Path,
 ) -> None:
-    """The heartbeat is the only other request, its name is looked up by nobody but the proxy, and it loses nothing."""
+    """The heartbeat is the only other request, its name is looked up by nobody but the proxy, and
+    it loses nothing.
+    """
     env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
-    through = {"AWS_ENDPOINT_URL_S3": f"https://{NAME}", "HTTPS_PROXY": proxy.url, "HTTP_PROXY": proxy.url}
+    through = {
+        "AWS_ENDPOINT_URL_S3": f"https://{NAME}",
+        "HTTPS_PROXY": proxy.url,
+        "HTTP_PROXY": proxy.url,
+    }
     version = lnd.write()
     with Daemon(env | through | {"HEARTBEAT_URL": "http://heartbeat.example.org/ping"}) as daemon:
         daemon.wait_for_stored(version)
@@ -124,7 +145,9 @@ def test_the_heartbeat_goes_through_the_proxy_too(
 def test_without_a_proxy_only_the_endpoint_is_asked(
     s3: S3Server, env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
-    """Without a proxy a put is one look-up of the endpoint's name and one connection to it, and nothing else."""
+    """Without a proxy a put is one look-up of the endpoint's name and one connection to it, and
+    nothing else.
+    """
     lnd.write()
     done = run_script(env | {"AWS_EC2_METADATA_DISABLED": ""}, "once")
     assert done.returncode == 0, done.stderr
@@ -132,27 +155,47 @@ def test_without_a_proxy_only_the_endpoint_is_asked(
 
 
 def test_an_endpoint_in_no_proxy_is_asked_itself(
-    s3_https: S3Server, proxy: ConnectProxy, talk: Callable[[], Talk], prefix: str, lnd: Lnd, staging: Path
+    s3_https: S3Server,
+    proxy: ConnectProxy,
+    talk: Callable[[], Talk],
+    prefix: str,
+    lnd: Lnd,
+    staging: Path,
 ) -> None:
     """NO_PROXY is honoured: the endpoint that it names is asked without the proxy."""
     env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
     lnd.write()
-    assert run_script(env | {"HTTPS_PROXY": proxy.url, "NO_PROXY": "127.0.0.1"}, "once").returncode == 0
+    assert (
+        run_script(env | {"HTTPS_PROXY": proxy.url, "NO_PROXY": "127.0.0.1"}, "once").returncode
+        == 0
+    )
     assert {port for _, _, port in talk()} == {s3_https.port}
     assert proxy.asked == []
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["unknown name", "no proxy"])
 def test_a_proxy_that_fails_is_never_passed_by(
-    s3_https: S3Server, talk: Callable[[], Talk], prefix: str, lnd: Lnd, staging: Path, *, there: bool
+    s3_https: S3Server,
+    talk: Callable[[], Talk],
+    prefix: str,
+    lnd: Lnd,
+    staging: Path,
+    *,
+    there: bool,
 ) -> None:
-    """When the proxy refuses the name, or is not there, nothing goes out by another way, and the message names it."""
+    """When the proxy refuses the name, or is not there, nothing goes out by another way, and the
+    message names it.
+    """
     env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
     versions = [lnd.write()]
     with ConnectProxy({}) as proxy:
         if not there:
             proxy.__exit__()
-        through = {"AWS_ENDPOINT_URL_S3": f"https://{NAME}", "HTTPS_PROXY": proxy.url, "SHUTDOWN_GRACE_SECONDS": "0"}
+        through = {
+            "AWS_ENDPOINT_URL_S3": f"https://{NAME}",
+            "HTTPS_PROXY": proxy.url,
+            "SHUTDOWN_GRACE_SECONDS": "0",
+        }
         with Script(env | through) as script:
             script.wait_for_log(f"cannot store: .*proxy.*{proxy.url}")
             tried = len(talk())
@@ -163,23 +206,42 @@ def test_a_proxy_that_fails_is_never_passed_by(
                 time.sleep(0.02)
             assert script.stop() == 0
     assert {(host, port) for _, host, port in talk()} == {proxy.address}
-    assert [path.read_bytes() for path in sorted(staging.glob("2*"))] == [version.data for version in versions]
+    assert [path.read_bytes() for path in sorted(staging.glob("2*"))] == [
+        version.data for version in versions
+    ]
 
 
 def test_the_configured_source_of_credentials_is_asked(
-    s3_https: S3Server, proxy: ConnectProxy, talk: Callable[[], Talk], prefix: str, lnd: Lnd, staging: Path
+    s3_https: S3Server,
+    proxy: ConnectProxy,
+    talk: Callable[[], Talk],
+    prefix: str,
+    lnd: Lnd,
+    staging: Path,
 ) -> None:
     """Credentials that a container's service gives are fetched from it, and from nowhere else."""
     env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
     key, secret = env.pop("AWS_ACCESS_KEY_ID"), env.pop("AWS_SECRET_ACCESS_KEY")
-    given = {"AccessKeyId": key, "SecretAccessKey": secret, "Token": "", "Expiration": "2099-01-01T00:00:00Z"}
+    given = {
+        "AccessKeyId": key,
+        "SecretAccessKey": secret,
+        "Token": "",
+        "Expiration": "2099-01-01T00:00:00Z",
+    }
     lnd.write()
     with FakeS3(defaults={"GET": Answer(body=json.dumps(given).encode())}) as service:
-        through = {"AWS_ENDPOINT_URL_S3": f"https://{NAME}", "HTTPS_PROXY": proxy.url, "AWS_EC2_METADATA_DISABLED": ""}
+        through = {
+            "AWS_ENDPOINT_URL_S3": f"https://{NAME}",
+            "HTTPS_PROXY": proxy.url,
+            "AWS_EC2_METADATA_DISABLED": "",
+        }
         source = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{service.endpoint}/role"}
         done = run_script(env | through | source, "once")
         assert done.returncode == 0, done.stderr
-        assert {(host, port) for _, host, port in talk()} == {proxy.address, ("127.0.0.1", service.port)}
+        assert {(host, port) for _, host, port in talk()} == {
+            proxy.address,
+            ("127.0.0.1", service.port),
+        }
         assert {request.path for request in service.requests} == {"/role"}
     assert set(proxy.asked) == {f"CONNECT {TARGET}"}
 
@@ -188,7 +250,9 @@ def test_the_configured_source_of_credentials_is_asked(
 def test_the_metadata_service_is_asked_only_by_choice(
     env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd, choice: str, *, asked: bool
 ) -> None:
-    """Without credentials the metadata service is asked on EC2, and elsewhere with AWS_EC2_METADATA_DISABLED=false."""
+    """Without credentials the metadata service is asked on EC2, and elsewhere with
+    AWS_EC2_METADATA_DISABLED=false.
+    """
     asked = asked or (not choice and ON_EC2)
     del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
     lnd.write()
@@ -196,10 +260,17 @@ def test_the_metadata_service_is_asked_only_by_choice(
     assert {host for _, host, _ in talk()} == ({METADATA} if asked else set())
 
 
-def test_a_metadata_service_of_ones_own_is_asked(env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd) -> None:
-    """Who names a metadata service, as a helper on this machine is, has chosen it: no default stands in its way."""
+def test_a_metadata_service_of_ones_own_is_asked(
+    env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
+) -> None:
+    """Who names a metadata service, as a helper on this machine is, has chosen it: no default
+    stands in its way.
+    """
     del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
     lnd.write()
-    own = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "AWS_EC2_METADATA_DISABLED": ""}
+    own = {
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1",
+        "AWS_EC2_METADATA_DISABLED": "",
+    }
     assert run_script(env | own, "once").returncode == 1
     assert ("connection", "127.0.0.1", 1) in talk()

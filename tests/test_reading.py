@@ -1,4 +1,6 @@
-"""How LND's channel.backup is read: whole or not at all, nothing else in its place, and without a trace."""
+"""How LND's channel.backup is read: whole or not at all, nothing else in its place, and without a
+trace.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def test_file_of_64_mib_is_read(lnd: Lnd) -> None:
 
 @pytest.mark.parametrize("size", [64 * MIB + 1, 1 << 40])
 def test_larger_file_is_refused_without_being_read_whole(size: int, lnd: Lnd) -> None:
-    """A file over 64 MiB is refused with its size, and never takes more memory than the largest there may be."""
+    """A file over 64 MiB is refused with its size, and never takes more memory than the largest
+    there may be.
+    """
     lnd.place(b"")
     try:
         os.truncate(lnd.path, size)
@@ -109,8 +113,12 @@ def test_unreadable_file_is_refused_with_the_rights_that_are_needed(public: Path
     assert "this user needs r" in failure.hint
 
 
-def test_file_in_a_closed_directory_is_refused_with_the_rights_that_are_needed(public: Path) -> None:
-    """A file in a directory that the user may not enter is refused, and the hint says which rights are needed."""
+def test_file_in_a_closed_directory_is_refused_with_the_rights_that_are_needed(
+    public: Path,
+) -> None:
+    """A file in a directory that the user may not enter is refused, and the hint says which rights
+    are needed.
+    """
     path = public / "closed" / "channel.backup"
     path.parent.mkdir()
     path.write_bytes(channel_backup(1))
@@ -172,7 +180,15 @@ def test_socket_is_refused(public: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["channel.db", "wallet.db", "WALLET.DB", "channel.sqlite", "lnd.sqlite-wal", "admin.macaroon", "hsm_secret"],
+    [
+        "channel.db",
+        "wallet.db",
+        "WALLET.DB",
+        "channel.sqlite",
+        "lnd.sqlite-wal",
+        "admin.macaroon",
+        "hsm_secret",
+    ],
 )
 def test_link_to_what_must_never_be_copied_is_refused(name: str, lnd: Lnd) -> None:
     """A link that was switched to one of LND's other files is refused, and names it."""
@@ -185,7 +201,9 @@ def test_link_to_what_must_never_be_copied_is_refused(name: str, lnd: Lnd) -> No
 def test_file_that_is_exchanged_before_it_is_opened_is_refused(
     what: str, lnd: Lnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What takes the file's place between the look at it and its opening is neither waited for nor followed."""
+    """What takes the file's place between the look at it and its opening is neither waited for nor
+    followed.
+    """
     lnd.write()
     (lnd.directory / "wallet.db").write_bytes(os.urandom(1000))
     real_open = os.open
@@ -251,8 +269,12 @@ def test_file_that_is_written_while_it_is_read_is_read_again(
     assert program.read_channel_backup(lnd.path) == lnd.path.read_bytes()
 
 
-def test_file_that_is_replaced_while_it_is_read_is_read_whole(lnd: Lnd, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rename during the read leaves the old version whole, and the next read finds the new one."""
+def test_file_that_is_replaced_while_it_is_read_is_read_whole(
+    lnd: Lnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename during the read leaves the old version whole, and the next read finds the new
+    one.
+    """
     old = lnd.write(3).data
 
     def replace() -> None:
@@ -266,7 +288,9 @@ def test_file_that_is_replaced_while_it_is_read_is_read_whole(lnd: Lnd, monkeypa
 # --- the commands ---
 
 
-def test_once_leaves_no_trace_in_lnds_directory(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
+def test_once_leaves_no_trace_in_lnds_directory(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
+) -> None:
     """`once` sends the file and changes nothing in LND's directory."""
     lnd.leave_decoys()
     version = lnd.write()
@@ -276,7 +300,9 @@ def test_once_leaves_no_trace_in_lnds_directory(fake: FakeS3, fake_env: dict[str
     assert lnd.fingerprint() == before
 
 
-def test_run_leaves_no_trace_in_lnds_directory(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
+def test_run_leaves_no_trace_in_lnds_directory(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
+) -> None:
     """`run` watches, sends each version and stops, and changes nothing in LND's directory."""
     lnd.leave_decoys()
     lnd.write()
@@ -294,7 +320,9 @@ def test_run_leaves_no_trace_in_lnds_directory(fake: FakeS3, fake_env: dict[str,
 def test_once_without_a_backup_sends_what_is_staged_and_fails(
     size: int | None, fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
 ) -> None:
-    """`once` with no file, or one that is no channel backup, exits 1 and says why, after sending what was staged."""
+    """`once` with no file, or one that is no channel backup, exits 1 and says why, after sending
+    what was staged.
+    """
     data = channel_backup(2)
     name = f"20261120T215558.123456Z-{hashlib.sha256(data).hexdigest()[-6:]}"
     (staging / name).write_bytes(data)
@@ -305,5 +333,7 @@ def test_once_without_a_backup_sends_what_is_staged_and_fails(
     done = run_script(fake_env, "once")
     assert done.returncode == 1
     assert "cannot read channel.backup" in done.stderr
-    assert [(request.path, request.body) for request in fake.requests] == [(f"/some-bucket/alice/{name}", data)]
+    assert [(request.path, request.body) for request in fake.requests] == [
+        (f"/some-bucket/alice/{name}", data)
+    ]
     assert lnd.fingerprint() == before

@@ -1,4 +1,6 @@
-"""What those who watch over the service are told: systemd's status line, METRICS_FILE and HEARTBEAT_URL."""
+"""What those who watch over the service are told: systemd's status line, METRICS_FILE and
+HEARTBEAT_URL.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,17 @@ FINE = Answer(etag=False)
 STORED = r"stored \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
 SECRET_PATH = "/ping/5e3cb1a0-top-secret"
 SECRET_KEY = "wJalr/XUtn+FEMI"
-CAUSES = {"settings", "locked", "absent", "clock", "credentials", "denied", "other", "bucket", "network"}
+CAUSES = {
+    "settings",
+    "locked",
+    "absent",
+    "clock",
+    "credentials",
+    "denied",
+    "other",
+    "bucket",
+    "network",
+}
 GAUGES = {
     "lnd_backup_last_stored_timestamp_seconds",
     "lnd_backup_last_seen_timestamp_seconds",
@@ -96,8 +108,12 @@ def prom(env: dict[str, str], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def hurried(started_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Shorten the pauses between reports and between attempts, and return what changes more of the constants."""
+def hurried(
+    started_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Shorten the pauses between reports and between attempts, and return what changes more of the
+    constants.
+    """
 
     def hurry(code: str = "", **constants: float) -> None:
         constants = {"REPORT_SECONDS": 0.05, "BACKOFF_FIRST_SECONDS": 0.05} | constants
@@ -120,11 +136,17 @@ sys.exit(program.main())
 
 def statuses(daemon: Daemon) -> list[str]:
     """Return the status lines that systemd was told."""
-    return [line for line in "\n".join(daemon.systemd.messages).splitlines() if line.startswith("STATUS=")]
+    return [
+        line
+        for line in "\n".join(daemon.systemd.messages).splitlines()
+        if line.startswith("STATUS=")
+    ]
 
 
 def wait_for_reports(daemon: Daemon, more: int = 3) -> None:
-    """Block until it has reported so often; the first report may have begun before, and is then over."""
+    """Block until it has reported so often; the first report may have begun before, and is then
+    over.
+    """
     daemon.systemd.wait_for("^STATUS=", count=len(statuses(daemon)) + more)
 
 
@@ -139,26 +161,37 @@ def wait_for_status(daemon: Daemon, pattern: str) -> str:
 
 
 def metrics(path: Path) -> dict[str, int]:
-    """Return the samples of a metrics file by name and label, and expect it to be whole and nothing else in it."""
+    """Return the samples of a metrics file by name and label, and expect it to be whole and nothing
+    else in it.
+    """
     text = path.read_text(encoding="ascii")
     families = list(FAMILY.finditer(text))
     assert "".join(family[0] for family in families) == text
-    samples = dict(line.rsplit(" ", 1) for family in families for line in family["samples"].splitlines())
+    samples = dict(
+        line.rsplit(" ", 1) for family in families for line in family["samples"].splitlines()
+    )
     causes = {f'lnd_backup_failures_total{{cause="{cause}"}}' for cause in CAUSES}
     assert samples.keys() == GAUGES | causes
     assert len(families) == len(GAUGES) + 1
-    assert all((family["type"] == "counter") == family["name"].endswith("_total") for family in families)
+    assert all(
+        (family["type"] == "counter") == family["name"].endswith("_total") for family in families
+    )
     return {name.removeprefix("lnd_backup_"): int(value) for name, value in samples.items()}
 
 
 def times_of(staging: Path) -> list[int]:
     """Return when the staged versions were captured, oldest first."""
     names = sorted(path.name for path in staging.iterdir() if VERSION_NAME.fullmatch(path.name))
-    return [round(datetime.strptime(name[:23], "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=UTC).timestamp()) for name in names]
+    return [
+        round(datetime.strptime(name[:23], "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=UTC).timestamp())
+        for name in names
+    ]
 
 
 def expect_secret(daemon: Daemon) -> None:
-    """Expect that neither log nor systemd was told the heartbeat's URL, nor the part of it that matters."""
+    """Expect that neither log nor systemd was told the heartbeat's URL, nor the part of it that
+    matters.
+    """
     told = daemon.log + "\n".join(daemon.systemd.messages)
     assert SECRET_PATH not in told
     assert "top-secret" not in told
@@ -168,24 +201,38 @@ def expect_secret(daemon: Daemon) -> None:
 
 
 def test_the_status_tells_a_life(env: dict[str, str], lnd: Lnd, fake: FakeS3) -> None:
-    """The status line tells what is stored since when, what is staged and what is wrong, and when it is over."""
+    """The status line tells what is stored since when, what is staged and what is wrong, and when
+    it is over.
+    """
     with Daemon(env) as daemon:
-        wait_for_status(daemon, rf"nothing stored yet, 0 staged; cannot read channel\.backup: {lnd.path}: No such .*")
+        wait_for_status(
+            daemon,
+            rf"nothing stored yet, 0 staged; cannot read channel\.backup: {lnd.path}: No such .*",
+        )
         daemon.wait_for_stored(lnd.write())
         first = wait_for_status(daemon, STORED + "0 staged")
-        assert abs(datetime.fromisoformat(first[7:26] + "Z").timestamp() - time.time()) < PATIENCE_SECONDS
+        assert (
+            abs(datetime.fromisoformat(first[7:26] + "Z").timestamp() - time.time())
+            < PATIENCE_SECONDS
+        )
         fake.set_default(answers.SLOW_DOWN)
         daemon.wait_for_captured(lnd.write())
         wait_for_status(daemon, STORED + r"1 staged; cannot store: s3://bucket/\S+: SlowDown: .*")
         daemon.wait_for_captured(lnd.write())
-        away = wait_for_status(daemon, STORED + r"2 staged; cannot store: s3://bucket/\S+: SlowDown: .*")
+        away = wait_for_status(
+            daemon, STORED + r"2 staged; cannot store: s3://bucket/\S+: SlowDown: .*"
+        )
         assert away[:26] == first[:26]
         fake.set_default(answers.STORED)
         wait_for_status(daemon, STORED + "0 staged")
 
 
-def test_the_status_has_no_secrets_and_no_forged_lines(env: dict[str, str], lnd: Lnd, fake: FakeS3) -> None:
-    """What S3 answers is escaped in the status line, and a secret in it is masked there and in the log."""
+def test_the_status_has_no_secrets_and_no_forged_lines(
+    env: dict[str, str], lnd: Lnd, fake: FakeS3
+) -> None:
+    """What S3 answers is escaped in the status line, and a secret in it is masked there and in the
+    log.
+    """
     said = f"signed with {SECRET_KEY},&#10;STATUS=all is well \u202e"
     document = f"<Error><Code>InternalError</Code><Message>{said}</Message></Error>"
     fake.set_default(Answer(500, body=document.encode()))
@@ -199,18 +246,26 @@ def test_the_status_has_no_secrets_and_no_forged_lines(env: dict[str, str], lnd:
 
 def test_a_path_cannot_forge_the_status(env: dict[str, str], tmp_path: Path) -> None:
     """Control characters of a path are escaped in the status line."""
-    with Daemon(env | {"MONITOR_FILE_PATH": str(tmp_path / "a\x1b[31m\rb" / "channel.backup")}) as daemon:
+    with Daemon(
+        env | {"MONITOR_FILE_PATH": str(tmp_path / "a\x1b[31m\rb" / "channel.backup")}
+    ) as daemon:
         told = wait_for_status(daemon, "nothing stored yet, 0 staged; .*No such.*")
         assert r"a\x1b[31m\rb" in told
 
 
 @pytest.mark.parametrize("grace", ["0", "7.5"])
-def test_systemd_is_asked_for_as_long_as_the_grace_takes(env: dict[str, str], lnd: Lnd, grace: str) -> None:
-    """With STOPPING=1, in one message, comes a request for more time than the grace period and the second after it."""
+def test_systemd_is_asked_for_as_long_as_the_grace_takes(
+    env: dict[str, str], lnd: Lnd, grace: str
+) -> None:
+    """With STOPPING=1, in one message, comes a request for more time than the grace period and the
+    second after it.
+    """
     lnd.write()
     with Daemon(env | {"SHUTDOWN_GRACE_SECONDS": grace}) as daemon:
         assert daemon.stop() == 0
-        (message,) = (message for message in daemon.systemd.messages if "STOPPING=1" in message.splitlines())
+        (message,) = (
+            message for message in daemon.systemd.messages if "STOPPING=1" in message.splitlines()
+        )
         asked = re.search(r"^EXTEND_TIMEOUT_USEC=([0-9]+)$", message, re.MULTILINE)
         assert asked
         assert int(asked[1]) > (float(grace) + 1) * 1_000_000
@@ -220,9 +275,16 @@ def test_systemd_is_asked_for_as_long_as_the_grace_takes(env: dict[str, str], ln
 
 
 def test_the_metrics_tell_a_life(
-    env: dict[str, str], lnd: Lnd, fake: FakeS3, prom: Path, staging: Path, hurried: Callable[..., None]
+    env: dict[str, str],
+    lnd: Lnd,
+    fake: FakeS3,
+    prom: Path,
+    staging: Path,
+    hurried: Callable[..., None],
 ) -> None:
-    """Whatever the umask, all may read what is stored, seen and staged, and how often each cause failed."""
+    """Whatever the umask, all may read what is stored, seen and staged, and how often each cause
+    failed.
+    """
     hurried("os.umask(0o077)")
     with Daemon(env) as daemon:
         wait_for_status(daemon, "nothing stored yet, 0 staged; .*No such.*")
@@ -247,7 +309,9 @@ def test_the_metrics_tell_a_life(
             wait_for_status(daemon, STORED + f"{count} staged; .*SlowDown.*")
         left = channel_backup(2)  # by a run long ago
         (staging.parent / "left").write_bytes(left)  # the daemon must not find half of it
-        (staging.parent / "left").rename(staging / f"20260101T000000.000000Z-{hashlib.sha256(left).hexdigest()[-6:]}")
+        (staging.parent / "left").rename(
+            staging / f"20260101T000000.000000Z-{hashlib.sha256(left).hexdigest()[-6:]}"
+        )
         wait_for_status(daemon, STORED + "3 staged; .*SlowDown.*")
         away = metrics(prom)
         oldest, _, newest = times_of(staging)
@@ -270,7 +334,9 @@ def test_the_metrics_tell_a_life(
 
 
 def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
-    """The file is replaced, never written in place: who reads all the time always reads a whole one."""
+    """The file is replaced, never written in place: who reads all the time always reads a whole
+    one.
+    """
     lnd.write()
     seen: set[int] = set()
     ended = threading.Event()
@@ -295,7 +361,10 @@ def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, pr
                     daemon.wait_for_stored(lnd.write(count))
                     wait_for_reports(daemon)
                     assert metrics(prom)["last_size_bytes"] == len(lnd.written[-1].data)
-                    assert (os.fstat(held.fileno()).st_size, prom.stat().st_ino == before.st_ino) == (
+                    assert (
+                        os.fstat(held.fileno()).st_size,
+                        prom.stat().st_ino == before.st_ino,
+                    ) == (
                         before.st_size,
                         False,
                     )
@@ -307,8 +376,12 @@ def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, pr
     assert [path.name for path in prom.parent.iterdir()] == [prom.name]
 
 
-def test_the_metrics_are_not_written_again_for_nothing(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
-    """As long as nothing changes the file stays the same, look after look: flash memory wears out."""
+def test_the_metrics_are_not_written_again_for_nothing(
+    env: dict[str, str], lnd: Lnd, prom: Path
+) -> None:
+    """As long as nothing changes the file stays the same, look after look: flash memory wears
+    out.
+    """
     lnd.write()
     with Daemon(env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
@@ -319,8 +392,12 @@ def test_the_metrics_are_not_written_again_for_nothing(env: dict[str, str], lnd:
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_link_in_the_place_of_the_metrics_is_not_followed(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
-    """Who may write beside METRICS_FILE cannot lead the program to write elsewhere, as into LND's directory."""
+def test_a_link_in_the_place_of_the_metrics_is_not_followed(
+    env: dict[str, str], lnd: Lnd, prom: Path
+) -> None:
+    """Who may write beside METRICS_FILE cannot lead the program to write elsewhere, as into LND's
+    directory.
+    """
     elsewhere = lnd.directory / "elsewhere"
     prom.with_name(prom.name + ".partial").symlink_to(elsewhere)
     lnd.write()
@@ -331,13 +408,17 @@ def test_a_link_in_the_place_of_the_metrics_is_not_followed(env: dict[str, str],
 
 
 def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
-    """When the metrics cannot be written it is said once, the backup goes on, and so do they when it is there again."""
+    """When the metrics cannot be written it is said once, the backup goes on, and so do they when
+    it is there again.
+    """
     lnd.write()
     with Daemon(env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
         prom.parent.rename(prom.parent.with_name("gone"))  # in one step: a report may be under way
         daemon.wait_for_stored(lnd.write(5))
-        daemon.wait_for_log(f"cannot write METRICS_FILE: {prom.parent}.*: No such file or directory")
+        daemon.wait_for_log(
+            f"cannot write METRICS_FILE: {prom.parent}.*: No such file or directory"
+        )
         daemon.wait_for_stored(lnd.write(7))
         wait_for_reports(daemon)
         assert daemon.log.count("cannot write METRICS_FILE") == 1
@@ -348,7 +429,9 @@ def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, pro
 
 
 def test_metrics_that_somebody_removed_come_back(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
-    """A metrics file that is gone, as from a directory in memory, is written again without a change of state."""
+    """A metrics file that is gone, as from a directory in memory, is written again without a change
+    of state.
+    """
     lnd.write()
     with Daemon(env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
@@ -357,7 +440,9 @@ def test_metrics_that_somebody_removed_come_back(env: dict[str, str], lnd: Lnd, 
         assert metrics(prom)["last_size_bytes"] == len(lnd.written[-1].data)
 
 
-def test_the_hint_for_a_missing_directory_of_metrics_mends_it(env: dict[str, str], lnd: Lnd, tmp_path: Path) -> None:
+def test_the_hint_for_a_missing_directory_of_metrics_mends_it(
+    env: dict[str, str], lnd: Lnd, tmp_path: Path
+) -> None:
     """The command in the hint makes what is missing, and not a directory in place of the file."""
     lnd.write()
     env["METRICS_FILE"] = str(tmp_path / "no such" / "lnd.prom")
@@ -381,7 +466,9 @@ def test_a_directory_in_place_of_the_metrics(env: dict[str, str], lnd: Lnd, tmp_
 
 @pytest.mark.parametrize("place", ["", "chan-backup-archives", "data/below"])
 def test_no_metrics_in_lnds_directory(env: dict[str, str], lnd: Lnd, place: str) -> None:
-    """A METRICS_FILE in or below LND's directory is wrong configuration, and nothing is written there."""
+    """A METRICS_FILE in or below LND's directory is wrong configuration, and nothing is written
+    there.
+    """
     lnd.write()
     (lnd.directory / place).mkdir(parents=True, exist_ok=True)
     before = lnd.fingerprint()
@@ -399,15 +486,21 @@ def beats(server: FakeS3, method: str = "GET") -> list[Request]:
     return [request for request in server.requests if request.method == method]
 
 
-def test_one_heartbeat_for_each_confirmed_backup(beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3) -> None:
-    """The URL is requested once when the bucket holds the current file, and not while it does not."""
+def test_one_heartbeat_for_each_confirmed_backup(
+    beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3
+) -> None:
+    """The URL is requested once when the bucket holds the current file, and not while it does
+    not.
+    """
     first = lnd.write()
     beating["HEARTBEAT_URL"] += "?a=1&b=%20"
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")
         daemon.wait_for_looks()
         wait_for_reports(daemon)
-        assert [(request.path, request.body) for request in beat.requests] == [(SECRET_PATH + "?a=1&b=%20", b"")]
+        assert [(request.path, request.body) for request in beat.requests] == [
+            (SECRET_PATH + "?a=1&b=%20", b"")
+        ]
 
         fake.hold()  # a newer version is staged when the receipt comes
         older = lnd.write()
@@ -446,8 +539,12 @@ def test_one_heartbeat_for_each_confirmed_backup(beating: dict[str, str], lnd: L
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
-def test_the_heartbeat_goes_through_the_proxy(beating: dict[str, str], lnd: Lnd, beat: FakeS3, variable: str) -> None:
-    """The proxy that is set for the SDK is the heartbeat's as well, but not where NO_PROXY excepts the host."""
+def test_the_heartbeat_goes_through_the_proxy(
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, variable: str
+) -> None:
+    """The proxy that is set for the SDK is the heartbeat's as well, but not where NO_PROXY excepts
+    the host.
+    """
     lnd.write()
     outside = {"HEARTBEAT_URL": f"http://heartbeat.example{SECRET_PATH}", "NO_PROXY": "127.0.0.1"}
     done = run_script(beating | outside | {variable: beat.endpoint}, "once")
@@ -459,7 +556,9 @@ def test_the_heartbeat_goes_through_the_proxy(beating: dict[str, str], lnd: Lnd,
 def test_a_heartbeat_that_hangs_delays_nothing(
     beating: dict[str, str], lnd: Lnd, beat: FakeS3, hurried: Callable[..., None]
 ) -> None:
-    """While the heartbeat is accepted and never answered, versions are captured and stored, and it stops as ever."""
+    """While the heartbeat is accepted and never answered, versions are captured and stored, and it
+    stops as ever.
+    """
     hurried(HEARTBEAT_SECONDS=1000.0)
     beat.hold()
     lnd.write()
@@ -476,8 +575,12 @@ def test_a_heartbeat_that_hangs_delays_nothing(
 
 
 @pytest.mark.parametrize("target", ["file", "http"])
-def test_a_redirect_is_not_followed(beating: dict[str, str], lnd: Lnd, beat: FakeS3, target: str) -> None:
-    """Whoever answers in the heartbeat's place cannot send the request elsewhere; it is a failure, told as one."""
+def test_a_redirect_is_not_followed(
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, target: str
+) -> None:
+    """Whoever answers in the heartbeat's place cannot send the request elsewhere; it is a failure,
+    told as one.
+    """
     with FakeS3(defaults={"GET": FINE}) as elsewhere:
         location = "file:///etc/passwd" if target == "file" else f"{elsewhere.endpoint}/x"
         beat.set_default(Answer(302, headers={"Location": location}, etag=False), "GET")
@@ -490,9 +593,15 @@ def test_a_redirect_is_not_followed(beating: dict[str, str], lnd: Lnd, beat: Fak
         assert {request.path for request in beat.requests} == {SECRET_PATH}
 
 
-@pytest.mark.parametrize("answer", [answers.INTERNAL_ERROR, Answer(404, etag=False), answers.DROPPED])
-def test_a_heartbeat_that_fails_is_told_once(beating: dict[str, str], lnd: Lnd, beat: FakeS3, answer: Answer) -> None:
-    """A wrong answer is told once, however often it is tried again, and so is its end; backups go on meanwhile."""
+@pytest.mark.parametrize(
+    "answer", [answers.INTERNAL_ERROR, Answer(404, etag=False), answers.DROPPED]
+)
+def test_a_heartbeat_that_fails_is_told_once(
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, answer: Answer
+) -> None:
+    """A wrong answer is told once, however often it is tried again, and so is its end; backups go
+    on meanwhile.
+    """
     beat.set_default(answer, "GET")
     lnd.write()
     with Daemon(beating) as daemon:
@@ -522,7 +631,9 @@ def test_a_heartbeat_that_nobody_listens_to_is_told(beating: dict[str, str], lnd
 def test_a_lasting_trouble_alarms_once(
     beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3, hurried: Callable[..., None]
 ) -> None:
-    """A trouble that lasts is sent to URL/fail with its reason, once; a success follows without a new version."""
+    """A trouble that lasts is sent to URL/fail with its reason, once; a success follows without a
+    new version.
+    """
     hurried(ALARM_SECONDS=0.5)
     beating["HEARTBEAT_URL"] += "?rid=7"
     version = lnd.write()
@@ -533,7 +644,10 @@ def test_a_lasting_trouble_alarms_once(
             alarm = beat.wait_for_requests(alarms, method="POST")[-1]
             assert alarm.path == SECRET_PATH + "/fail?rid=7"
             reason = alarm.body.decode()
-            assert f"cannot read channel.backup: {lnd.path}: 15 bytes cannot be a channel backup" in reason
+            assert (
+                f"cannot read channel.backup: {lnd.path}: 15 bytes cannot be a channel backup"
+                in reason
+            )
             assert reason.isprintable()
             wait_for_reports(daemon)
             assert (len(beats(beat)), len(beats(beat, "POST"))) == (alarms, alarms)
@@ -546,7 +660,10 @@ def test_a_lasting_trouble_alarms_once(
         document = "<Error><Code>SlowDown</Code><Message>a\u202eb&#10;c</Message></Error>"
         fake.set_default(Answer(503, body=document.encode()))
         daemon.wait_for_captured(lnd.write())
-        assert rb"SlowDown: a\u202eb\nc (HTTP 503)" in beat.wait_for_requests(3, method="POST")[-1].body
+        assert (
+            rb"SlowDown: a\u202eb\nc (HTTP 503)"
+            in beat.wait_for_requests(3, method="POST")[-1].body
+        )
         fake.set_default(answers.STORED)
         beat.wait_for_requests(4, method="GET")
         expect_secret(daemon)
@@ -568,8 +685,12 @@ def test_an_alarm_that_cannot_be_sent_is_sent_later(
         expect_secret(daemon)
 
 
-def test_once_sends_a_heartbeat(beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3) -> None:
-    """The command once, as cron runs it, sends one when it has stored the version, and none when it has not."""
+def test_once_sends_a_heartbeat(
+    beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3
+) -> None:
+    """The command once, as cron runs it, sends one when it has stored the version, and none when it
+    has not.
+    """
     version = lnd.write()
     assert run_script(beating, "once").returncode == 0
     assert [request.path for request in beat.requests] == [SECRET_PATH]
@@ -583,8 +704,12 @@ def test_once_sends_a_heartbeat(beating: dict[str, str], lnd: Lnd, fake: FakeS3,
     assert version.data in [request.body for request in fake.requests]
 
 
-def test_a_heartbeat_without_a_refresh_is_warned_of(beating: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
-    """REFRESH_SECONDS=0 makes a quiet node look dead to the heartbeat; alone, each of the two is no matter."""
+def test_a_heartbeat_without_a_refresh_is_warned_of(
+    beating: dict[str, str], env: dict[str, str], lnd: Lnd
+) -> None:
+    """REFRESH_SECONDS=0 makes a quiet node look dead to the heartbeat; alone, each of the two is no
+    matter.
+    """
     lnd.write()
     for settings, expected in (
         (beating | {"REFRESH_SECONDS": "0"}, True),
@@ -621,14 +746,21 @@ def test_a_heartbeat_must_be_http(env: dict[str, str], lnd: Lnd, url: str) -> No
     assert not re.search("top-secret|word@", done.stderr)
 
 
-def test_once_sends_one_heartbeat(beating: dict[str, str], lnd: Lnd, staging: Path, fake: FakeS3, beat: FakeS3) -> None:
-    """The command once sends one heartbeat, also when what was left is sent long after the newest version."""
+def test_once_sends_one_heartbeat(
+    beating: dict[str, str], lnd: Lnd, staging: Path, fake: FakeS3, beat: FakeS3
+) -> None:
+    """The command once sends one heartbeat, also when what was left is sent long after the newest
+    version.
+    """
     lnd.write()
     data = channel_backup(3)
     (staging / f"20260101T000000.000000Z-{hashlib.sha256(data).hexdigest()[-6:]}").write_bytes(data)
     fake.hold()
     beat.hold()
-    with NotifySocket() as systemd, Script(beating | {"NOTIFY_SOCKET": systemd.path}, "once") as script:
+    with (
+        NotifySocket() as systemd,
+        Script(beating | {"NOTIFY_SOCKET": systemd.path}, "once") as script,
+    ):
         fake.wait_for_requests(1)
         fake.release()
         fake.hold()
@@ -643,12 +775,16 @@ def test_once_sends_one_heartbeat(beating: dict[str, str], lnd: Lnd, staging: Pa
 
 
 def test_the_heartbeat_is_named(beating: dict[str, str], lnd: Lnd, beat: FakeS3) -> None:
-    """A heartbeat that fails is called by its variable, and what to do is not what one does about S3."""
+    """A heartbeat that fails is called by its variable, and what to do is not what one does about
+    S3.
+    """
     lnd.write()
     beat.set_default(answers.INTERNAL_ERROR, "GET")
     for url in (f"http://127.0.0.1:1{SECRET_PATH}", beating["HEARTBEAT_URL"]):
         done = run_script(beating | {"HEARTBEAT_URL": url}, "once")
-        (message, hint) = (line for line in done.stderr.splitlines() if re.search("warning|error", line))
+        (message, hint) = (
+            line for line in done.stderr.splitlines() if re.search("warning|error", line)
+        )
         assert "HEARTBEAT_URL" in message
         assert not re.search("staged|bucket|list shows", hint)
 
@@ -669,7 +805,9 @@ def test_metrics_that_cannot_be_written_do_not_silence_the_heartbeat(
 def test_a_heartbeat_works_again_only_when_it_did(
     beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3
 ) -> None:
-    """While there is nothing to tell the heartbeat, nobody knows that it works again, and nothing is said of it."""
+    """While there is nothing to tell the heartbeat, nobody knows that it works again, and nothing
+    is said of it.
+    """
     beat.set_default(answers.INTERNAL_ERROR, "GET")
     lnd.write()
     with Daemon(beating) as daemon:
@@ -702,7 +840,9 @@ def test_a_heartbeat_that_drips_stops_no_upload(
     thread.start()
     lnd.write()
     try:
-        with Daemon(beating | {"HEARTBEAT_URL": f"http://127.0.0.1:{server.server_port}{SECRET_PATH}"}) as daemon:
+        with Daemon(
+            beating | {"HEARTBEAT_URL": f"http://127.0.0.1:{server.server_port}{SECRET_PATH}"}
+        ) as daemon:
             for _ in range(2):
                 assert dripping.acquire(timeout=PATIENCE_SECONDS)
             daemon.wait_for_log("cannot .*given up")
@@ -719,7 +859,9 @@ def test_a_heartbeat_that_drips_stops_no_upload(
 def test_a_staging_directory_that_cannot_be_listed_is_no_fault_of_the_heartbeat(
     beating: dict[str, str], lnd: Lnd, beat: FakeS3, tmp_path: Path, hurried: Callable[..., None]
 ) -> None:
-    """What cannot be listed is named for what it is; the heartbeat hears nothing good until it can be."""
+    """What cannot be listed is named for what it is; the heartbeat hears nothing good until it can
+    be.
+    """
     broken = tmp_path / "broken"
     hurried(unlistable_while(broken))
     lnd.write()
@@ -757,7 +899,9 @@ def test_a_staged_version_that_can_be_read_again(
 
 
 @pytest.mark.parametrize("name", ["admin.macaroon", "wallet.db"])
-def test_a_secret_of_lnd_that_can_be_read_is_warned_of(env: dict[str, str], lnd: Lnd, name: str) -> None:
+def test_a_secret_of_lnd_that_can_be_read_is_warned_of(
+    env: dict[str, str], lnd: Lnd, name: str
+) -> None:
     """When the user that runs it could read LND's secrets, which it need not, the start says so."""
     lnd.write()
     (lnd.directory / name).write_bytes(b"secret of LND\n")
@@ -765,7 +909,9 @@ def test_a_secret_of_lnd_that_can_be_read_is_warned_of(env: dict[str, str], lnd:
         assert re.search(rf"warning: .*can read {lnd.directory / name}: ", daemon.log)
 
 
-def test_no_warning_of_secrets_that_cannot_be_read(env: dict[str, str], lnd: Lnd, hurried: Callable[..., None]) -> None:
+def test_no_warning_of_secrets_that_cannot_be_read(
+    env: dict[str, str], lnd: Lnd, hurried: Callable[..., None]
+) -> None:
     """Where the secrets are not there, or may not be read, nothing is said of them."""
     lnd.write()
     with Daemon(env) as daemon:

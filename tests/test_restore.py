@@ -1,4 +1,6 @@
-"""What `restore` does on the worst day: the right version, verified, in a new file, and what to do with it."""
+"""What `restore` does on the worst day: the right version, verified, in a new file, and what to do
+with it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C reach what is started, also where the tests themselves run in the background and are deaf to it."""
+    """Let Ctrl-C reach what is started, also where the tests themselves run in the background and
+    are deaf to it.
+    """
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
@@ -75,7 +79,9 @@ def put(
     name: str = "",
     metadata: dict[str, str] | None = None,
 ) -> str:
-    """Store a version captured at this time, by default under its right name and metadata, and return its key."""
+    """Store a version captured at this time, by default under its right name and metadata, and
+    return its key.
+    """
     key = "alice/" + (name or name_of(data, at))
     metadata = {"sha256": hashlib.sha256(data).hexdigest()} if metadata is None else metadata
     server.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
@@ -87,7 +93,11 @@ def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
     before = set(home.iterdir())
     done = run_script(env, "restore", *args, cwd=home)
     assert done.returncode == code, done.stderr
-    expect_tidy(home, done, before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()))
+    expect_tidy(
+        home,
+        done,
+        before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()),
+    )
     return done
 
 
@@ -127,7 +137,9 @@ def printed_command(done: Done, words: str) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_trap(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """Of a newest version without channels and one with, the latter is restored, and what was passed over is told."""
+    """Of a newest version without channels and one with, the latter is restored, and what was
+    passed over is told.
+    """
     put(s3, bucket, NOON, channel_backup(3))
     wanted = channel_backup(12)
     key = put(s3, bucket, NOON + HOUR, wanted)
@@ -138,11 +150,17 @@ def test_the_trap(s3: S3Server, bucket: str, reader: dict[str, str], home: Path)
     assert str(len(wanted)) in done.stdout
     assert hashlib.sha256(wanted).hexdigest() in done.stdout
     for passed_over in empty:
-        assert any(passed_over in line and "no channels" in line for line in done.stderr.splitlines())
+        assert any(
+            passed_over in line and "no channels" in line for line in done.stderr.splitlines()
+        )
 
 
-def test_newest_is_not_what_is_named_newest(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """A version that a thief named ahead after the fact is newest only for as long as nothing was stored later."""
+def test_newest_is_not_what_is_named_newest(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """A version that a thief named ahead after the fact is newest only for as long as nothing was
+    stored later.
+    """
     old, ahead, latest = channel_backup(1), channel_backup(2), channel_backup(3)
     put(s3, bucket, NOON, old)
     put(s3, bucket, datetime.now(UTC) + timedelta(days=365), ahead)
@@ -154,7 +172,9 @@ def test_newest_is_not_what_is_named_newest(s3: S3Server, bucket: str, reader: d
 
 @pytest.mark.parametrize("whole", [True, False], ids=["key", "name"])
 @pytest.mark.parametrize("prefix", ["alice/"])
-def test_a_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, *, whole: bool) -> None:
+def test_a_key(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, *, whole: bool
+) -> None:
     """`--key` takes the whole key, and the name alone."""
     wanted = channel_backup(5)
     key = put(s3, bucket, NOON, wanted)
@@ -163,7 +183,9 @@ def test_a_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, *,
     assert (home / "channel.backup").read_bytes() == wanted
 
 
-def test_a_key_of_another_prefix(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_a_key_of_another_prefix(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """A whole key need not lie under the prefix."""
     wanted = channel_backup(5)
     key = put(s3, bucket, NOON, wanted)
@@ -171,15 +193,23 @@ def test_a_key_of_another_prefix(s3: S3Server, bucket: str, reader: dict[str, st
     assert (home / "channel.backup").read_bytes() == wanted
 
 
-@pytest.mark.parametrize("key", ["alice/20260301T120000.000000Z-a1b2c3", "20260301T120000.000000Z-a1b2c3", "no such"])
-def test_an_unknown_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["alice/20260301T120000.000000Z-a1b2c3", "20260301T120000.000000Z-a1b2c3", "no such"]
+)
+def test_an_unknown_key(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, key: str
+) -> None:
     """A key that is not there is exit 1, and is named."""
     put(s3, bucket, NOON, channel_backup(5))
     assert key in restore(reader, home, "--key", key, code=1).stderr
 
 
-def test_the_hint_for_an_unknown_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """The hint is one for somebody who restores: how to find the keys, nothing of staging or of trying again."""
+def test_the_hint_for_an_unknown_key(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """The hint is one for somebody who restores: how to find the keys, nothing of staging or of
+    trying again.
+    """
     put(s3, bucket, NOON, channel_backup(5))
     done = restore(reader, home, "--key", "alice/20260301T120000.000000Z-a1b2c3", code=1)
     error, hint = (line for line in done.stderr.splitlines() if "error: " in line)
@@ -188,8 +218,12 @@ def test_the_hint_for_an_unknown_key(s3: S3Server, bucket: str, reader: dict[str
     assert not re.search("stag|retr|again", error + hint)
 
 
-def test_the_marks_of_the_chosen_version(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """What `list` marks at the version that is restored is said again, and nothing at one without marks."""
+def test_the_marks_of_the_chosen_version(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """What `list` marks at the version that is restored is said again, and nothing at one without
+    marks.
+    """
     put(s3, bucket, NOON, channel_backup(20))
     plain = put(s3, bucket, NOON + HOUR, channel_backup(20))
     assert "warning" not in restore(reader, home, "--key", plain, "--output", "plain").stderr
@@ -197,7 +231,10 @@ def test_the_marks_of_the_chosen_version(s3: S3Server, bucket: str, reader: dict
     marked = put(s3, bucket, datetime.now(UTC) + timedelta(days=365), channel_backup(1))
     done = restore(reader, home)
     for mark in ("much smaller than the one before", "named later than stored"):
-        assert any("warning: " in line and marked in line and mark in line for line in done.stderr.splitlines())
+        assert any(
+            "warning: " in line and marked in line and mark in line
+            for line in done.stderr.splitlines()
+        )
 
 
 def test_an_empty_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
@@ -232,7 +269,13 @@ def test_a_key_cannot_forge_lines(reader: dict[str, str], home: Path) -> None:
     ],
 )
 def test_before(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, before: str, zone: str, expected: int
+    s3: S3Server,
+    bucket: str,
+    reader: dict[str, str],
+    home: Path,
+    before: str,
+    zone: str,
+    expected: int,
 ) -> None:
     """`--before` takes a date or a time, local or with its offset, and means strictly before."""
     data = {count: channel_backup(count) for count in (1, 2, 3)}
@@ -260,7 +303,9 @@ def test_before_the_first(s3: S3Server, bucket: str, reader: dict[str, str], hom
     ],
 )
 def test_wrong_usage(reader: dict[str, str], home: Path, args: tuple[str, ...]) -> None:
-    """A time that cannot be reckoned with, and options that exclude each other or are unknown, are wrong usage."""
+    """A time that cannot be reckoned with, and options that exclude each other or are unknown, are
+    wrong usage.
+    """
     assert "usage:" in restore(reader, home, *args, code=2).stderr
 
 
@@ -272,8 +317,12 @@ def test_a_time_that_cannot_be_read(reader: dict[str, str], home: Path, time: st
     assert re.search(r"--before: write it like \d{4}-\d\d-\d\d\b", done.stderr)
 
 
-def test_no_version_has_channels(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """When no version holds channels it is exit 1 with the key to ask for, and asking for it restores it."""
+def test_no_version_has_channels(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """When no version holds channels it is exit 1 with the key to ask for, and asking for it
+    restores it.
+    """
     put(s3, bucket, NOON, channel_backup(0))
     wanted = channel_backup(0)
     key = put(s3, bucket, NOON + HOUR, wanted)
@@ -288,7 +337,9 @@ def test_an_empty_bucket(reader: dict[str, str], home: Path) -> None:
     assert "alice/" in restore(reader, home, code=1).stderr
 
 
-def test_others_are_left_alone(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_others_are_left_alone(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """Other nodes' versions and foreign files are not restored."""
     put(s3, bucket, NOON, channel_backup(5), name="regtest/" + name_of(b"", NOON))
     put(s3, bucket, NOON, channel_backup(5), name="channel.backup")
@@ -317,8 +368,12 @@ def put_damaged(server: S3Server, bucket: str, at: datetime, damage: str) -> str
 
 
 @pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage != "short"])
-def test_a_damaged_version(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, damage: str) -> None:
-    """When bytes, size, metadata or name disagree nothing is written, and the next good version is named."""
+def test_a_damaged_version(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, damage: str
+) -> None:
+    """When bytes, size, metadata or name disagree nothing is written, and the next good version is
+    named.
+    """
     wanted = channel_backup(5)
     good = put(s3, bucket, NOON, wanted)
     bad = [put_damaged(s3, bucket, NOON + HOUR * hours, damage) for hours in (1, 2)]
@@ -330,7 +385,9 @@ def test_a_damaged_version(s3: S3Server, bucket: str, reader: dict[str, str], ho
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_version_by_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, damage: str) -> None:
+def test_a_damaged_version_by_key(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, damage: str
+) -> None:
     """A damaged version is not restored for being asked for by key."""
     bad = put_damaged(s3, bucket, NOON, damage)
     assert bad in restore(reader, home, "--key", bad, code=1).stderr
@@ -345,7 +402,9 @@ def test_all_are_damaged(s3: S3Server, bucket: str, reader: dict[str, str], home
     assert all(key in done.stderr for key in bad)
 
 
-def test_too_short_to_be_a_version(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_too_short_to_be_a_version(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """An object under 45 bytes is not restored, and is not what the hint names."""
     bad = put_damaged(s3, bucket, NOON, "short")
     assert f"--key {bad}" not in restore(reader, home, code=1).stderr
@@ -355,11 +414,16 @@ def test_too_short_to_be_a_version(s3: S3Server, bucket: str, reader: dict[str, 
 def test_several_damaged_versions(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path, tmp_path: Path, given: str
 ) -> None:
-    """Each damaged version is named, and the command printed for the next good one runs as it is printed."""
+    """Each damaged version is named, and the command printed for the next good one runs as it is
+    printed.
+    """
     wanted = channel_backup(5)
     put(s3, bucket, NOON, channel_backup(4))
     good = put(s3, bucket, NOON + HOUR, wanted)
-    bad = [put_damaged(s3, bucket, NOON + HOUR * hours, damage) for hours, damage in enumerate(DAMAGES[:4], 2)]
+    bad = [
+        put_damaged(s3, bucket, NOON + HOUR * hours, damage)
+        for hours, damage in enumerate(DAMAGES[:4], 2)
+    ]
     env, options = reader, []
     if given == "file":
         file = tmp_path / "my reader's.env"
@@ -379,7 +443,9 @@ def test_several_damaged_versions(
 
 
 def test_a_store_that_writes_metadata_in_capitals(reader: dict[str, str], home: Path) -> None:
-    """A store that gives the name of the metadata entry capitals is understood, and its digest still counts."""
+    """A store that gives the name of the metadata entry capitals is understood, and its digest
+    still counts.
+    """
     data = channel_backup(7)
     digest = hashlib.sha256(data).hexdigest()
     key = f"alice/{name_of(data, NOON)}"
@@ -414,7 +480,9 @@ def test_a_bit_flipped_on_the_way(reader: dict[str, str], home: Path) -> None:
 
 
 def test_too_large(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """An object over 64 MiB is not downloaded, neither by choice nor by key, and the next good one is named."""
+    """An object over 64 MiB is not downloaded, neither by choice nor by key, and the next good one
+    is named.
+    """
     good = put(s3, bucket, NOON, channel_backup(5))
     large = put(s3, bucket, NOON + HOUR, bytes(TOO_LARGE))
     with FaultProxy(s3.host, s3.port) as proxy:
@@ -426,8 +494,12 @@ def test_too_large(s3: S3Server, bucket: str, reader: dict[str, str], home: Path
     s3.admin.delete_object(Bucket=bucket, Key=large)
 
 
-def test_without_our_metadata(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """What bears a version's name alone is restored only by key, with a warning, and never chosen silently."""
+def test_without_our_metadata(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """What bears a version's name alone is restored only by key, with a warning, and never chosen
+    silently.
+    """
     good, wanted = put(s3, bucket, NOON, channel_backup(5)), channel_backup(6)
     foreign = put(s3, bucket, NOON + HOUR, wanted, metadata={})
     done = restore(reader, home, code=1)
@@ -435,10 +507,14 @@ def test_without_our_metadata(s3: S3Server, bucket: str, reader: dict[str, str],
     assert f"--key {good}" in done.stderr
     done = restore(reader, home, "--key", foreign)
     assert (home / "channel.backup").read_bytes() == wanted
-    assert any(foreign in line and "only" in line and "name" in line for line in done.stderr.splitlines())
+    assert any(
+        foreign in line and "only" in line and "name" in line for line in done.stderr.splitlines()
+    )
 
 
-def test_overwritten_in_a_bucket_with_versioning(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_overwritten_in_a_bucket_with_versioning(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """A version that was overwritten in a bucket with versioning is refused as damaged."""
     s3.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     data = channel_backup(7)
@@ -460,7 +536,9 @@ def test_the_output(s3: S3Server, bucket: str, reader: dict[str, str], home: Pat
 
 
 @pytest.mark.parametrize("what", ["file", "empty", "directory", "dangling", "fifo"])
-def test_the_output_exists(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, what: str) -> None:
+def test_the_output_exists(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, what: str
+) -> None:
     """What exists is never overwritten, followed or written into."""
     put(s3, bucket, NOON, channel_backup(5))
     output = home / "channel.backup"
@@ -478,17 +556,23 @@ def test_the_output_exists(s3: S3Server, bucket: str, reader: dict[str, str], ho
     assert Lnd(home).fingerprint() == before
 
 
-def test_the_output_appears_meanwhile(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_the_output_appears_meanwhile(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """A file that appears while the version is being downloaded is not overwritten, either."""
     put(s3, bucket, NOON, os.urandom(2 << 20))  # some seconds are left when the file appears
     with FaultProxy(s3.host, s3.port) as proxy:
         proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
-        with Script(reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}, "restore", cwd=home) as script:
+        with Script(
+            reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}, "restore", cwd=home
+        ) as script:
             proxy.wait_until(lambda counts: counts.bytes_down > SLOW_BYTES_PER_SECOND // 2)
             (home / "channel.backup").write_bytes(b"mine")
             assert script.wait() == 1
             assert "Traceback" not in script.log
-    assert [(path.name, path.read_bytes()) for path in home.iterdir()] == [("channel.backup", b"mine")]
+    assert [(path.name, path.read_bytes()) for path in home.iterdir()] == [
+        ("channel.backup", b"mine")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -512,7 +596,9 @@ def test_the_output_in_lnds_directory(
     (directory / mark).touch()
     (tmp_path / "link").symlink_to(directory)
     before = Lnd(directory).fingerprint()
-    output = {"direct": directory, "link": tmp_path / "link", "working directory": Path()}[way] / "restored"
+    output = {"direct": directory, "link": tmp_path / "link", "working directory": Path()}[
+        way
+    ] / "restored"
     done = run_script(reader, "restore", "--output", str(output), cwd=directory)
     assert (done.returncode, done.stdout) == (1, "")
     assert "LND" in done.stderr
@@ -529,7 +615,10 @@ def test_the_output_beside_the_monitored_file(
     lnd.write()
     (tmp_path / "link").symlink_to(lnd.directory)
     (tmp_path / "channel.backup").symlink_to(lnd.path)
-    monitored = {"monitored by link": tmp_path / "link/channel.backup", "file is a link": tmp_path / "channel.backup"}
+    monitored = {
+        "monitored by link": tmp_path / "link/channel.backup",
+        "file is a link": tmp_path / "channel.backup",
+    }
     output = (tmp_path / "link" if way == "link" else lnd.directory) / "restored"
     before = lnd.fingerprint()
     env = reader | {"MONITOR_FILE_PATH": str(monitored.get(way, lnd.path))}
@@ -545,9 +634,15 @@ def test_a_missing_directory(s3: S3Server, bucket: str, reader: dict[str, str], 
     assert "nowhere" in restore(reader, home, "--output", "nowhere/channel.backup", code=1).stderr
 
 
-@pytest.mark.parametrize("which", [(), ("--key", "alice/20260301T120000.000000Z-a1b2c3")], ids=["newest", "key"])
-def test_an_output_that_cannot_be_costs_no_download(reader: dict[str, str], home: Path, which: tuple[str, ...]) -> None:
-    """A missing directory, or a file that is there, is told before S3 is asked for anything, with what to do."""
+@pytest.mark.parametrize(
+    "which", [(), ("--key", "alice/20260301T120000.000000Z-a1b2c3")], ids=["newest", "key"]
+)
+def test_an_output_that_cannot_be_costs_no_download(
+    reader: dict[str, str], home: Path, which: tuple[str, ...]
+) -> None:
+    """A missing directory, or a file that is there, is told before S3 is asked for anything, with
+    what to do.
+    """
     (home / "there").touch()
     with FakeS3() as fake:
         env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
@@ -560,7 +655,9 @@ def test_an_output_that_cannot_be_costs_no_download(reader: dict[str, str], home
     assert [path.name for path in home.iterdir()] == ["there"]
 
 
-def test_no_permission_to_write(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_no_permission_to_write(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """Without permission to write it is exit 1 with the path and the reason."""
     put(s3, bucket, NOON, channel_backup(5))
     ordinary = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
@@ -588,7 +685,9 @@ def test_a_full_disk(s3: S3Server, bucket: str, reader: dict[str, str], home: Pa
 
 
 @pytest.mark.parametrize("umask", ["000", "022", "077", "777"])
-def test_the_mode(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, umask: str) -> None:
+def test_the_mode(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, umask: str
+) -> None:
     """The file is its owner's alone, whatever the umask."""
     put(s3, bucket, NOON, channel_backup(5))
     done = wrapped(reader, home, ["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"], "restore")
@@ -596,8 +695,12 @@ def test_the_mode(s3: S3Server, bucket: str, reader: dict[str, str], home: Path,
     assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
 
 
-def test_the_mode_after_a_crash(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """What was left under the temporary name, open to all, neither stops a restore nor becomes the file."""
+def test_the_mode_after_a_crash(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """What was left under the temporary name, open to all, neither stops a restore nor becomes the
+    file.
+    """
     wanted = channel_backup(5)
     put(s3, bucket, NOON, wanted)
     left = home / ".partial-channel.backup"
@@ -614,7 +717,9 @@ def test_the_mode_after_a_crash(s3: S3Server, bucket: str, reader: dict[str, str
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_s3_away_in_the_middle(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_s3_away_in_the_middle(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """When the download is cut it is exit 75, nothing is left, and the next try works."""
     data = os.urandom(2 << 20)
     put(s3, bucket, NOON, data)
@@ -637,7 +742,9 @@ def test_an_interrupt(s3: S3Server, bucket: str, reader: dict[str, str], home: P
     put(s3, bucket, NOON, os.urandom(2 << 20))
     with FaultProxy(s3.host, s3.port) as proxy:
         proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
-        with Script(reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}, "restore", cwd=home) as script:
+        with Script(
+            reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}, "restore", cwd=home
+        ) as script:
             proxy.wait_until(lambda counts: counts.bytes_down > SLOW_BYTES_PER_SECOND // 2)
             proxy.freeze_all()  # the download is not over before the signal
             script.signal(signal.SIGINT)
@@ -665,12 +772,22 @@ def test_s3_refuses_connections(reader: dict[str, str], home: Path) -> None:
     restore(reader | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, home, code=75)
 
 
-@pytest.mark.parametrize("args", [(), ("--key", "20260301T120000.000000Z-a1b2c3")], ids=["list", "get"])
-@pytest.mark.parametrize("portal", [answers.PORTAL, answers.PORTAL_WITH_ETAG], ids=["page", "page-with-etag"])
-def test_a_captive_portal(reader: dict[str, str], home: Path, args: tuple[str, ...], portal: Answer) -> None:
-    """The page of a captive portal is not taken for a bucket without versions, nor for a damaged version."""
+@pytest.mark.parametrize(
+    "args", [(), ("--key", "20260301T120000.000000Z-a1b2c3")], ids=["list", "get"]
+)
+@pytest.mark.parametrize(
+    "portal", [answers.PORTAL, answers.PORTAL_WITH_ETAG], ids=["page", "page-with-etag"]
+)
+def test_a_captive_portal(
+    reader: dict[str, str], home: Path, args: tuple[str, ...], portal: Answer
+) -> None:
+    """The page of a captive portal is not taken for a bucket without versions, nor for a damaged
+    version.
+    """
     with FakeS3(defaults={"GET": portal}) as fake:
-        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "restore", *args, cwd=home)
+        done = run_script(
+            reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "restore", *args, cwd=home
+        )
     assert done.returncode == 75
     assert "the answer is not S3's" in done.stderr
     assert "damaged" not in done.stderr
@@ -682,17 +799,33 @@ def test_a_captive_portal(reader: dict[str, str], home: Path, args: tuple[str, .
 
 @pytest.mark.parametrize(
     ("args", "permission", "resource"),
-    [((), "s3:ListBucket", ""), (("--key", "20260301T120000.000000Z-a1b2c3"), "s3:GetObject", "/alice/*")],
+    [
+        ((), "s3:ListBucket", ""),
+        (("--key", "20260301T120000.000000Z-a1b2c3"), "s3:GetObject", "/alice/*"),
+    ],
     ids=["list", "get"],
 )
 def test_a_put_only_key(
-    s3: S3Server, bucket: str, prefix: str, home: Path, args: tuple[str, ...], permission: str, resource: str
+    s3: S3Server,
+    bucket: str,
+    prefix: str,
+    home: Path,
+    args: tuple[str, ...],
+    permission: str,
+    resource: str,
 ) -> None:
-    """A key that may only put is exit 1 with the permission that is missing and the statement to add."""
-    done = restore(reader_settings(s3, bucket, prefix, s3.put_only_user(bucket, prefix)), home, *args, code=1)
+    """A key that may only put is exit 1 with the permission that is missing and the statement to
+    add.
+    """
+    done = restore(
+        reader_settings(s3, bucket, prefix, s3.put_only_user(bucket, prefix)), home, *args, code=1
+    )
     statement = json.loads(done.stderr[done.stderr.index("{") : done.stderr.rindex("}") + 1])
     assert permission in statement["Action"]
-    assert (statement["Effect"], statement["Resource"]) == ("Allow", f"arn:aws:s3:::{bucket}{resource}")
+    assert (statement["Effect"], statement["Resource"]) == (
+        "Allow",
+        f"arn:aws:s3:::{bucket}{resource}",
+    )
 
 
 def test_a_key_that_may_only_list(s3: S3Server, bucket: str, prefix: str, home: Path) -> None:
@@ -729,10 +862,14 @@ def test_the_node_is_not_needed(
     """The bucket's settings suffice in an empty home; the node's may be absent or wrong."""
     put(s3, bucket, NOON, channel_backup(5))
     done = restore(reader | node, home)
-    assert not any(text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere"))
+    assert not any(
+        text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere")
+    )
 
 
-def test_an_env_file_is_enough(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, tmp_path: Path) -> None:
+def test_an_env_file_is_enough(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, tmp_path: Path
+) -> None:
     """With an --env-file the printed command for the version before runs as it is printed, too."""
     older = channel_backup(4)
     put(s3, bucket, NOON, older)
@@ -751,8 +888,12 @@ def test_an_env_file_is_enough(s3: S3Server, bucket: str, reader: dict[str, str]
 
 
 @pytest.mark.parametrize("output", ["channel.backup", "two words.backup", "it's $HOME;#.backup"])
-def test_the_next_steps(s3: S3Server, bucket: str, reader: dict[str, str], home: Path, output: str) -> None:
-    """What is printed can be pasted: the whole path, quoted, in each of lncli's commands, verifying first."""
+def test_the_next_steps(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, output: str
+) -> None:
+    """What is printed can be pasted: the whole path, quoted, in each of lncli's commands, verifying
+    first.
+    """
     put(s3, bucket, NOON, channel_backup(5))
     done = restore(reader, home, "--output", output)
     path = shlex.quote(str(home / output))
@@ -769,11 +910,15 @@ def test_the_next_steps(s3: S3Server, bucket: str, reader: dict[str, str], home:
 def test_the_version_before(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path, output: str, when: str
 ) -> None:
-    """The printed command for the version before, run as it is, restores that version beside the first."""
+    """The printed command for the version before, run as it is, restores that version beside the
+    first.
+    """
     older = channel_backup(4)
     put(s3, bucket, NOON, older)
     late = datetime.now(UTC) + timedelta(days=365)
-    key = put(s3, bucket, late if when == "named later than stored" else NOON + HOUR, channel_backup(5))
+    key = put(
+        s3, bucket, late if when == "named later than stored" else NOON + HOUR, channel_backup(5)
+    )
     if when == "by key":
         put(s3, bucket, NOON + 2 * HOUR, channel_backup(6))
     chosen = ("--key", key) if when == "by key" else ()
@@ -785,18 +930,29 @@ def test_the_version_before(
     assert restored.read_bytes() == older
 
 
-def test_lines_for_people_and_scripts(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_lines_for_people_and_scripts(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """What was restored goes to stdout: key, size, SHA-256 and path."""
     data = channel_backup(5)
     key = put(s3, bucket, NOON, data)
     done = restore(reader, home)
-    for fact in (key, str(len(data)), hashlib.sha256(data).hexdigest(), str(home / "channel.backup")):
+    for fact in (
+        key,
+        str(len(data)),
+        hashlib.sha256(data).hexdigest(),
+        str(home / "channel.backup"),
+    ):
         assert fact in done.stdout
         assert len(done.stdout.splitlines()) < 25
 
 
-def test_next_steps_that_cannot_be_printed(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """When stdout takes nothing it is exit 1 and one line, and what is at the path is the whole version or nothing."""
+def test_next_steps_that_cannot_be_printed(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """When stdout takes nothing it is exit 1 and one line, and what is at the path is the whole
+    version or nothing.
+    """
     wanted = channel_backup(5)
     put(s3, bucket, NOON, wanted)
     done = wrapped(reader, home, ["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"], "restore")
@@ -807,7 +963,9 @@ def test_next_steps_that_cannot_be_printed(s3: S3Server, bucket: str, reader: di
     assert [path.read_bytes() for path in home.iterdir()] in ([], [wanted])
 
 
-def test_below_a_home_of_lnd_nothing_is_written(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_below_a_home_of_lnd_nothing_is_written(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
     """A directory below one with lnd.conf is LND's too, also before there is a wallet."""
     put(s3, bucket, NOON, channel_backup(5))
     network = home / ".lnd" / "data" / "chain"
@@ -818,14 +976,20 @@ def test_below_a_home_of_lnd_nothing_is_written(s3: S3Server, bucket: str, reade
     assert list(network.iterdir()) == []
 
 
-def test_the_steps_of_the_recovery_page(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """The page's commands, pasted with one's own values into a shell where nothing is set, lead to the file."""
+def test_the_steps_of_the_recovery_page(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """The page's commands, pasted with one's own values into a shell where nothing is set, lead to
+    the file.
+    """
     wanted = channel_backup(5)
     put(s3, bucket, NOON, wanted)
     page = (CHECKOUT / "docs" / "recovery.md").read_text(encoding="utf-8")
     day = page[page.index("**5. ") : page.index("**8. ")]
     steps = "".join(re.findall(r"^```sh\n(.*?)^```", day, re.MULTILINE | re.DOTALL))
-    assert [step in steps for step in ("channels.py list\n", "channels.py restore --output ~/recovery/")] == [
+    assert [
+        step in steps for step in ("channels.py list\n", "channels.py restore --output ~/recovery/")
+    ] == [
         True,
         True,
     ]
@@ -839,7 +1003,9 @@ def test_the_steps_of_the_recovery_page(s3: S3Server, bucket: str, reader: dict[
         assert example in steps
         steps = steps.replace(example, value)
     (home / "venv" / "bin").mkdir(parents=True)
-    (home / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (home / "venv" / "bin" / "python").write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'
+    )
     (home / "venv" / "bin" / "python").chmod(0o700)
     (home / SCRIPT.name).symlink_to(SCRIPT)
     done = subprocess.run(
@@ -854,5 +1020,7 @@ def test_the_steps_of_the_recovery_page(s3: S3Server, bucket: str, reader: dict[
     assert done.returncode == 0, done.stderr
     assert (home / "recovery" / "channel.backup").read_bytes() == wanted
     assert stat.S_IMODE((home / "recovery").stat().st_mode) == 0o700
-    assert f"lncli verifychanbackup --multi_file {home / 'recovery' / 'channel.backup'}" in done.stdout
+    assert (
+        f"lncli verifychanbackup --multi_file {home / 'recovery' / 'channel.backup'}" in done.stdout
+    )
     assert reader["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr

@@ -56,7 +56,9 @@ def uploading(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def test_round_trips_of_an_update(
     s3: S3Server, through: dict[str, str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first update costs the handshakes and one round trip, and each one after it a single round trip."""
+    """The first update costs the handshakes and one round trip, and each one after it a single
+    round trip.
+    """
     with uploading(through, monkeypatch) as uploader:
         proxy.reset_counts()
         for expected in (COLD[s3.scheme], WARM, WARM, WARM):
@@ -75,11 +77,18 @@ def test_round_trips_of_a_backlog(
             uploader.staging.stage(channel_backup(10))
         proxy.reset_counts()
         assert asyncio.run(uploader.send_staged()) is None
-        assert (proxy.counts.connections, proxy.counts.round_trips) == (1, COLD[s3.scheme] + 9 * WARM)
+        assert (proxy.counts.connections, proxy.counts.round_trips) == (
+            1,
+            COLD[s3.scheme] + 9 * WARM,
+        )
 
 
-def test_round_trips_of_the_daemon(s3: S3Server, through: dict[str, str], proxy: FaultProxy, lnd: Lnd) -> None:
-    """The daemon as users run it spends no other round trips, neither at its start nor at an update."""
+def test_round_trips_of_the_daemon(
+    s3: S3Server, through: dict[str, str], proxy: FaultProxy, lnd: Lnd
+) -> None:
+    """The daemon as users run it spends no other round trips, neither at its start nor at an
+    update.
+    """
     lnd.write()
     with Script(through) as script:
         script.wait_for_log("stored s3://")
@@ -115,8 +124,12 @@ class WatchedServer:
         self.closed.set()
 
 
-def test_an_idle_connection_is_closed(lnd: Lnd, staging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection outlives a short pause and is closed after a long one, since a NAT would forget it in silence."""
+def test_an_idle_connection_is_closed(
+    lnd: Lnd, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection outlives a short pause and is closed after a long one, since a NAT would
+    forget it in silence.
+    """
     idle_seconds = 0.6
     monkeypatch.setattr(program, "CONNECTION_IDLE_SECONDS", idle_seconds)
 

@@ -59,7 +59,10 @@ ONE_MINUTE = 60.0
 
 def client_error(code: str, status: int, message: str = "said so") -> sdk.ClientError:
     """Return the error that botocore makes of S3's answer."""
-    parsed = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    parsed = {
+        "Error": {"Code": code, "Message": message},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
     return sdk.ClientError(parsed, "PutObject")
 
 
@@ -76,7 +79,9 @@ EXPLAINED: dict[Cause, list[Exception]] = {
         ResponseParserError("Unable to parse response (not well-formed): line 1"),
         RecursionError("maximum recursion depth exceeded"),
         sdk.ConnectTimeoutError(endpoint_url=URL, error="timed out"),
-        sdk.ProxyConnectionError(proxy_url="http://proxy.example.org", error="[Errno 111] Connection refused"),
+        sdk.ProxyConnectionError(
+            proxy_url="http://proxy.example.org", error="[Errno 111] Connection refused"
+        ),
         sdk.SSLError(endpoint_url=URL, error="EOF occurred in violation of protocol"),
         sdk.HTTPClientError(error="something else"),
         sdk.ConnectionClosedError(endpoint_url=URL),
@@ -88,7 +93,10 @@ EXPLAINED: dict[Cause, list[Exception]] = {
         sdk.TokenRetrievalError(provider="sso", error_msg="it failed"),
         FileNotFoundError(2, "No such file or directory", "/usr/bin/credentials"),
         json.JSONDecodeError("Expecting value", "rubbish", 0),
-        *[client_error(str(status), status, "") for status in (408, 409, 425, 429, 500, 502, 503, 504, 509, 520)],
+        *[
+            client_error(str(status), status, "")
+            for status in (408, 409, 425, 429, 500, 502, 503, 504, 509, 520)
+        ],
         client_error("SlowDown", 503),
         client_error("ServiceUnavailable", 503),
         client_error("InternalError", 500),
@@ -112,9 +120,15 @@ EXPLAINED: dict[Cause, list[Exception]] = {
         sdk.UnauthorizedSSOTokenError(),
         sdk.LoginRefreshRequired(),
         sdk.LoginTokenLoadError(error_msg="no token"),
-        *[client_error(code, 400) for code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")],
+        *[
+            client_error(code, 400)
+            for code in ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+        ],
         *[client_error(code, 403) for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch")],
-        *[client_error(code, 403) for code in ("AllAccessDisabled", "AccountProblem", "UserSuspended")],
+        *[
+            client_error(code, 403)
+            for code in ("AllAccessDisabled", "AccountProblem", "UserSuspended")
+        ],
         client_error("401", 401, ""),
         client_error("403", 403, ""),
     ],
@@ -130,8 +144,14 @@ EXPLAINED: dict[Cause, list[Exception]] = {
         verification("self-signed certificate"),
         verification("Hostname mismatch, certificate is not valid for 's3.example.org'"),
         client_error("NoSuchBucket", 404),
-        *[client_error(code, 400) for code in ("InvalidBucketName", "AuthorizationHeaderMalformed", "InvalidRequest")],
-        *[client_error(code, 400) for code in ("InvalidArgument", "InvalidStorageClass", "EntityTooLarge")],
+        *[
+            client_error(code, 400)
+            for code in ("InvalidBucketName", "AuthorizationHeaderMalformed", "InvalidRequest")
+        ],
+        *[
+            client_error(code, 400)
+            for code in ("InvalidArgument", "InvalidStorageClass", "EntityTooLarge")
+        ],
         client_error("KMS.DisabledException", 400),
         client_error("PermanentRedirect", 301),
         client_error("NotImplemented", 501),
@@ -151,7 +171,8 @@ EXPLAINED: dict[Cause, list[Exception]] = {
 def label(error: Exception) -> str:
     """Name an error in the list of the tests."""
     if isinstance(error, sdk.ClientError):
-        return f"{error.response['Error']['Code']}-{error.response['ResponseMetadata']['HTTPStatusCode']}"
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        return f"{error.response['Error']['Code']}-{status}"
     return f"{type(error).__name__}-{str(error).removesuffix(' (_ssl.c:992)')[-12:]}"
 
 
@@ -164,7 +185,9 @@ def label(error: Exception) -> str:
     ],
 )
 def test_errors_have_causes(cause: Cause, error: Exception) -> None:
-    """An error of any class has the cause that decides what follows, says what, on what and why, and what to do."""
+    """An error of any class has the cause that decides what follows, says what, on what and why,
+    and what to do.
+    """
     failure = program.explain("cannot store: s3://bucket/key", error, STATEMENT)
     assert failure.cause is cause
     what, on_what, why = str(failure).split(": ", 2)
@@ -177,7 +200,10 @@ def test_errors_have_causes(cause: Cause, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (client_error("InvalidAccessKeyId", 403, "does not exist"), "InvalidAccessKeyId: does not exist (HTTP 403)"),
+        (
+            client_error("InvalidAccessKeyId", 403, "does not exist"),
+            "InvalidAccessKeyId: does not exist (HTTP 403)",
+        ),
         (EXPLAINED[Cause.NETWORK][0], "Connection refused"),
         (verification("self-signed certificate"), "self-signed certificate"),
         (sdk.ParamValidationError(report="Invalid bucket name"), "Invalid bucket name"),
@@ -185,13 +211,18 @@ def test_errors_have_causes(cause: Cause, error: Exception) -> None:
     ids=["answer", "connection", "certificate", "parameter"],
 )
 def test_reasons_are_told(error: Exception, reason: str) -> None:
-    """A message holds the reason itself, also where the SDK keeps it to itself or on a second line."""
+    """A message holds the reason itself, also where the SDK keeps it to itself or on a second
+    line.
+    """
     assert reason in str(program.explain("cannot store: s3://bucket/key", error))
 
 
 def test_a_denied_put_names_the_statement() -> None:
     """A missing permission leads to the policy statement to add."""
-    assert STATEMENT in program.explain("cannot store: x", client_error("AccessDenied", 403), STATEMENT).hint
+    assert (
+        STATEMENT
+        in program.explain("cannot store: x", client_error("AccessDenied", 403), STATEMENT).hint
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +246,9 @@ TEXTS = st.text(max_size=200)
 
 @given(code=TEXTS, message=TEXTS, status=st.integers(0, 999), statement=TEXTS)
 def test_no_answer_is_too_strange(code: str, message: str, status: int, statement: str) -> None:
-    """Whatever code, message and status S3 answers, there is an explanation with them in it and a hint."""
+    """Whatever code, message and status S3 answers, there is an explanation with them in it and a
+    hint.
+    """
     failure = program.explain("cannot store: x", client_error(code, status, message), statement)
     assert code in str(failure)
     assert message in str(failure)
@@ -247,7 +280,9 @@ def test_incomplete_answers_are_explained() -> None:
 
 @contextlib.contextmanager
 def use(env: dict[str, str]) -> Iterator[program.Bucket]:
-    """Put the settings into the environment, yield the bucket they describe, and close its connections."""
+    """Put the settings into the environment, yield the bucket they describe, and close its
+    connections.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
@@ -270,7 +305,9 @@ def staged_data(staging: Path) -> list[bytes]:
 
 
 def wait_until_staged(staging: Path, versions: list[bytes]) -> None:
-    """Wait until these versions are staged, oldest first; the log tells of a capture a moment before."""
+    """Wait until these versions are staged, oldest first; the log tells of a capture a moment
+    before.
+    """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while staged_data(staging) != versions:
         assert time.monotonic() < deadline, f"staged: {sorted(staging.iterdir())}"
@@ -288,14 +325,20 @@ def sha256(data: bytes) -> str:
 
 
 def assert_checked_by_md5(headers: dict[str, str], data: bytes) -> None:
-    """Fail unless the request asks for the one check that every store honours, and for nothing that breaks some."""
+    """Fail unless the request asks for the one check that every store honours, and for nothing that
+    breaks some.
+    """
     assert headers["content-md5"] == md5(data)
     assert headers["content-length"] == str(len(data))
     assert headers["x-amz-meta-sha256"] == hashlib.sha256(data).hexdigest()
     assert "expect" not in headers
     assert "transfer-encoding" not in headers
     assert "aws-chunked" not in headers.get("content-encoding", "")
-    assert not [name for name in headers if name.startswith(("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer"))]
+    assert not [
+        name
+        for name in headers
+        if name.startswith(("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer"))
+    ]
     assert "STREAMING" not in headers.get("x-amz-content-sha256", "")
 
 
@@ -312,12 +355,18 @@ def assert_checked_by_sha256(headers: dict[str, str], data: bytes) -> None:
 
 
 def test_a_put_on_the_wire(fake: FakeS3, fake_env: dict[str, str]) -> None:
-    """A put is one request with Content-MD5 and the metadata sha256, without Expect, flexible checksum or trailer."""
+    """A put is one request with Content-MD5 and the metadata sha256, without Expect, flexible
+    checksum or trailer.
+    """
     data = channel_backup(10)
     with use(fake_env) as bucket:
         receipt = put(bucket, data)
     [request] = fake.requests
-    assert (request.method, request.path, request.body) == ("PUT", f"/some-bucket/alice/{NAME}", data)
+    assert (request.method, request.path, request.body) == (
+        "PUT",
+        f"/some-bucket/alice/{NAME}",
+        data,
+    )
     assert_checked_by_md5(request.headers, data)
     digest = hashlib.sha256(data).hexdigest()
     assert (receipt.name, receipt.key) == (NAME, f"alice/{NAME}")
@@ -328,12 +377,17 @@ def test_a_put_on_the_wire(fake: FakeS3, fake_env: dict[str, str]) -> None:
 def test_a_put_to_a_strict_server(
     env: dict[str, str], s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over http and https alike a put asks for the same check, and the object is the file's bytes with its SHA-256."""
+    """Over http and https alike a put asks for the same check, and the object is the file's bytes
+    with its SHA-256.
+    """
     sent: list[dict[str, str]] = []
     make = program.Bucket.new_client
 
     def record(request: Any, **_: object) -> None:  # noqa: ANN401 - botocore is not typed
-        text = {name: value.decode() if isinstance(value, bytes) else value for name, value in request.headers.items()}
+        text = {
+            name: value.decode() if isinstance(value, bytes) else value
+            for name, value in request.headers.items()
+        }
         sent.append({name.lower(): str(value) for name, value in text.items()})
 
     def make_recording(self: program.Bucket, **credentials: str) -> Any:  # noqa: ANN401 - botocore is not typed
@@ -354,13 +408,22 @@ def test_a_put_to_a_strict_server(
 
 @pytest.mark.parametrize(
     "host",
-    ["s3.amazonaws.com", "s3.eu-central-1.amazonaws.com", "s3.cn-north-1.amazonaws.com.cn", "S3.AmazonAWS.com"],
+    [
+        "s3.amazonaws.com",
+        "s3.eu-central-1.amazonaws.com",
+        "s3.cn-north-1.amazonaws.com.cn",
+        "S3.AmazonAWS.com",
+    ],
 )
 def test_aws_is_asked_for_sha256(fake: FakeS3, fake_env: dict[str, str], host: str) -> None:
-    """At an endpoint of AWS a put carries the SHA-256 for S3 to check and keep, and no Content-MD5."""
+    """At an endpoint of AWS a put carries the SHA-256 for S3 to check and keep, and no
+    Content-MD5.
+    """
     data = channel_backup(1)
     fake.script(Answer(headers={"x-amz-checksum-sha256": sha256(data)}))
-    with use(fake_env | {"AWS_ENDPOINT_URL_S3": f"http://{host}", "HTTP_PROXY": fake.endpoint}) as bucket:
+    with use(
+        fake_env | {"AWS_ENDPOINT_URL_S3": f"http://{host}", "HTTP_PROXY": fake.endpoint}
+    ) as bucket:
         put(bucket, data)
     [request] = fake.requests
     assert request.path.lower().startswith("http://")
@@ -382,21 +445,32 @@ def test_aws_is_asked_for_sha256(fake: FakeS3, fake_env: dict[str, str], host: s
 def test_others_are_not_taken_for_aws(fake: FakeS3, fake_env: dict[str, str], host: str) -> None:
     """An endpoint that merely looks like one of AWS gets Content-MD5, as any other."""
     data = channel_backup(1)
-    with use(fake_env | {"AWS_ENDPOINT_URL_S3": f"http://{host}", "HTTP_PROXY": fake.endpoint}) as bucket:
+    with use(
+        fake_env | {"AWS_ENDPOINT_URL_S3": f"http://{host}", "HTTP_PROXY": fake.endpoint}
+    ) as bucket:
         put(bucket, data)
     assert_checked_by_md5(fake.requests[0].headers, data)
 
 
-@pytest.mark.parametrize(("region", "domain"), [("eu-central-1", "amazonaws.com"), ("cn-north-1", "amazonaws.com.cn")])
+@pytest.mark.parametrize(
+    ("region", "domain"), [("eu-central-1", "amazonaws.com"), ("cn-north-1", "amazonaws.com.cn")]
+)
 def test_aws_without_an_endpoint(fake_env: dict[str, str], region: str, domain: str) -> None:
-    """Without an endpoint a put goes to AWS in its region by https, signed as a whole and with its SHA-256."""
+    """Without an endpoint a put goes to AWS in its region by https, signed as a whole and with its
+    SHA-256.
+    """
     data = channel_backup(1)
     sent: list[Any] = []
 
     def answer(request: Any, **_: object) -> AWSResponse:  # noqa: ANN401 - botocore is not typed
         sent.append(request)
         raw = urllib3.HTTPResponse(body=io.BytesIO(), preload_content=False)
-        return AWSResponse(request.url, 200, HeadersDict({"ETag": '"x"', "x-amz-checksum-sha256": sha256(data)}), raw)
+        return AWSResponse(
+            request.url,
+            200,
+            HeadersDict({"ETag": '"x"', "x-amz-checksum-sha256": sha256(data)}),
+            raw,
+        )
 
     with use(fake_env | {"AWS_ENDPOINT_URL_S3": "", "AWS_REGION": region}) as bucket:
         bucket.client = bucket.new_client()
@@ -404,7 +478,10 @@ def test_aws_without_an_endpoint(fake_env: dict[str, str], region: str, domain: 
         receipt = put(bucket, data)
     [request] = sent
     assert request.url == f"https://some-bucket.s3.{region}.{domain}/{receipt.key}"
-    text = {name: value.decode() if isinstance(value, bytes) else value for name, value in request.headers.items()}
+    text = {
+        name: value.decode() if isinstance(value, bytes) else value
+        for name, value in request.headers.items()
+    }
     assert_checked_by_sha256({name.lower(): str(value) for name, value in text.items()}, data)
 
 
@@ -419,13 +496,19 @@ WRONG_ECHO = Answer(headers={"x-amz-checksum-sha256": sha256(b"other bytes")})
     [answers.NO_ETAG, answers.PORTAL, answers.PORTAL_WITH_ETAG, WRONG_ECHO],
     ids=["no-etag", "portal", "portal-with-etag", "wrong-checksum"],
 )
-def test_false_receipts_are_refused(fake: FakeS3, fake_env: dict[str, str], answer: Answer, host: str) -> None:
-    """A 200 without ETag, with a body, or with the checksum of other bytes is no receipt, but a passing fault."""
+def test_false_receipts_are_refused(
+    fake: FakeS3, fake_env: dict[str, str], answer: Answer, host: str
+) -> None:
+    """A 200 without ETag, with a body, or with the checksum of other bytes is no receipt, but a
+    passing fault.
+    """
     fake.script(answer)
     if host:
         fake_env |= {"AWS_ENDPOINT_URL_S3": host, "HTTP_PROXY": fake.endpoint}
     with use(fake_env) as bucket:
-        with pytest.raises(program.Failure, match=r"cannot store: s3://some-bucket/.*: .*no receipt") as refused:
+        with pytest.raises(
+            program.Failure, match=r"cannot store: s3://some-bucket/.*: .*no receipt"
+        ) as refused:
             put(bucket, channel_backup(1))
         assert refused.value.cause is Cause.NETWORK
         assert put(bucket, channel_backup(1))
@@ -439,8 +522,12 @@ def test_a_right_echo_is_a_receipt_everywhere(fake: FakeS3, fake_env: dict[str, 
         assert put(bucket, data).sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_a_portal_loses_nothing(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """The daemon keeps a version staged while a captive portal answers, and stores it when S3 answers again."""
+def test_a_portal_loses_nothing(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """The daemon keeps a version staged while a captive portal answers, and stores it when S3
+    answers again.
+    """
     fake.set_default(answers.PORTAL_WITH_ETAG)
     version = lnd.write()
     with Script(fake_env) as script:
@@ -453,8 +540,12 @@ def test_a_portal_loses_nothing(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
     assert staged_data(staging) == []
 
 
-def test_flipped_bits_are_never_stored(s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path) -> None:
-    """Bytes that change on the way are refused by S3, stay staged, and are stored once the line is sound."""
+def test_flipped_bits_are_never_stored(
+    s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path
+) -> None:
+    """Bytes that change on the way are refused by S3, stay staged, and are stored once the line is
+    sound.
+    """
     bucket = s3_http.create_bucket()
     version = lnd.write()
     with FaultProxy(s3_http.host, s3_http.port) as proxy:
@@ -475,7 +566,9 @@ def test_flipped_bits_are_never_stored(s3_http: S3Server, prefix: str, lnd: Lnd,
 
 
 def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None:
-    """AWS_REQUEST_CHECKSUM_CALCULATION=when_supported adds the SDK's own checksum, as the user wants it."""
+    """AWS_REQUEST_CHECKSUM_CALCULATION=when_supported adds the SDK's own checksum, as the user
+    wants it.
+    """
     with use(fake_env | {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}) as bucket:
         put(bucket, channel_backup(1))
     assert "x-amz-checksum-crc32" in fake.requests[0].headers
@@ -486,8 +579,12 @@ def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None
     [({}, 1), ({"AWS_MAX_ATTEMPTS": "2"}, 2), ({"AWS_RETRY_MODE": "standard"}, 3)],
     ids=["default", "max-attempts", "retry-mode"],
 )
-def test_the_users_attempts_win(fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], attempts: int) -> None:
-    """The SDK tries once, since the uploader has its own patience, unless AWS_MAX_ATTEMPTS or AWS_RETRY_MODE is set."""
+def test_the_users_attempts_win(
+    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], attempts: int
+) -> None:
+    """The SDK tries once, since the uploader has its own patience, unless AWS_MAX_ATTEMPTS or
+    AWS_RETRY_MODE is set.
+    """
     fake.set_default(answers.SLOW_DOWN)
     with use(fake_env | choice) as bucket, pytest.raises(program.Failure, match="SlowDown"):
         put(bucket, channel_backup(1))
@@ -495,7 +592,9 @@ def test_the_users_attempts_win(fake: FakeS3, fake_env: dict[str, str], choice: 
 
 
 def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) -> None:
-    """Endpoint, region, attempts and checksums of a profile in AWS_CONFIG_FILE are used, and its credentials."""
+    """Endpoint, region, attempts and checksums of a profile in AWS_CONFIG_FILE are used, and its
+    credentials.
+    """
     config, keys = tmp_path / "config", tmp_path / "credentials"
     config.write_text(
         "[profile node]\n"
@@ -510,7 +609,11 @@ def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) 
     )
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         del fake_env[name]
-    profile = {"AWS_CONFIG_FILE": str(config), "AWS_SHARED_CREDENTIALS_FILE": str(keys), "AWS_PROFILE": "node"}
+    profile = {
+        "AWS_CONFIG_FILE": str(config),
+        "AWS_SHARED_CREDENTIALS_FILE": str(keys),
+        "AWS_PROFILE": "node",
+    }
     fake.script(answers.SLOW_DOWN)
     with use(fake_env | profile) as bucket:
         put(bucket, channel_backup(1))
@@ -531,7 +634,9 @@ def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) 
     ],
     ids=["region", "both", "default-region", "none"],
 )
-def test_regions_are_honoured(fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], region: str) -> None:
+def test_regions_are_honoured(
+    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], region: str
+) -> None:
     """Requests are signed for AWS_REGION, else AWS_DEFAULT_REGION, else us-east-1."""
     with use(fake_env | choice) as bucket:
         put(bucket, channel_backup(1))
@@ -539,8 +644,21 @@ def test_regions_are_honoured(fake: FakeS3, fake_env: dict[str, str], choice: di
 
 
 EMPTY = [
-    *["AWS_PROFILE", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"],
-    *["AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE", "HTTP_PROXY", "HTTPS_PROXY"],
+    *[
+        "AWS_PROFILE",
+        "AWS_DEFAULT_REGION",
+        "AWS_CA_BUNDLE",
+        "AWS_CONFIG_FILE",
+        "AWS_SHARED_CREDENTIALS_FILE",
+    ],
+    *[
+        "AWS_SESSION_TOKEN",
+        "AWS_ENDPOINT_URL",
+        "AWS_MAX_ATTEMPTS",
+        "AWS_RETRY_MODE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+    ],
     *["AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "NO_PROXY"],
     *["HEARTBEAT_URL", "METRICS_FILE", "RESCAN_SECONDS"],
 ]
@@ -557,7 +675,9 @@ def test_empty_variables_count_as_not_set(fake: FakeS3, fake_env: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("in_file", "method"), [(False, "env"), (True, "shared-credentials-file")], ids=["environment", "file"]
+    ("in_file", "method"),
+    [(False, "env"), (True, "shared-credentials-file")],
+    ids=["environment", "file"],
 )
 def test_the_log_says_what_is_in_use(
     fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, tmp_path: Path, method: str, *, in_file: bool
@@ -566,7 +686,9 @@ def test_the_log_says_what_is_in_use(
     lnd.write()
     if in_file:
         keys = tmp_path / "credentials"
-        key, secret = (fake_env.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+        key, secret = (
+            fake_env.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        )
         keys.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
         fake_env["AWS_SHARED_CREDENTIALS_FILE"] = str(keys)
     done = run_script(fake_env, "once")
@@ -580,7 +702,9 @@ def test_the_log_says_what_is_in_use(
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "HTTP_PROXY"])
 def test_passwords_in_urls_are_masked(fake_env: dict[str, str], lnd: Lnd, name: str) -> None:
-    """A user name and password in the URL of endpoint or proxy never get into the log, also when it fails."""
+    """A user name and password in the URL of endpoint or proxy never get into the log, also when it
+    fails.
+    """
     lnd.write()
     with socket.socket() as refusing:
         refusing.bind(("127.0.0.1", 0))
@@ -599,7 +723,9 @@ def test_passwords_in_urls_are_masked(fake_env: dict[str, str], lnd: Lnd, name: 
 def test_an_edited_credentials_file_is_picked_up(
     s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
-    """With a wrong secret the daemon is loud and captures, and once the credentials file is corrected all goes out."""
+    """With a wrong secret the daemon is loud and captures, and once the credentials file is
+    corrected all goes out.
+    """
     bucket = s3_http.create_bucket()
     env = settings_for(s3_http, bucket, prefix, lnd, staging)
     key, secret = env.pop("AWS_ACCESS_KEY_ID"), env.pop("AWS_SECRET_ACCESS_KEY")
@@ -622,8 +748,12 @@ def test_an_edited_credentials_file_is_picked_up(
     assert_nothing_lost(lnd, s3_http, bucket, prefix, staging)
 
 
-def test_a_corrected_credential_program_is_picked_up(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
-    """With a credential program that is not there the daemon is loud, and it uses the one that the file names next."""
+def test_a_corrected_credential_program_is_picked_up(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
+) -> None:
+    """With a credential program that is not there the daemon is loud, and it uses the one that the
+    file names next.
+    """
     config = lnd.directory.parent / "config"
     config.write_text("[default]\ncredential_process = /nowhere/credentials\n")
     del fake_env["AWS_ACCESS_KEY_ID"], fake_env["AWS_SECRET_ACCESS_KEY"]
@@ -632,14 +762,18 @@ def test_a_corrected_credential_program_is_picked_up(fake: FakeS3, fake_env: dic
     lnd.write()
     with Script(fake_env | {"AWS_CONFIG_FILE": str(config)}) as script:
         script.wait_for_log("cannot store: .*/nowhere/credentials")
-        config.write_text(f"[default]\ncredential_process = cat {lnd.directory.parent / 'answer'}\n")
+        config.write_text(
+            f"[default]\ncredential_process = cat {lnd.directory.parent / 'answer'}\n"
+        )
         lnd.write()
         script.wait_for_log("stored s3://", count=2)
         assert script.stop() == 0
     assert "Credential=AKIDPROGRAM/" in fake.requests[0].headers["authorization"]
 
 
-def test_no_credentials_at_all(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
+def test_no_credentials_at_all(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
     """Without any credentials the daemon runs, is loud and captures, and `once` exits 1."""
     del fake_env["AWS_ACCESS_KEY_ID"], fake_env["AWS_SECRET_ACCESS_KEY"]
     lnd.write()
@@ -655,7 +789,9 @@ def test_no_credentials_at_all(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd,
 
 
 def test_a_missing_bucket(s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path) -> None:
-    """Without its bucket the daemon is loud and captures, `once` exits 1, and once there is one all goes out."""
+    """Without its bucket the daemon is loud and captures, `once` exits 1, and once there is one all
+    goes out.
+    """
     bucket = "not-made-yet-" + os.urandom(4).hex()
     user = s3_http.user(allow("s3:PutObject", "*"))
     env = settings_for(s3_http, bucket, prefix, lnd, staging)
@@ -710,7 +846,17 @@ def once(fake_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[
         (answers.PORTAL, 75, "portal"),
         (answers.DROPPED, 75, "closed"),
     ],
-    ids=["clock", "bucket", "key", "expired", "denied", "slow-down", "empty-503", "portal", "dropped"],
+    ids=[
+        "clock",
+        "bucket",
+        "key",
+        "expired",
+        "denied",
+        "slow-down",
+        "empty-503",
+        "portal",
+        "dropped",
+    ],
 )
 def test_exit_codes_of_once(
     fake: FakeS3,
@@ -722,7 +868,9 @@ def test_exit_codes_of_once(
     exit_code: int,
     words: str,
 ) -> None:
-    """`once` tells by its exit code whether trying again may help, says why, and keeps the version staged."""
+    """`once` tells by its exit code whether trying again may help, says why, and keeps the version
+    staged.
+    """
     version = lnd.write()
     fake.set_default(answer)
     assert once() == exit_code
@@ -735,7 +883,9 @@ def test_once_outlasts_a_short_fault(
 ) -> None:
     """`once` tries again when S3 was out of reach for a moment, under the same key."""
     monkeypatch.setattr(program, "BACKOFF_FIRST_SECONDS", 0.05)
-    monkeypatch.setattr(program, "ONE_SHOT_PATIENCE_SECONDS", 20.0)  # a slow machine needs a while for each attempt
+    monkeypatch.setattr(
+        program, "ONE_SHOT_PATIENCE_SECONDS", 20.0
+    )  # a slow machine needs a while for each attempt
     lnd.write()
     fake.script(answers.SLOW_DOWN, answers.DROPPED)
     assert once() == 0
@@ -750,7 +900,9 @@ def test_once_gives_up(
     lnd: Lnd,
     mode: Any,  # noqa: ANN401 - one of the kit's modes
 ) -> None:
-    """`once` exits 75 when S3 refuses the connection, resets it, or is silent; how soon, the next test shows."""
+    """`once` exits 75 when S3 refuses the connection, resets it, or is silent; how soon, the next
+    test shows.
+    """
     lnd.write()
     with FaultProxy("127.0.0.1", fake.port) as proxy:
         proxy.set(mode, n=1000)
@@ -758,19 +910,26 @@ def test_once_gives_up(
 
 
 def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """`once` as users run it exits 75 within a minute, whether connections are refused or nobody answers them."""
+    """`once` as users run it exits 75 within a minute, whether connections are refused or nobody
+    answers them.
+    """
     # Takes some 40 s: the one test with the real limits, both cases at the same time.
     lnd.write()
     with socket.socket() as refusing, socket.socket() as silent:
         for listener in (refusing, silent):
             listener.bind(("127.0.0.1", 0))
         silent.listen()
-        endpoints = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in (refusing, silent)]
+        endpoints = [
+            f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in (refusing, silent)
+        ]
         results: dict[str, tuple[int, float]] = {}
 
         def run(endpoint: str) -> None:
             began = time.monotonic()
-            own = {"AWS_ENDPOINT_URL_S3": endpoint, "BACKUP_DIRECTORY": f"{staging}-{endpoint.rpartition(':')[2]}"}
+            own = {
+                "AWS_ENDPOINT_URL_S3": endpoint,
+                "BACKUP_DIRECTORY": f"{staging}-{endpoint.rpartition(':')[2]}",
+            }
             code = run_script(fake_env | own, "once").returncode
             results[endpoint] = code, time.monotonic() - began
 
@@ -793,8 +952,12 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
         ({}, False),
     ],
 )
-def test_only_on_ec2_is_a_role_looked_for(tmp_path: Path, files: dict[str, str | None], *, expected: bool) -> None:
-    """A machine is Amazon's only if its firmware says so; one whose firmware cannot be read is not, and starts."""
+def test_only_on_ec2_is_a_role_looked_for(
+    tmp_path: Path, files: dict[str, str | None], *, expected: bool
+) -> None:
+    """A machine is Amazon's only if its firmware says so; one whose firmware cannot be read is not,
+    and starts.
+    """
     for name, text in files.items():
         if text is None:
             (tmp_path / name).mkdir()
@@ -822,10 +985,15 @@ def receipt_of(uploader: program.Uploader) -> program.Stored:
 def test_a_silent_server_is_given_up(
     fake: FakeS3, fake_env: dict[str, str], staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attempt without progress is given up, the version stays staged, and the next attempt stores it."""
+    """An attempt without progress is given up, the version stays staged, and the next attempt
+    stores it.
+    """
     monkeypatch.setattr(program, "ATTEMPT_SECONDS", 0.5)
     data = channel_backup(10)
-    with FaultProxy("127.0.0.1", fake.port) as proxy, use(fake_env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}) as made:
+    with (
+        FaultProxy("127.0.0.1", fake.port) as proxy,
+        use(fake_env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}) as made,
+    ):
         proxy.set("blackhole")
         uploader = stage(staging, made, data)
         began = time.monotonic()
@@ -857,7 +1025,9 @@ class TricklingServer:
         with connection, connection.makefile("rb") as stream:
             length = 0
             while (line := stream.readline()).strip():
-                length = int(line.split()[1]) if line.lower().startswith(b"content-length") else length
+                length = (
+                    int(line.split()[1]) if line.lower().startswith(b"content-length") else length
+                )
             for number in range(self.pieces):
                 time.sleep(self.pause_seconds)
                 part = length * (number + 1) // self.pieces - length * number // self.pieces
@@ -868,7 +1038,9 @@ class TricklingServer:
 def test_a_slow_uplink_is_not_given_up(
     fake_env: dict[str, str], staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload that goes on steadily may take longer than the silence after which an attempt is given up."""
+    """An upload that goes on steadily may take longer than the silence after which an attempt is
+    given up.
+    """
     monkeypatch.setattr(program, "ATTEMPT_SECONDS", 1.0)
     data = os.urandom(32 << 20)  # socket buffers take some 4 MiB at once
     server = TricklingServer(pieces=60, pause_seconds=0.05)
@@ -888,10 +1060,15 @@ def test_a_slow_uplink_is_not_given_up(
 def test_a_lost_answer_leaves_one_object(
     s3: S3Server, env: dict[str, str], bucket: str, staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A version that was stored while its answer got lost is sent again under the same key, and is there once."""
+    """A version that was stored while its answer got lost is sent again under the same key, and is
+    there once.
+    """
     monkeypatch.setattr(program, "ATTEMPT_SECONDS", 1.0)
     data = channel_backup(10)
-    with FaultProxy(s3.host, s3.port) as proxy, use(env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint(s3.scheme)}) as made:
+    with (
+        FaultProxy(s3.host, s3.port) as proxy,
+        use(env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint(s3.scheme)}) as made,
+    ):
         proxy.set("swallow_response")
         uploader = stage(staging, made, data)
         failure = asyncio.run(uploader.send_staged())

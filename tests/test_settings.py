@@ -1,4 +1,6 @@
-"""Every setting and the --env-file: what is accepted, and that faults are told all at once, with what to do."""
+"""Every setting and the --env-file: what is accepted, and that faults are told all at once, with
+what to do.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,18 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def faults(environ: dict[str, str]) -> dict[str, program.Failure]:
-    """Return the faults of a configuration by variable; each is wrong configuration and says what to do."""
+    """Return the faults of a configuration by variable; each is wrong configuration and says what
+    to do.
+    """
     failures: list[program.Failure] = []
     try:
         program.load_settings(environ)
     except* program.Failure as group:
         failures = [failure for failure in group.exceptions if isinstance(failure, program.Failure)]
-    found = {str(failure).partition("=")[0].removeprefix("configuration: "): failure for failure in failures}
+    found = {
+        str(failure).partition("=")[0].removeprefix("configuration: "): failure
+        for failure in failures
+    }
     assert len(found) == len(failures)
     assert all(name.isidentifier() for name in found)
     assert all(failure.cause.exit_code == 78 and failure.hint for failure in failures)
@@ -54,8 +61,17 @@ def good(lnd: Lnd, staging: Path) -> dict[str, str]:
 def test_good_settings_are_taken_as_they_are(good: dict[str, str], lnd: Lnd, staging: Path) -> None:
     """Settings without a fault are returned with the defaults of the others."""
     found = program.load_settings(good)
-    assert (found.monitored, found.staging, found.bucket, found.prefix) == (lnd.path, staging, "bucket", "")
-    assert (found.rescan_seconds, found.refresh_seconds, found.grace_seconds) == (60.0, 86400.0, 10.0)
+    assert (found.monitored, found.staging, found.bucket, found.prefix) == (
+        lnd.path,
+        staging,
+        "bucket",
+        "",
+    )
+    assert (found.rescan_seconds, found.refresh_seconds, found.grace_seconds) == (
+        60.0,
+        86400.0,
+        10.0,
+    )
     assert "geheim" not in repr(found)
 
 
@@ -108,17 +124,53 @@ WRONG = {
         "b#c",
         "a\nb",
     ],
-    "S3_BACKUP_PREFIX": ["/", "/a", "a//b", "a/../b", "..", ".", "./a", "a b", "a#", "${A}", '"a"', "a\\b", "x" * 241],
-    "RESCAN_SECONDS": ["0", "0.0", "-1", "1e3", "60s", " 60", "60 ", "nan", "inf", "\u0663", "1,5", "0x10", "9" * 400],
+    "S3_BACKUP_PREFIX": [
+        "/",
+        "/a",
+        "a//b",
+        "a/../b",
+        "..",
+        ".",
+        "./a",
+        "a b",
+        "a#",
+        "${A}",
+        '"a"',
+        "a\\b",
+        "x" * 241,
+    ],
+    "RESCAN_SECONDS": [
+        "0",
+        "0.0",
+        "-1",
+        "1e3",
+        "60s",
+        " 60",
+        "60 ",
+        "nan",
+        "inf",
+        "\u0663",
+        "1,5",
+        "0x10",
+        "9" * 400,
+    ],
     "REFRESH_SECONDS": ["-1", "-0", "daily", "nan", "inf", "1_000", "1\n"],
     "SHUTDOWN_GRACE_SECONDS": ["-1", "ten", "nan", "inf", "+1"],
-    "AWS_ENDPOINT_URL_S3": ["s3.example.org", "//s3.example.org", "ftp://s3.example.org", "https://", "https:///a"],
+    "AWS_ENDPOINT_URL_S3": [
+        "s3.example.org",
+        "//s3.example.org",
+        "ftp://s3.example.org",
+        "https://",
+        "https:///a",
+    ],
     "AWS_ENDPOINT_URL": ["s3.example.org", "https://s3. example.org", "HTTPS"],
     "AWS_CA_BUNDLE": ["/nowhere/ca.pem"],
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
 def test_wrong_value_is_a_fault_that_shows_it(name: str, value: str, good: dict[str, str]) -> None:
     """A value that cannot be used is a fault with the variable and the value, and the only one."""
     found = faults(good | {name: value})
@@ -126,10 +178,16 @@ def test_wrong_value_is_a_fault_that_shows_it(name: str, value: str, good: dict[
     assert f"{name}={value}" in str(found[name])
 
 
-@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+@pytest.mark.parametrize(
+    "name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"]
+)
 @pytest.mark.parametrize("value", [" geheim", "geheim ", "ge heim", "geheim\n", "\tgeheim"])
-def test_blank_in_a_key_is_a_fault_that_does_not_show_it(name: str, value: str, good: dict[str, str]) -> None:
-    """A blank that was copied along with a key is a fault with the variable, and without the value."""
+def test_blank_in_a_key_is_a_fault_that_does_not_show_it(
+    name: str, value: str, good: dict[str, str]
+) -> None:
+    """A blank that was copied along with a key is a fault with the variable, and without the
+    value.
+    """
     found = faults(good | {name: value})
     assert list(found) == [name]
     assert "heim" not in f"{found[name]!r} {found[name]} {found[name].hint}"
@@ -159,19 +217,26 @@ RIGHT: list[tuple[str, str, str, object]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "field", "expected"), RIGHT)
-def test_right_value_is_taken(name: str, value: str, field: str, expected: object, good: dict[str, str]) -> None:
+def test_right_value_is_taken(
+    name: str, value: str, field: str, expected: object, good: dict[str, str]
+) -> None:
     """A value within the rules is taken, and a prefix gets the slash that it lacks."""
     assert getattr(program.load_settings(good | {name: value}), field) == expected
 
 
-@pytest.mark.parametrize("url", ["https://s3.example.org", "http://127.0.0.1:9000", "http://[::1]:9000/minio", ""])
+@pytest.mark.parametrize(
+    "url", ["https://s3.example.org", "http://127.0.0.1:9000", "http://[::1]:9000/minio", ""]
+)
 def test_right_endpoint_is_taken(url: str, good: dict[str, str]) -> None:
     """An endpoint with a scheme and a host is no fault."""
     assert faults(good | {"AWS_ENDPOINT_URL_S3": url, "AWS_ENDPOINT_URL": url}) == {}
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.sampled_from(OPTIONAL[:4] + REQUIRED), st.text(st.characters(exclude_characters="\0", codec="utf-8")))
+@given(
+    st.sampled_from(OPTIONAL[:4] + REQUIRED),
+    st.text(st.characters(exclude_characters="\0", codec="utf-8")),
+)
 def test_any_value_is_taken_or_a_fault(name: str, value: str) -> None:
     """No text in a setting ends in anything but settings or faults."""
     with tempfile.TemporaryDirectory() as directory:
@@ -199,8 +264,12 @@ FORBIDDEN = [
 
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_file_that_must_never_be_copied_is_a_fault(name: str, lnd: Lnd, good: dict[str, str], *, linked: bool) -> None:
-    """A name of what must never be restored, or never leave the node, is a fault, also behind a link."""
+def test_file_that_must_never_be_copied_is_a_fault(
+    name: str, lnd: Lnd, good: dict[str, str], *, linked: bool
+) -> None:
+    """A name of what must never be restored, or never leave the node, is a fault, also behind a
+    link.
+    """
     path = lnd.directory / name
     path.write_bytes(b"secret")
     if linked:
@@ -211,14 +280,18 @@ def test_file_that_must_never_be_copied_is_a_fault(name: str, lnd: Lnd, good: di
     assert "channel.backup" in found["MONITOR_FILE_PATH"].hint
 
 
-@pytest.mark.parametrize("name", ["channel.backup", "channels.backup", "my.db", "macaroon", "sqlite", "channel.db.txt"])
+@pytest.mark.parametrize(
+    "name", ["channel.backup", "channels.backup", "my.db", "macaroon", "sqlite", "channel.db.txt"]
+)
 def test_any_other_name_is_taken(name: str, lnd: Lnd, good: dict[str, str]) -> None:
     """A file that is not one of the forbidden ones may have any name, and need not be there."""
     assert faults(good | {"MONITOR_FILE_PATH": str(lnd.directory / name)}) == {}
 
 
 @pytest.mark.parametrize("name", ["", "/"])
-def test_directory_in_place_of_the_file_is_a_fault(name: str, lnd: Lnd, good: dict[str, str]) -> None:
+def test_directory_in_place_of_the_file_is_a_fault(
+    name: str, lnd: Lnd, good: dict[str, str]
+) -> None:
     """A directory in place of the file is a fault, with the name of the file in it."""
     found = faults(good | {"MONITOR_FILE_PATH": str(lnd.directory) + name})
     assert str(lnd.path) in found["MONITOR_FILE_PATH"].hint
@@ -247,14 +320,21 @@ def test_lnds_own_directory_is_a_fault(below: str, lnd: Lnd, good: dict[str, str
     assert "LND" in str(staging_fault(good, lnd.directory / below))
 
 
-def test_lnds_own_directory_behind_a_link_is_a_fault(lnd: Lnd, good: dict[str, str], tmp_path: Path) -> None:
+def test_lnds_own_directory_behind_a_link_is_a_fault(
+    lnd: Lnd, good: dict[str, str], tmp_path: Path
+) -> None:
     """LND's directory is recognised behind a link on either path."""
     (tmp_path / "link").symlink_to(lnd.directory)
     staging_fault(good, tmp_path / "link" / "backup")
-    staging_fault(good | {"MONITOR_FILE_PATH": str(tmp_path / "link" / "channel.backup")}, lnd.directory / "backup")
+    staging_fault(
+        good | {"MONITOR_FILE_PATH": str(tmp_path / "link" / "channel.backup")},
+        lnd.directory / "backup",
+    )
 
 
-def test_directory_of_a_linked_file_is_a_fault(lnd: Lnd, good: dict[str, str], tmp_path: Path) -> None:
+def test_directory_of_a_linked_file_is_a_fault(
+    lnd: Lnd, good: dict[str, str], tmp_path: Path
+) -> None:
     """Where the file is a link, neither the link's directory nor its target's is for staging."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(lnd.directory)
@@ -264,15 +344,23 @@ def test_directory_of_a_linked_file_is_a_fault(lnd: Lnd, good: dict[str, str], t
     staging_fault(good, lnd.directory / "backup")
 
 
-@pytest.mark.parametrize("name", ["wallet.db", "channel.db", "readonly.macaroon", "chan-backup-archives"])
-def test_directory_with_lnds_files_is_a_fault(name: str, staging: Path, good: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "name", ["wallet.db", "channel.db", "readonly.macaroon", "chan-backup-archives"]
+)
+def test_directory_with_lnds_files_is_a_fault(
+    name: str, staging: Path, good: dict[str, str]
+) -> None:
     """A directory that holds what LND keeps is not for staging, whatever MONITOR_FILE_PATH says."""
     (staging / name).touch()
     assert "LND" in str(staging_fault(good, staging))
 
 
-def test_directory_with_lnds_files_that_cannot_be_listed_is_a_fault(public: Path, good: dict[str, str]) -> None:
-    """A directory of LND's is recognised by its files also where the user may enter it and not list it."""
+def test_directory_with_lnds_files_that_cannot_be_listed_is_a_fault(
+    public: Path, good: dict[str, str]
+) -> None:
+    """A directory of LND's is recognised by its files also where the user may enter it and not list
+    it.
+    """
     (public / "lnd").mkdir()
     (public / "lnd" / "wallet.db").touch()
     (public / "lnd").chmod(0o111)
@@ -283,7 +371,9 @@ def test_directory_with_lnds_files_that_cannot_be_listed_is_a_fault(public: Path
 
 
 @pytest.mark.parametrize("target", ["real", "nothing", "link"])
-def test_link_as_staging_directory_is_a_fault(target: str, good: dict[str, str], tmp_path: Path) -> None:
+def test_link_as_staging_directory_is_a_fault(
+    target: str, good: dict[str, str], tmp_path: Path
+) -> None:
     """A link, also a dangling one and a loop, is not for staging."""
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(target)
@@ -298,7 +388,9 @@ def test_file_as_staging_directory_is_a_fault(good: dict[str, str], tmp_path: Pa
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
 def test_directory_of_another_user_is_a_fault(staging: Path, good: dict[str, str]) -> None:
-    """A directory that belongs to somebody else is not for staging, and the fault says who that is."""
+    """A directory that belongs to somebody else is not for staging, and the fault says who that
+    is.
+    """
     os.chown(staging, NOBODY, NOBODY)
     assert str(NOBODY) in str(staging_fault(good, staging))
 
@@ -314,27 +406,39 @@ def test_effective_user_must_own_the_directory(
 
 
 def test_a_directory_to_watch_is_the_one_fault(lnd: Lnd, good: dict[str, str]) -> None:
-    """LND's directory in the place of its file is named, and what lies beside that directory is not blamed for it."""
+    """LND's directory in the place of its file is named, and what lies beside that directory is not
+    blamed for it.
+    """
     assert faults(good | {"MONITOR_FILE_PATH": str(lnd.directory)}).keys() == {"MONITOR_FILE_PATH"}
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o770, 0o777, 0o1777])
-def test_directory_that_others_can_write_is_a_fault(mode: int, staging: Path, good: dict[str, str]) -> None:
-    """A directory that group or others may write is not for staging, until the hint was followed."""
+def test_directory_that_others_can_write_is_a_fault(
+    mode: int, staging: Path, good: dict[str, str]
+) -> None:
+    """A directory that group or others may write is not for staging, until the hint was
+    followed.
+    """
     staging.chmod(mode)
     follow(staging_fault(good, staging).hint)
     assert faults(good) == {}
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
-def test_directory_that_others_can_only_read_is_taken(mode: int, staging: Path, good: dict[str, str]) -> None:
-    """A directory that only its owner may write is for staging, such as the one that systemd makes."""
+def test_directory_that_others_can_only_read_is_taken(
+    mode: int, staging: Path, good: dict[str, str]
+) -> None:
+    """A directory that only its owner may write is for staging, such as the one that systemd
+    makes.
+    """
     staging.chmod(mode)
     assert faults(good) == {}
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o500, 0o600])
-def test_directory_that_its_owner_cannot_use_is_a_fault(mode: int, public: Path, good: dict[str, str]) -> None:
+def test_directory_that_its_owner_cannot_use_is_a_fault(
+    mode: int, public: Path, good: dict[str, str]
+) -> None:
     """A directory that its owner may not list, enter and write is not for staging."""
     staging = public / "staging"
     staging.mkdir()
@@ -354,7 +458,9 @@ def test_missing_directory_is_made_later(tmp_path: Path, good: dict[str, str]) -
     assert not directory.exists()
 
 
-def test_missing_directory_in_a_parent_that_cannot_be_written_is_a_fault(public: Path, good: dict[str, str]) -> None:
+def test_missing_directory_in_a_parent_that_cannot_be_written_is_a_fault(
+    public: Path, good: dict[str, str]
+) -> None:
     """A directory that the user could not make is a fault."""
     public.chmod(0o555)
     good["MONITOR_FILE_PATH"] = str(public / "lnd" / "channel.backup")
@@ -371,22 +477,32 @@ def follow(hint: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["parent", "a parent", "it's"])
-def test_hint_for_a_missing_parent_mends_it(name: str, tmp_path: Path, good: dict[str, str]) -> None:
-    """A directory without a parent is a fault, and the command in the hint makes it as it must be."""
+def test_hint_for_a_missing_parent_mends_it(
+    name: str, tmp_path: Path, good: dict[str, str]
+) -> None:
+    """A directory without a parent is a fault, and the command in the hint makes it as it must
+    be.
+    """
     directory = tmp_path / name / "staging"
     follow(staging_fault(good, directory).hint)
     assert faults(good | {"BACKUP_DIRECTORY": str(directory)}) == {}
 
 
 def test_directory_that_systemd_made_is_the_default(staging: Path, good: dict[str, str]) -> None:
-    """STATE_DIRECTORY is the staging directory where BACKUP_DIRECTORY is absent or empty; of several, the first."""
+    """STATE_DIRECTORY is the staging directory where BACKUP_DIRECTORY is absent or empty; of
+    several, the first.
+    """
     del good["BACKUP_DIRECTORY"]
     for given_ in ({}, {"BACKUP_DIRECTORY": ""}):
         for state in (str(staging), f"{staging}:/elsewhere/second"):
-            assert program.load_settings(good | given_ | {"STATE_DIRECTORY": state}).staging == staging
+            assert (
+                program.load_settings(good | given_ | {"STATE_DIRECTORY": state}).staging == staging
+            )
 
 
-def test_backup_directory_wins_over_the_one_that_systemd_made(staging: Path, good: dict[str, str]) -> None:
+def test_backup_directory_wins_over_the_one_that_systemd_made(
+    staging: Path, good: dict[str, str]
+) -> None:
     """STATE_DIRECTORY means nothing beside BACKUP_DIRECTORY."""
     assert program.load_settings(good | {"STATE_DIRECTORY": "/elsewhere"}).staging == staging
 
@@ -495,7 +611,9 @@ OTHERWISE = [
 
 @pytest.mark.parametrize("line", OTHERWISE, ids=ascii)
 def test_line_that_systemd_reads_otherwise_is_refused(line: str) -> None:
-    """A line that systemd reads otherwise, or not at all, is refused, and the fault names the line by its number."""
+    """A line that systemd reads otherwise, or not at all, is refused, and the fault names the line
+    by its number.
+    """
     with pytest.raises(program.Failure, match=r"line 2\b") as caught:
         read(f"# first\n{line}\nB=c\n")
     assert caught.value.cause.exit_code == 78
@@ -518,7 +636,9 @@ pieces = st.sampled_from(
 @example("A=b\x85#c")
 @example("A=b\u00a0")
 def test_accepted_file_means_what_a_simple_reading_gives(text: str) -> None:
-    """Any file that is accepted sets what a plain reading of its lines sets, to values that a process can have."""
+    """Any file that is accepted sets what a plain reading of its lines sets, to values that a
+    process can have.
+    """
     try:
         values = read(text)
     except program.Failure:
@@ -528,9 +648,9 @@ def test_accepted_file_means_what_a_simple_reading_gives(text: str) -> None:
     assert not any("\0" in value for value in values.values())
 
 
-plain_values = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\"'\\#")).map(
-    str.strip
-)
+plain_values = st.text(
+    st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\"'\\#")
+).map(str.strip)
 
 
 @settings(deadline=None)
@@ -544,7 +664,9 @@ def test_plain_file_is_accepted(values: dict[str, str]) -> None:
 
 
 def start(good: dict[str, str], *arguments: str, code: int = 78) -> list[str]:
-    """Run the program to its early end, in which nothing was made or watched, and return the lines of its log."""
+    """Run the program to its early end, in which nothing was made or watched, and return the lines
+    of its log.
+    """
     staging = Path(good.get("BACKUP_DIRECTORY") or "/nowhere")
     before = list(staging.iterdir()) if staging.is_dir() else None
     done = run_script(good, *arguments)
@@ -557,7 +679,9 @@ def start(good: dict[str, str], *arguments: str, code: int = 78) -> list[str]:
 
 @pytest.mark.parametrize("command", [[], ["once"]])
 def test_all_faults_are_told_at_once(command: list[str], lnd: Lnd) -> None:
-    """Each fault is a line with variable and value, and one with what to do; then exit 78, and nothing was made."""
+    """Each fault is a line with variable and value, and one with what to do; then exit 78, and
+    nothing was made.
+    """
     wrong = {
         "MONITOR_FILE_PATH": str(lnd.directory),
         "BACKUP_DIRECTORY": str(lnd.directory / "missing" / "staging"),
@@ -569,17 +693,23 @@ def test_all_faults_are_told_at_once(command: list[str], lnd: Lnd) -> None:
         "AWS_ENDPOINT_URL_S3": "s3.example.org",
         "AWS_CA_BUNDLE": "/nowhere/ca.pem",
     }
-    lines = start(wrong | {"AWS_SECRET_ACCESS_KEY": "ge heim", "AWS_ACCESS_KEY_ID": " key"}, *command)
+    lines = start(
+        wrong | {"AWS_SECRET_ACCESS_KEY": "ge heim", "AWS_ACCESS_KEY_ID": " key"}, *command
+    )
     for name, value in wrong.items():
         assert sum(f" {name}={value}: " in line for line in lines) == 1, name
-    assert sum("AWS_SECRET_ACCESS_KEY=" in line or "AWS_ACCESS_KEY_ID=" in line for line in lines) == 2
+    assert (
+        sum("AWS_SECRET_ACCESS_KEY=" in line or "AWS_ACCESS_KEY_ID=" in line for line in lines) == 2
+    )
     assert not any("heim" in line for line in lines)
     assert [" hint: " in line or "error: hint" in line for line in lines] == [False, True] * 11
     assert list(lnd.directory.iterdir()) == []
 
 
 def test_no_file_is_read_unasked(good: dict[str, str], tmp_path: Path) -> None:
-    """Without settings the required ones are told, and a .env in the working directory is not read."""
+    """Without settings the required ones are told, and a .env in the working directory is not
+    read.
+    """
     (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in good.items()))
     done = run_script({}, "run", cwd=tmp_path)
     assert done.returncode == 78
@@ -633,7 +763,9 @@ def test_env_file_is_read_and_the_environment_wins(good: dict[str, str], tmp_pat
     ]
 
 
-def test_env_file_that_is_missing_is_wrong_configuration(good: dict[str, str], tmp_path: Path) -> None:
+def test_env_file_that_is_missing_is_wrong_configuration(
+    good: dict[str, str], tmp_path: Path
+) -> None:
     """An --env-file that is not there is told with its path, and exits 78."""
     lines = start(good, "--env-file", str(tmp_path / "missing"), "once")
     assert f"{tmp_path / 'missing'}: No such file" in lines[0]
@@ -641,14 +773,18 @@ def test_env_file_that_is_missing_is_wrong_configuration(good: dict[str, str], t
 
 
 def test_env_file_with_nul_is_wrong_configuration(good: dict[str, str], tmp_path: Path) -> None:
-    """An --env-file with a NUL byte, which no variable can hold, is told with its path and line, and exits 78."""
+    """An --env-file with a NUL byte, which no variable can hold, is told with its path and line,
+    and exits 78.
+    """
     path = write_env(tmp_path / "env", b"A=b\0c\n")
     assert f"{path}: line 1" in start(good, "--env-file", str(path), "once")[0]
 
 
 @pytest.mark.parametrize("what", ["directory", "not UTF-8", "unreadable"])
 def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path) -> None:
-    """An --env-file that is a directory, not UTF-8 or not readable is wrong configuration, with its path."""
+    """An --env-file that is a directory, not UTF-8 or not readable is wrong configuration, with its
+    path.
+    """
     path = public / "env"
     if what == "directory":
         path.mkdir()
@@ -661,7 +797,14 @@ def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path
     assert caught.value.cause.exit_code == 78
 
 
-USAGE = [["nonsense"], ["--nonsense"], ["--env-file"], ["run", "more"], ["--vers"], ["once", "--env-file", "x"]]
+USAGE = [
+    ["nonsense"],
+    ["--nonsense"],
+    ["--env-file"],
+    ["run", "more"],
+    ["--vers"],
+    ["once", "--env-file", "x"],
+]
 
 
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
@@ -683,7 +826,10 @@ def test_wrong_usage_of_the_real_program_exits_2(good: dict[str, str]) -> None:
 def test_version_is_printed() -> None:
     """--version needs no settings and prints the program's version."""
     done = run_script({}, "--version")
-    assert (done.returncode, done.stdout) == (0, f"s3_backup_lnd_channels.py {program.__version__}\n")
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"s3_backup_lnd_channels.py {program.__version__}\n",
+    )
 
 
 # --- secrets and journald ---
@@ -693,10 +839,16 @@ PASSWORDS = ["http://alice:geheim@127.0.0.1:9", "http://alice:ge/heim@127.0.0.1:
 
 @pytest.mark.parametrize("url", PASSWORDS)
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "HTTP_PROXY"])
-def test_password_in_a_url_is_never_told(name: str, url: str, good: dict[str, str], lnd: Lnd) -> None:
+def test_password_in_a_url_is_never_told(
+    name: str, url: str, good: dict[str, str], lnd: Lnd
+) -> None:
     """User and password in the URL of the endpoint or the proxy never reach the output."""
     lnd.write()
-    good |= {"SHUTDOWN_GRACE_SECONDS": "0", "AWS_ENDPOINT_URL_S3": "http://s3.example.org", name: url}
+    good |= {
+        "SHUTDOWN_GRACE_SECONDS": "0",
+        "AWS_ENDPOINT_URL_S3": "http://s3.example.org",
+        name: url,
+    }
     with Script(good, "run") as script:
         script.wait_for_log("error: |cannot store")
         if script.returncode is None:
@@ -707,7 +859,12 @@ def test_password_in_a_url_is_never_told(name: str, url: str, good: dict[str, st
 
 
 @pytest.mark.parametrize(
-    "url", ["alice:geheim@s3.example.org", "https://alice:ge heim@s3.example.org", "ftp://alice:geheim@s3.example.org"]
+    "url",
+    [
+        "alice:geheim@s3.example.org",
+        "https://alice:ge heim@s3.example.org",
+        "ftp://alice:geheim@s3.example.org",
+    ],
 )
 def test_password_in_a_faulty_url_is_never_told(url: str, good: dict[str, str]) -> None:
     """A faulty endpoint is told without the user and the password in it."""
@@ -717,7 +874,9 @@ def test_password_in_a_faulty_url_is_never_told(url: str, good: dict[str, str]) 
 
 
 def test_every_line_has_a_priority_for_journald(good: dict[str, str], tmp_path: Path) -> None:
-    """Where stderr is the journal, every line of every fault, hints included, begins with its priority."""
+    """Where stderr is the journal, every line of every fault, hints included, begins with its
+    priority.
+    """
     out, into = os.pipe()
     status = os.fstat(into)
     environ = good | {
@@ -728,7 +887,9 @@ def test_every_line_has_a_priority_for_journald(good: dict[str, str], tmp_path: 
     with os.fdopen(out, "rb") as reader:
         try:
             environment = script_environment(environ, str(tmp_path))
-            done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, stderr=into, check=False)
+            done = subprocess.run(
+                [sys.executable, str(SCRIPT)], env=environment, stderr=into, check=False
+            )
         finally:
             os.close(into)
         lines = reader.read().decode().splitlines()

@@ -47,7 +47,9 @@ def kept_signal_handlers() -> Iterator[None]:
 
 
 def put_bare(client: Any, bucket: str, key: str, data: bytes) -> float:  # noqa: ANN401 - botocore is not typed
-    """Put an object with the SDK alone, as the program puts its own, and return the seconds it took."""
+    """Put an object with the SDK alone, as the program puts its own, and return the seconds it
+    took.
+    """
     began = time.monotonic()
     client.put_object(
         Bucket=bucket,
@@ -62,7 +64,9 @@ def put_bare(client: Any, bucket: str, key: str, data: bytes) -> float:  # noqa:
 def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
     s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From LND's rename to S3's acknowledgement it takes at most twice as long as a bare put takes, by the medians."""
+    """From LND's rename to S3's acknowledgement it takes at most twice as long as a bare put takes,
+    by the medians.
+    """
     bucket = s3_http.create_bucket()
     for name, value in settings_for(s3_http, bucket, prefix, lnd, staging).items():
         monkeypatch.setenv(name, value)
@@ -100,7 +104,9 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
                 updates, bare = [], []
                 for number in range(WARM_UP + UPDATES):
                     updates.append(update())
-                    bare.append(put_bare(client, bucket, f"{prefix}bare-{number}", channel_backup(CHANNELS)))
+                    bare.append(
+                        put_bare(client, bucket, f"{prefix}bare-{number}", channel_backup(CHANNELS))
+                    )
                 medians = [statistics.median(times[WARM_UP:]) for times in (updates, bare)]
                 ratios.append(medians[0] / medians[1])
                 print(f"update {medians[0] * 1e3:.2f} ms, bare put {medians[1] * 1e3:.2f} ms")  # noqa: T201
@@ -109,7 +115,9 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
         return ratios
 
     async def scenario() -> list[float]:
-        daemon = asyncio.create_task(program.run_daemon(settings, program.configure()[1], once=False))
+        daemon = asyncio.create_task(
+            program.run_daemon(settings, program.configure()[1], once=False)
+        )
         try:
             return await asyncio.to_thread(measure)
         finally:
@@ -129,7 +137,10 @@ WATCHED_SECONDS = 10.0
 def wake_ups(pid: int) -> int:
     """Return how often the threads of a process have waited for something and were woken."""
     statuses = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
-    return sum(int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0]) for status in statuses)
+    return sum(
+        int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
+        for status in statuses
+    )
 
 
 def cpu_seconds(pid: int) -> float:
@@ -138,8 +149,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_an_idle_daemon_only_rescans(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """While LND writes nothing, the daemon wakes for its rescans alone and uses practically no CPU time."""
+def test_an_idle_daemon_only_rescans(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """While LND writes nothing, the daemon wakes for its rescans alone and uses practically no CPU
+    time.
+    """
     lnd.write(CHANNELS)
     with Script(fake_env | {"RESCAN_SECONDS": str(RESCAN_SECONDS)}) as script:
         script.wait_for_log("stored s3://")
@@ -153,6 +168,9 @@ def test_an_idle_daemon_only_rescans(fake: FakeS3, fake_env: dict[str, str], lnd
         assert script.stop() == 0
     assert len(fake.requests) == 1
     rescans = int(WATCHED_SECONDS / RESCAN_SECONDS)
-    print(f"{woken} wake-ups for {rescans} rescans, {used:.2f} s of CPU time in {WATCHED_SECONDS:.0f} s")  # noqa: T201
+    print(  # noqa: T201
+        f"{woken} wake-ups for {rescans} rescans, {used:.2f} s of CPU time in "
+        f"{WATCHED_SECONDS:.0f} s"
+    )
     assert woken <= rescans + 2  # one of them closes the idle connection
     assert used < 0.02 * WATCHED_SECONDS

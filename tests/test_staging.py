@@ -1,4 +1,6 @@
-"""The staging directory: whole files or none, whatever the disk does, and nothing of others touched."""
+"""The staging directory: whole files or none, whatever the disk does, and nothing of others
+touched.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def true_name(data: bytes, moment: str = MADE_BEFORE) -> str:
 
 def receipt(name: str, data: bytes) -> program.Stored:
     """Return S3's proof that it holds this version."""
-    return program.Stored(name, f"alice/{name}", len(data), "2026-11-20T21:55:59+00:00", digest(data))
+    return program.Stored(
+        name, f"alice/{name}", len(data), "2026-11-20T21:55:59+00:00", digest(data)
+    )
 
 
 def leave(directory: Path) -> None:
@@ -72,7 +76,11 @@ def stage(queue: program.Staging, data: bytes) -> str:
 
 def files(directory: Path) -> dict[str, bytes]:
     """Return the files in the directory that are no dot files."""
-    return {entry.name: entry.read_bytes() for entry in directory.iterdir() if not entry.name.startswith(".")}
+    return {
+        entry.name: entry.read_bytes()
+        for entry in directory.iterdir()
+        if not entry.name.startswith(".")
+    }
 
 
 def mode(path: Path) -> int:
@@ -108,7 +116,9 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_version_is_staged_loaded_and_discarded(queue: program.Staging, staging: Path) -> None:
-    """A version is offered from its staging to its receipt, and then leaves nothing but the memory of it."""
+    """A version is offered from its staging to its receipt, and then leaves nothing but the memory
+    of it.
+    """
     assert queue.names() == []
     name = stage(queue, data := channel_backup(1))
     assert VERSION_NAME.fullmatch(name)
@@ -156,12 +166,15 @@ def test_nobody_else_may_read_what_is_staged(umask: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("size", "level"), [(45, logging.WARNING), (46, logging.WARNING), (415, logging.WARNING), (416, logging.INFO)]
+    ("size", "level"),
+    [(45, logging.WARNING), (46, logging.WARNING), (415, logging.WARNING), (416, logging.INFO)],
 )
 def test_unusual_sizes_are_staged_with_a_warning(
     size: int, level: int, queue: program.Staging, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A version without channels, or of a size that LND does not write today, is staged like any other, and told of."""
+    """A version without channels, or of a size that LND does not write today, is staged like any
+    other, and told of.
+    """
     data = os.urandom(size)
     assert queue.load(stage(queue, data)) == data
     (entry,) = caplog.records
@@ -184,8 +197,12 @@ def test_version_that_is_staged_is_recognised(queue: program.Staging) -> None:
 # --- the lock ---
 
 
-def test_second_queue_in_the_same_directory_is_refused(queue: program.Staging, staging: Path) -> None:
-    """A directory that is in use is refused with exit code 75, and what is being written there is left alone."""
+def test_second_queue_in_the_same_directory_is_refused(
+    queue: program.Staging, staging: Path
+) -> None:
+    """A directory that is in use is refused with exit code 75, and what is being written there is
+    left alone.
+    """
     (staging / ".partial-x").write_bytes(b"")
     with pytest.raises(program.Failure, match="another copy holds it") as caught:
         program.Staging(staging)
@@ -245,7 +262,9 @@ KINDS: list[Callable[[Path], None]] = [make_directory, make_link, make_dangling,
 def identities(directory: Path) -> dict[str, tuple[int, int, int]]:
     """Return what is in the directory: by name its inode, mode and time of the last change."""
     entries = {entry.name: entry.lstat() for entry in directory.iterdir()}
-    return {name: (entry.st_ino, entry.st_mode, entry.st_mtime_ns) for name, entry in entries.items()}
+    return {
+        name: (entry.st_ino, entry.st_mode, entry.st_mtime_ns) for name, entry in entries.items()
+    }
 
 
 def test_leftovers_of_a_crash_are_removed_and_damaged_files_kept(staging: Path) -> None:
@@ -260,8 +279,12 @@ def test_leftovers_of_a_crash_are_removed_and_damaged_files_kept(staging: Path) 
 
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", true_name(b"theirs" * 100), ".receipt~"])
-def test_things_of_others_are_left_alone(name: str, make: Callable[[Path], None], staging: Path) -> None:
-    """Directories, links and FIFOs are neither offered nor waited for nor changed, even under a version's name."""
+def test_things_of_others_are_left_alone(
+    name: str, make: Callable[[Path], None], staging: Path
+) -> None:
+    """Directories, links and FIFOs are neither offered nor waited for nor changed, even under a
+    version's name.
+    """
     (staging / "theirs").write_bytes(b"theirs" * 100)
     make(staging / name)
     before = identities(staging)
@@ -274,7 +297,9 @@ def test_things_of_others_are_left_alone(name: str, make: Callable[[Path], None]
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_leftover_that_is_no_file_does_not_hold_up_the_start(make: Callable[[Path], None], staging: Path) -> None:
+def test_leftover_that_is_no_file_does_not_hold_up_the_start(
+    make: Callable[[Path], None], staging: Path
+) -> None:
     """Something of another kind that bears the name of a partial file keeps nobody from staging."""
     make(staging / ".partial-x")
     queue = program.Staging(staging)
@@ -282,7 +307,9 @@ def test_leftover_that_is_no_file_does_not_hold_up_the_start(make: Callable[[Pat
     assert queue.load(stage(queue, data)) == data
 
 
-def test_planted_link_is_not_written_through(queue: program.Staging, staging: Path, tmp_path: Path) -> None:
+def test_planted_link_is_not_written_through(
+    queue: program.Staging, staging: Path, tmp_path: Path
+) -> None:
     """A link under the name of a file of the program's own never makes it write elsewhere."""
     outside = tmp_path / "outside"
     outside.write_bytes(b"theirs")
@@ -305,7 +332,9 @@ DAMAGES = {
 def test_staged_file_whose_bytes_do_not_fit_its_name_is_kept_aside(
     damage: str, staging: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A staged file that was changed is never sent, but kept under another name, with an error in the log."""
+    """A staged file that was changed is never sent, but kept under another name, with an error in
+    the log.
+    """
     name = true_name(GOOD)
     (staging / name).write_bytes(DAMAGES[damage])
     queue = program.Staging(staging)
@@ -385,7 +414,9 @@ def test_receipt_that_is_a_directory_holds_nobody_up(staging: Path) -> None:
     assert queue.load(stage(queue, GOOD)) == GOOD
 
 
-any_name = st.binary(min_size=1, max_size=60).filter(lambda name: b"/" not in name and b"\0" not in name)
+any_name = st.binary(min_size=1, max_size=60).filter(
+    lambda name: b"/" not in name and b"\0" not in name
+)
 any_content = st.binary(max_size=200)
 
 
@@ -396,10 +427,19 @@ def littered(draw: st.DrawFn) -> dict[bytes, bytes | str]:
     for content in draw(st.lists(any_content, max_size=6)):
         moment = draw(st.sampled_from([MADE_BEFORE, MADE_AFTER, "20200230T000000.000000Z-", "x"]))
         things[draw(any_name | st.just(true_name(content, moment).encode()))] = content
-    for prefix in draw(st.lists(st.sampled_from([b".partial-", b".damaged-", b".receipt"]), max_size=3, unique=True)):
+    for prefix in draw(
+        st.lists(
+            st.sampled_from([b".partial-", b".damaged-", b".receipt"]), max_size=3, unique=True
+        )
+    ):
         things[prefix + draw(st.just(b"") | any_name)] = draw(any_content)
     for kind in draw(st.lists(st.sampled_from(["directory", "link", "fifo"]), max_size=3)):
-        things[draw(any_name.filter(lambda name: name[0] != ord(".")) | st.just(true_name(b"x").encode()))] = kind
+        things[
+            draw(
+                any_name.filter(lambda name: name[0] != ord("."))
+                | st.just(true_name(b"x").encode())
+            )
+        ] = kind
     return {name: thing for name, thing in things.items() if name not in (b".", b"..", b".lock")}
 
 
@@ -419,16 +459,22 @@ def strew(directory: Path, things: dict[bytes, bytes | str]) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(littered())
-@example({true_name(b"x" * 50, MADE_AFTER).encode(): b"x" * 50, true_name(b"y" * 50).encode(): b"x" * 50})
+@example(
+    {true_name(b"x" * 50, MADE_AFTER).encode(): b"x" * 50, true_name(b"y" * 50).encode(): b"x" * 50}
+)
 def test_whatever_lies_around_is_neither_sent_nor_lost(things: dict[bytes, bytes | str]) -> None:
-    """Opening any directory neither fails nor deletes what others put there, and true versions alone are offered."""
+    """Opening any directory neither fails nor deletes what others put there, and true versions
+    alone are offered.
+    """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         strew(directory, things)
         before = identities(directory)
         try:
             queue = program.Staging(directory)
-            offered = {entry: data for entry in queue.names() if (data := queue.load(entry)) is not None}
+            offered = {
+                entry: data for entry in queue.names() if (data := queue.load(entry)) is not None
+            }
             own = stage(queue, GOOD)
             assert own == max(queue.names())
             after = identities(directory)
@@ -473,7 +519,9 @@ def test_names_increase_when_the_clock_is_set_back(
     *,
     sent: bool,
 ) -> None:
-    """Names increase across restarts with the clock set back by a day, whether or not all was sent before."""
+    """Names increase across restarts with the clock set back by a day, whether or not all was sent
+    before.
+    """
     names = []
     for days in range(3):
         set_clock(timedelta(days=-days))
@@ -488,7 +536,9 @@ def test_names_increase_when_the_clock_is_set_back(
 def test_late_receipt_of_an_older_version_is_not_remembered(
     queue: program.Staging, staging: Path, set_clock: Callable[[timedelta], None]
 ) -> None:
-    """The receipt that is remembered is the newest version's, since it is sent first and the older ones follow."""
+    """The receipt that is remembered is the newest version's, since it is sent first and the older
+    ones follow.
+    """
     older, newer = stage(queue, b"1" * 500), stage(queue, b"2" * 500)
     queue.discard(receipt(newer, b"2" * 500))
     queue.discard(receipt(older, b"1" * 500))
@@ -507,7 +557,9 @@ class PowerCut(BaseException):
 class Disk:
     """Records each call that changes or reads the disk, and fails those that it is told to fail."""
 
-    def __init__(self, error: BaseException | None = None, failing: Callable[[int], bool] = lambda _: False) -> None:
+    def __init__(
+        self, error: BaseException | None = None, failing: Callable[[int], bool] = lambda _: False
+    ) -> None:
         """Raise the error at each call, counted from 1, that is to fail."""
         self.calls: list[tuple[str, str]] = []
         self.error = error
@@ -527,8 +579,19 @@ class Disk:
     def __enter__(self) -> Self:
         """Stand between the program and its disk."""
         self._stack = contextlib.ExitStack()
-        for name in ("open", "fsync", "fdatasync", "rename", "replace", "unlink", "remove", "write"):
-            self._stack.enter_context(mock.patch.object(os, name, self._wrap(name, getattr(os, name))))
+        for name in (
+            "open",
+            "fsync",
+            "fdatasync",
+            "rename",
+            "replace",
+            "unlink",
+            "remove",
+            "write",
+        ):
+            self._stack.enter_context(
+                mock.patch.object(os, name, self._wrap(name, getattr(os, name)))
+            )
         self._stack.enter_context(mock.patch.object(program, "open", self._open, create=True))
         return self
 
@@ -558,7 +621,9 @@ class Disk:
 
 def _named(target: object) -> str:
     """Return the last name of a path, or of what a descriptor stands for."""
-    return (Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(str(target))).name
+    return (
+        Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(str(target))
+    ).name
 
 
 def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging: Path) -> None:
@@ -576,8 +641,12 @@ def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging
     )
 
 
-def test_receipt_is_on_disk_before_the_version_is_deleted(queue: program.Staging, staging: Path) -> None:
-    """The receipt is written, synced and renamed, and the directory synced, before the staged version is deleted."""
+def test_receipt_is_on_disk_before_the_version_is_deleted(
+    queue: program.Staging, staging: Path
+) -> None:
+    """The receipt is written, synced and renamed, and the directory synced, before the staged
+    version is deleted.
+    """
     name = stage(queue, GOOD)
     with Disk() as disk:
         queue.discard(receipt(name, GOOD))
@@ -597,7 +666,9 @@ def assert_whole(directory: Path) -> None:
 
 
 def each_call(act: Callable[[Disk, int], None]) -> int:
-    """Act with a disk whose first call fails, then its second, and so on until none is left to fail."""
+    """Act with a disk whose first call fails, then its second, and so on until none is left to
+    fail.
+    """
     number = 0
     while True:
         number += 1
@@ -607,9 +678,13 @@ def each_call(act: Callable[[Disk, int], None]) -> int:
             return number - 1
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror)
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror
+)
 def test_version_is_staged_or_held_when_any_call_fails(code: int, tmp_path: Path) -> None:
-    """Whichever call the disk refuses while staging, the version is offered whole, and staged once the disk is well."""
+    """Whichever call the disk refuses while staging, the version is offered whole, and staged once
+    the disk is well.
+    """
 
     def act(disk: Disk, number: int) -> None:
         directory = tmp_path / str(number)
@@ -633,9 +708,15 @@ def test_version_is_staged_or_held_when_any_call_fails(code: int, tmp_path: Path
     assert each_call(act) >= 5
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror)
-def test_version_is_not_sent_again_when_any_call_of_tidying_fails(code: int, tmp_path: Path) -> None:
-    """Whichever call the disk refuses after a receipt, the version is not offered again, and later names are higher."""
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror
+)
+def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
+    code: int, tmp_path: Path
+) -> None:
+    """Whichever call the disk refuses after a receipt, the version is not offered again, and later
+    names are higher.
+    """
 
     def act(disk: Disk, number: int) -> None:
         directory = tmp_path / str(number)
@@ -655,8 +736,12 @@ def test_version_is_not_sent_again_when_any_call_of_tidying_fails(code: int, tmp
 
 
 @pytest.mark.parametrize("while_discarding", [False, True])
-def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(tmp_path: Path, *, while_discarding: bool) -> None:
-    """Whichever call is the last one before a crash, the next process finds whole versions and nothing to repair."""
+def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
+    tmp_path: Path, *, while_discarding: bool
+) -> None:
+    """Whichever call is the last one before a crash, the next process finds whole versions and
+    nothing to repair.
+    """
     old = channel_backup(2)
 
     def act(disk: Disk, number: int) -> None:
@@ -691,9 +776,14 @@ def full_disk() -> Iterator[None]:
 def test_full_disk_is_said_and_versions_wait_in_memory(
     queue: program.Staging, staging: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a full disk versions are offered from memory, with one error, and staged as they are once there is room."""
+    """On a full disk versions are offered from memory, with one error, and staged as they are once
+    there is room.
+    """
     with full_disk():
-        versions = {stage(queue, data): data for data in (channel_backup(1), channel_backup(2), channel_backup(3))}
+        versions = {
+            stage(queue, data): data
+            for data in (channel_backup(1), channel_backup(2), channel_backup(3))
+        }
         assert queue.names() == sorted(versions, reverse=True)
         assert {name: queue.load(name) for name in versions} == versions
         assert files(staging) == {}
@@ -722,7 +812,9 @@ def test_memory_keeps_the_newest_versions_alone(
     assert sorted(files(staging)) == names[3:]
 
 
-def test_version_sent_from_memory_is_not_offered_again(queue: program.Staging, staging: Path) -> None:
+def test_version_sent_from_memory_is_not_offered_again(
+    queue: program.Staging, staging: Path
+) -> None:
     """A version that was sent from memory, while the disk is still full, is not offered again."""
     with full_disk():
         name = stage(queue, GOOD)
@@ -786,7 +878,9 @@ def fill(directory: Path) -> Path:
 
 
 def test_disk_that_is_really_full_loses_nothing(small_disk: Path) -> None:
-    """On a file system without a byte left versions wait in memory, and are staged when there is room again."""
+    """On a file system without a byte left versions wait in memory, and are staged when there is
+    room again.
+    """
     queue = program.Staging(small_disk)
     filler = fill(small_disk)
     versions = {stage(queue, data): data for data in (channel_backup(10), channel_backup(10))}
@@ -798,7 +892,9 @@ def test_disk_that_is_really_full_loses_nothing(small_disk: Path) -> None:
 
 
 def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd) -> None:
-    """`once` on a full disk sends the version from memory, once, and says that it could not stage it."""
+    """`once` on a full disk sends the version from memory, once, and says that it could not stage
+    it.
+    """
     program.Staging(small_disk)
     leave(small_disk)
     fill(small_disk)
@@ -826,7 +922,9 @@ def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> No
     assert list((tmp_path / "real").iterdir()) == []
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=os.strerror)
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=os.strerror
+)
 def test_disk_that_refuses_the_lock_is_refused(code: int, staging: Path) -> None:
     """A disk on which not even the lock file can be made is refused with the system's reason."""
     with (

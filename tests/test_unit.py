@@ -1,7 +1,8 @@
-"""The unit files as systemd reads them, what `make install` makes of them in a package, and the lnd-backup command.
+"""The unit files as systemd reads them, what `make install` makes of them in a package, and the
+lnd-backup command.
 
-Nothing outside the temporary directory is touched: every installation here has a DESTDIR. The same on a systemd that
-runs: `make test-systemd`.
+Nothing outside the temporary directory is touched: every installation here has a DESTDIR. The same
+on a systemd that runs: `make test-systemd`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,16 @@ needs_systemd_analyze = pytest.mark.skipif(
 
 
 def run(
-    *command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, user: int | None = None
+    *command: str | Path,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    user: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with nothing of the caller's environment."""
-    minimum = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent"}
+    minimum = {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/nonexistent",
+    }
     return subprocess.run(
         command,
         env=minimum | {"LANG": "C.UTF-8"} | (env or {}),
@@ -68,9 +75,13 @@ def system_python() -> str | None:
     return None
 
 
-pytestmark = pytest.mark.timeout(170)  # the first test waits for an installation that all others share
+pytestmark = pytest.mark.timeout(
+    170
+)  # the first test waits for an installation that all others share
 PYTHON = system_python() or ""
-needs_python = pytest.mark.skipif(not PYTHON, reason="needs a Python 3.11 with venv in /usr (Debian: python3-venv)")
+needs_python = pytest.mark.skipif(
+    not PYTHON, reason="needs a Python 3.11 with venv in /usr (Debian: python3-venv)"
+)
 
 
 # --- the units ---
@@ -87,7 +98,9 @@ def section(unit: Path, name: str) -> dict[str, str]:
 def seconds(value: str) -> float:
     """Return a time span of a unit file in seconds."""
     spans = re.findall(r"([0-9]+) ?([a-z]*)", value)
-    return sum(float(number) * {"": 1, "s": 1, "min": 60, "h": 3600}[unit] for number, unit in spans)
+    return sum(
+        float(number) * {"": 1, "s": 1, "min": 60, "h": 3600}[unit] for number, unit in spans
+    )
 
 
 def default_of(setting: str) -> float:
@@ -99,18 +112,29 @@ def default_of(setting: str) -> float:
 
 
 def test_the_times_of_the_unit_fit_each_other_and_the_program() -> None:
-    """A stop outlasts the grace, the watchdog two looks, and the start limit is reached and left behind again."""
+    """A stop outlasts the grace, the watchdog two looks, and the start limit is reached and left
+    behind again.
+    """
     unit, service = section(UNIT, "Unit"), section(UNIT, "Service")
     assert seconds(service["TimeoutStopSec"]) > default_of("SHUTDOWN_GRACE_SECONDS") + 1
     assert seconds(service["WatchdogSec"]) > 2 * default_of("RESCAN_SECONDS")
     assert seconds(service["TimeoutStartSec"]) > seconds(service["RestartSec"])
     window, tries = seconds(unit["StartLimitIntervalSec"]), int(unit["StartLimitBurst"])
-    assert tries * seconds(service["RestartSec"]) < window, "the start limit is never reached: no alert"
+    assert tries * seconds(service["RestartSec"]) < window, (
+        "the start limit is never reached: no alert"
+    )
     steps = section(CHECKOUT / "systemd/restart-steps.conf", "Service")
     growth = seconds(steps["RestartMaxDelaySec"]) / seconds(service["RestartSec"])
-    delays = [seconds(service["RestartSec"]) * growth ** (n / int(steps["RestartSteps"])) for n in range(tries)]
-    assert sum(delays) < window / 2, "with growing delays the start limit is hardly reached: no alert"
-    minutes = re.fullmatch(r"\*:0/([0-9]+)", section(CHECKOUT / "systemd/lnd-backup.timer", "Timer")["OnCalendar"])
+    delays = [
+        seconds(service["RestartSec"]) * growth ** (n / int(steps["RestartSteps"]))
+        for n in range(tries)
+    ]
+    assert sum(delays) < window / 2, (
+        "with growing delays the start limit is hardly reached: no alert"
+    )
+    minutes = re.fullmatch(
+        r"\*:0/([0-9]+)", section(CHECKOUT / "systemd/lnd-backup.timer", "Timer")["OnCalendar"]
+    )
     assert minutes
     assert int(minutes[1]) * 60 > window, "two ticks in one window of the start limit"
 
@@ -132,7 +156,12 @@ def test_the_template_is_the_unit() -> None:
     ):
         assert (CHECKOUT / "systemd" / template).resolve() == plain
     text = UNIT.read_text(encoding="utf-8")
-    for name in ("EnvironmentFile=/etc/default/%N-env", "StateDirectory=%N", "RuntimeDirectory=%N", "Wants=%N.timer"):
+    for name in (
+        "EnvironmentFile=/etc/default/%N-env",
+        "StateDirectory=%N",
+        "RuntimeDirectory=%N",
+        "Wants=%N.timer",
+    ):
         assert f"\n{name}\n" in text
 
 
@@ -142,9 +171,18 @@ def runnable_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("units")
     current = directory / "current"
     (current / "venv/bin").mkdir(parents=True)
-    for program in ("venv/bin/python", "s3_backup_lnd_channels.py", "remount-if-replaced", "alert.py"):
+    for program in (
+        "venv/bin/python",
+        "s3_backup_lnd_channels.py",
+        "remount-if-replaced",
+        "alert.py",
+    ):
         (current / program).symlink_to("/bin/true")
-    sources = [UNIT, *(CHECKOUT / "systemd").glob("*.service"), *(CHECKOUT / "systemd").glob("*.timer")]
+    sources = [
+        UNIT,
+        *(CHECKOUT / "systemd").glob("*.service"),
+        *(CHECKOUT / "systemd").glob("*.timer"),
+    ]
     for source in sources:
         text = source.read_text(encoding="utf-8").replace("/opt/lnd-backup/current", str(current))
         (directory / source.name).write_text(text, encoding="utf-8")
@@ -155,12 +193,22 @@ def runnable_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_systemd_analyze
 def test_systemd_has_nothing_to_say_of_the_units(runnable_units: Path) -> None:
-    """`systemd-analyze verify` prints nothing: it exits 0 on keys and values that it does not know."""
+    """`systemd-analyze verify` prints nothing: it exits 0 on keys and values that it does not
+    know.
+    """
     units = [
-        path for path in runnable_units.iterdir() if path.suffix in {".service", ".timer"} and "@." not in path.name
+        path
+        for path in runnable_units.iterdir()
+        if path.suffix in {".service", ".timer"} and "@." not in path.name
     ]
     assert len(units) == 8
-    told = run("systemd-analyze", "verify", "--man=no", *units, env={"SYSTEMD_UNIT_PATH": f"{runnable_units}:"})
+    told = run(
+        "systemd-analyze",
+        "verify",
+        "--man=no",
+        *units,
+        env={"SYSTEMD_UNIT_PATH": f"{runnable_units}:"},
+    )
     assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
 
 
@@ -174,7 +222,8 @@ def test_the_exposure_is_low(drop_in: str, runnable_units: Path, tmp_path: Path)
         (tmp_path / "lnd-backup.service.d").mkdir()
         shutil.copy(CHECKOUT / "systemd" / drop_in, tmp_path / "lnd-backup.service.d")
     told = run(
-        "systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_MAX}", "--no-pager", unit,
+        "systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_MAX}",
+        "--no-pager", unit,
         env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
     )  # fmt: skip
     assert told.returncode == 0, told.stdout[-2000:] + told.stderr
@@ -184,7 +233,12 @@ def test_the_exposure_is_low(drop_in: str, runnable_units: Path, tmp_path: Path)
 def test_every_restriction_is_there() -> None:
     """Lines that protect and do not count in the score stay."""
     service = section(UNIT, "Service")
-    for name, value in {"NoExecPaths": "/ %S/%N", "ExecPaths": "/usr", "LimitCORE": "0", "UMask": "0077"}.items():
+    for name, value in {
+        "NoExecPaths": "/ %S/%N",
+        "ExecPaths": "/usr",
+        "LimitCORE": "0",
+        "UMask": "0077",
+    }.items():
         assert service[name] == value
 
 
@@ -192,7 +246,9 @@ def test_every_restriction_is_there() -> None:
 
 
 class Package:
-    """A checkout to install from, whose only requirement is a wheel that lends it the packages of the tests' venv."""
+    """A checkout to install from, whose only requirement is a wheel that lends it the packages of
+    the tests' venv.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Copy what the installer needs."""
@@ -206,13 +262,16 @@ class Package:
         content = {
             "everything.pth": sysconfig.get_path("purelib") + "\n",
             "everything.py": "'A module to compile.'\n",
-            "everything-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: everything\nVersion: 1.0\n",
+            "everything-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: "
+            "everything\nVersion: 1.0\n",
             "everything-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
             "everything-1.0.dist-info/RECORD": "",
         }
         with zipfile.ZipFile(wheel, "w") as archive:
             for name, text in content.items():
-                archive.writestr(zipfile.ZipInfo(name), text)  # without the time: each package is the same
+                archive.writestr(
+                    zipfile.ZipInfo(name), text
+                )  # without the time: each package is the same
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         self.requirements = self.checkout / "requirements.txt"
         self.requirements.write_text(f"everything==1.0 --hash=sha256:{digest}\n", encoding="utf-8")
@@ -225,7 +284,9 @@ class Package:
         assert root or user, "this would install on the machine that runs the tests"
         destination = [f"DESTDIR={root}"] if root else []
         default = [] if any(each.startswith("PYTHON=") for each in given) else [f"PYTHON={PYTHON}"]
-        return run("make", verb, *destination, *default, *given, env=env, cwd=self.checkout, user=user)
+        return run(
+            "make", verb, *destination, *default, *given, env=env, cwd=self.checkout, user=user
+        )
 
     def new_version(self) -> None:
         """Change the program, so that the next installation is an upgrade."""
@@ -240,22 +301,32 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 
 def build_and_install(shared: Path) -> None:
-    """Install a package as an ordinary user, and make a bare venv, each once for all processes of the session."""
+    """Install a package as an ordinary user, and make a bare venv, each once for all processes of
+    the session.
+    """
     user = NOBODY if os.geteuid() == 0 else None
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own directories are closed to other users
+    with tempfile.TemporaryDirectory(
+        dir="/tmp"
+    ) as name:  # pytest's own directories are closed to other users
         directory = Path(name)
         directory.chmod(0o755)
         (directory / "root").mkdir()
         if user:
             shutil.chown(directory / "root", user)
         done = Package(directory).make(
-            "install", directory / "root", "S3_BUCKET_NAME=my-bucket", "RESCAN_SECONDS=30", user=user
+            "install",
+            directory / "root",
+            "S3_BUCKET_NAME=my-bucket",
+            "RESCAN_SECONDS=30",
+            user=user,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         mode = (directory / "root" / SETTINGS).stat().st_mode
         assert mode & 0o777 == 0o600
         shutil.copytree(directory / "root", shared / "root", symlinks=True)
-        (shared / "told").write_text(done.stdout.replace(str(directory), str(shared)), encoding="utf-8")
+        (shared / "told").write_text(
+            done.stdout.replace(str(directory), str(shared)), encoding="utf-8"
+        )
         (shared / "place").write_text(str(directory), encoding="utf-8")
     assert run(PYTHON, "-I", "-m", "venv", shared / "venv").returncode == 0
     (shared / "python").write_text(
@@ -270,7 +341,9 @@ mkdir -p "$(dirname "$4")" && cp -a {shared}/venv "$4"
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what is built once: `root`, an installation, what it `told`, and a `python` with venvs at hand."""
+    """Return what is built once: `root`, an installation, what it `told`, and a `python` with venvs
+    at hand.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "installed"
     with (shared.parent / "installed.lock").open("w") as lock:
@@ -284,7 +357,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(built: Path) -> tuple[Path, str]:
-    """Return the root in which the package is installed, and what was printed; nothing changes it."""
+    """Return the root in which the package is installed, and what was printed; nothing changes
+    it.
+    """
     return built / "root", (built / "told").read_text(encoding="utf-8")
 
 
@@ -306,7 +381,13 @@ def tree(root: Path) -> dict[str, tuple[int, str, int]]:
     entries = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()
-        content = os.readlink(path) if path.is_symlink() else path.read_bytes().hex() if path.is_file() else ""
+        content = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes().hex()
+            if path.is_file()
+            else ""
+        )
         entries[str(path.relative_to(root))] = (status.st_mode, content, status.st_ino)
     return entries
 
@@ -342,7 +423,9 @@ class TestInstall:
         assert os.readlink(root / HOME / "current") in os.listdir(root / HOME)
         (start,) = re.findall(r"^ExecStart=(.+)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
         interpreter, *arguments = start.split()
-        assert arguments == ["-I", "-m", SCRIPT.stem], "the figures on memory are those of compiled byte code"
+        assert arguments == ["-I", "-m", SCRIPT.stem], (
+            "the figures on memory are those of compiled byte code"
+        )
         for started in (arguments, ["-I", str(root / HOME / "current" / SCRIPT.name)]):
             version = run(root / interpreter.removeprefix("/"), *started, "--version")
             assert version.returncode == 0, version.stderr
@@ -352,7 +435,9 @@ class TestInstall:
         assert "S3_BUCKET_NAME" not in told.partition("left to fill in")[2]
 
     def test_settings_hold_what_was_given_and_no_example(self, installed: tuple[Path, str]) -> None:
-        """What was given is set, what has no default is left empty, and nothing of the building machine is in it."""
+        """What was given is set, what has no default is left empty, and nothing of the building
+        machine is in it.
+        """
         text = (installed[0] / SETTINGS).read_text(encoding="utf-8")
         assert re.findall(r"^(?!#|AWS)(.+)$", text, re.MULTILINE) == [
             "MONITOR_FILE_PATH=",
@@ -360,15 +445,21 @@ class TestInstall:
             "RESCAN_SECONDS=30",
         ]
 
-    def test_byte_code_is_compiled_and_scripts_are_not_needed(self, installed: tuple[Path, str]) -> None:
-        """Every module has its byte code, whose names are those of the installed place; pip is gone."""
+    def test_byte_code_is_compiled_and_scripts_are_not_needed(
+        self, installed: tuple[Path, str]
+    ) -> None:
+        """Every module has its byte code, whose names are those of the installed place; pip is
+        gone.
+        """
         current = installed[0] / HOME / "current"
         modules = [path for path in current.rglob("*.py") if "site-packages" in path.parts]
         assert modules
         for module in modules:
             (compiled,) = (module.parent / "__pycache__").glob(f"{module.stem}.*.pyc")
             assert f"/{HOME}/current/venv/lib".encode() in compiled.read_bytes()
-        assert not [path for path in current.rglob("*") if path.name in {"pip", "setuptools", "activate"}]
+        assert not [
+            path for path in current.rglob("*") if path.name in {"pip", "setuptools", "activate"}
+        ]
 
     def test_the_root_of_the_package_is_nowhere_in_it(self, built: Path) -> None:
         """No file names the directory in which the package was built."""
@@ -380,7 +471,9 @@ class TestInstall:
     def test_steps_are_printed(self, installed: tuple[Path, str]) -> None:
         """Each file that was put somewhere else than into /opt/lnd-backup was announced."""
         root, told = installed
-        for path in (path for top in ("etc", "usr") for path in (root / top).rglob("*") if path.is_file()):
+        for path in (
+            path for top in ("etc", "usr") for path in (root / top).rglob("*") if path.is_file()
+        ):
             assert re.search(rf"^\+ install .* {re.escape(str(path))}$", told, re.MULTILINE), path
 
     def test_again_changes_nothing(self, released: Package, root: Path) -> None:
@@ -395,7 +488,9 @@ class TestInstall:
         assert {**after, f"{HOME}/manifest": ()} == {**before, f"{HOME}/manifest": ()}
         assert after[f"{HOME}/manifest"][1] == before[f"{HOME}/manifest"][1]
 
-    def test_an_upgrade_replaces_the_version_in_use(self, package: Package, root: Path, built: Path) -> None:
+    def test_an_upgrade_replaces_the_version_in_use(
+        self, package: Package, root: Path, built: Path
+    ) -> None:
         """A changed program is built beside the old one, linked in, and the old one removed."""
         old = os.readlink(root / HOME / "current")
         package.new_version()
@@ -404,9 +499,15 @@ class TestInstall:
         new = os.readlink(root / HOME / "current")
         assert new != old
         assert sorted(os.listdir(root / HOME)) == sorted([new, "current", "manifest"])
-        assert (root / HOME / "current" / SCRIPT.name).read_text(encoding="utf-8").endswith("# newer\n")
+        assert (
+            (root / HOME / "current" / SCRIPT.name)
+            .read_text(encoding="utf-8")
+            .endswith("# newer\n")
+        )
 
-    def test_without_packages_the_version_in_use_stays(self, package: Package, root: Path, built: Path) -> None:
+    def test_without_packages_the_version_in_use_stays(
+        self, package: Package, root: Path, built: Path
+    ) -> None:
         """An upgrade for which no package comes changes nothing at all."""
         package.new_version()
         shutil.rmtree(package.wheels)
@@ -429,24 +530,37 @@ class TestInstall:
         assert "hashes" in done.stderr.lower()
         assert tree(root) == before
 
-    def test_packages_to_be_built_are_refused(self, package: Package, root: Path, built: Path) -> None:
+    def test_packages_to_be_built_are_refused(
+        self, package: Package, root: Path, built: Path
+    ) -> None:
         """A source package, whose build would run as root, is not even looked at."""
         source = package.wheels / "everything-1.0.zip"
         ran = package.wheels / "ran"
         with zipfile.ZipFile(source, "w") as archive:
             archive.writestr("everything-1.0/setup.py", f"open({str(ran)!r}, 'w')\n")
         digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        package.requirements.write_text(f"everything==1.0 --hash=sha256:{digest}\n", encoding="utf-8")
+        package.requirements.write_text(
+            f"everything==1.0 --hash=sha256:{digest}\n", encoding="utf-8"
+        )
         next(package.wheels.glob("*.whl")).unlink()
         assert package.make("install", root, f"PYTHON={built}/python").returncode != 0
         assert not ran.exists()
 
     @pytest.mark.parametrize(
         "line",
-        ["export S3_BUCKET_NAME=b", "S3_BUCKET_NAME=b # the bucket", 'S3_BUCKET_NAME="b', "S3_BUCKET_NAME=b\\"],
+        [
+            "export S3_BUCKET_NAME=b",
+            "S3_BUCKET_NAME=b # the bucket",
+            'S3_BUCKET_NAME="b',
+            "S3_BUCKET_NAME=b\\",
+        ],
     )
-    def test_settings_that_systemd_reads_otherwise_are_refused(self, line: str, package: Package, root: Path) -> None:
-        """An environment file that the two readers read differently stops an upgrade, which names the line."""
+    def test_settings_that_systemd_reads_otherwise_are_refused(
+        self, line: str, package: Package, root: Path
+    ) -> None:
+        """An environment file that the two readers read differently stops an upgrade, which names
+        the line.
+        """
         settings = root / SETTINGS
         number = len(settings.read_text(encoding="utf-8").splitlines()) + 1
         with settings.open("a", encoding="utf-8") as file:
@@ -476,7 +590,9 @@ class TestRefusals:
         ],
     )
     def test_variables(self, given: str, told: str, released: Package, tmp_path: Path) -> None:
-        """A secret, a name that is no setting and a value that cannot be are refused, and a secret is not repeated."""
+        """A secret, a name that is no setting and a value that cannot be are refused, and a secret
+        is not repeated.
+        """
         done = released.make("install", tmp_path, given)
         assert_refused(done, told)
         assert "abc" not in done.stdout + done.stderr
@@ -496,31 +612,49 @@ class TestRefusals:
     def test_settings_are_never_changed(self, released: Package, root: Path) -> None:
         """A value that differs from that in the settings is refused."""
         before = tree(root)
-        assert_refused(released.make("install", root, "S3_BUCKET_NAME=other"), "is never changed", "sudoedit")
+        assert_refused(
+            released.make("install", root, "S3_BUCKET_NAME=other"), "is never changed", "sudoedit"
+        )
         assert tree(root) == before
 
-    def test_secrets_in_the_environment_are_nobody_s_business(self, released: Package, root: Path) -> None:
+    def test_secrets_in_the_environment_are_nobody_s_business(
+        self, released: Package, root: Path
+    ) -> None:
         """What merely is in the environment is neither taken nor refused."""
         env = {"AWS_SECRET_ACCESS_KEY": "abc", "S3_BUCKET_NAME": "other", "PIP_NO_INDEX": "1"}
-        done = run("make", "install", f"DESTDIR={root}", f"PYTHON={PYTHON}", env=env, cwd=released.checkout)
+        done = run(
+            "make", "install", f"DESTDIR={root}", f"PYTHON={PYTHON}", env=env, cwd=released.checkout
+        )
         assert done.returncode == 0, done.stderr
         assert "S3_BUCKET_NAME=my-bucket\n" in (root / SETTINGS).read_text(encoding="utf-8")
 
     @pytest.mark.parametrize(
-        "name", ["usr/local/bin/lnd-backup", f"{UNITS}/lnd-backup.service", HOME, f"{UNITS}/lnd-backup@.timer"]
+        "name",
+        [
+            "usr/local/bin/lnd-backup",
+            f"{UNITS}/lnd-backup.service",
+            HOME,
+            f"{UNITS}/lnd-backup@.timer",
+        ],
     )
     def test_files_of_others(self, name: str, released: Package, tmp_path: Path) -> None:
         """A file of that name which this did not make stays as it is."""
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("mine\n", encoding="utf-8")
         before = tree(tmp_path)
-        assert_refused(released.make("install", tmp_path), f"/{name} is there", "systemctl edit lnd-backup")
+        assert_refused(
+            released.make("install", tmp_path), f"/{name} is there", "systemctl edit lnd-backup"
+        )
         assert tree(tmp_path) == before
 
     def test_files_that_somebody_changed(self, package: Package, root: Path) -> None:
-        """An upgrade does not undo what an operator changed in a unit; the hint tells where that belongs."""
+        """An upgrade does not undo what an operator changed in a unit; the hint tells where that
+        belongs.
+        """
         unit = root / UNITS / "lnd-backup.service"
-        unit.write_text(unit.read_text(encoding="utf-8").replace("Nice=5", "Nice=10"), encoding="utf-8")
+        unit.write_text(
+            unit.read_text(encoding="utf-8").replace("Nice=5", "Nice=10"), encoding="utf-8"
+        )
         before = tree(root)
         package.new_version()
         assert_refused(package.make("install", root), "lnd-backup.service is there", "drop-in")
@@ -538,7 +672,8 @@ class TestRefusals:
         """A Python that cannot be used is refused with what to install or to name."""
         python = tmp_path / "python"
         python.write_text(
-            f'#!/bin/sh\n[ "$2" = -c ] || exec {PYTHON} "$@"\nexec {PYTHON} -I -c "import sys; {code}; $3"\n',
+            f'#!/bin/sh\n[ "$2" = -c ] || exec {PYTHON} "$@"\nexec {PYTHON} -I -c "import '
+            f'sys; {code}; $3"\n',
             encoding="utf-8",
         )
         python.chmod(0o755)
@@ -557,7 +692,9 @@ class TestRefusals:
         """Without a DESTDIR only root may, and the command to type is named."""
         with tempfile.TemporaryDirectory(dir="/tmp") as name:
             Path(name).chmod(0o755)
-            done = Package(Path(name)).make(verb, None, user=NOBODY if os.geteuid() == 0 else os.geteuid())
+            done = Package(Path(name)).make(
+                verb, None, user=NOBODY if os.geteuid() == 0 else os.geteuid()
+            )
         assert_refused(done, "only root may", f"sudo make {verb}")
 
 
@@ -566,7 +703,9 @@ class TestUninstall:
     """`make uninstall` and `make purge`."""
 
     def test_settings_and_staged_versions_stay(self, released: Package, root: Path) -> None:
-        """Everything is removed but settings and what is staged; another installation takes them up."""
+        """Everything is removed but settings and what is staged; another installation takes them
+        up.
+        """
         staged = root / "var/lib/lnd-backup/20261120T215558.123456Z-a1b2c3"
         staged.parent.mkdir(parents=True)
         staged.write_bytes(b"x")
@@ -576,8 +715,12 @@ class TestUninstall:
         assert left == ["etc/default/lnd-backup-alert", SETTINGS, str(staged.relative_to(root))]
         assert "kept: settings and staged versions: /etc/default/lnd-backup-env" in done.stdout
 
-    def test_purge_removes_them_and_says_what_was_not_sent(self, released: Package, root: Path) -> None:
-        """Settings and staged versions are removed too, and how many of these were never sent is said first."""
+    def test_purge_removes_them_and_says_what_was_not_sent(
+        self, released: Package, root: Path
+    ) -> None:
+        """Settings and staged versions are removed too, and how many of these were never sent is
+        said first.
+        """
         for name in ("lnd-backup", "lnd-backup@alice"):
             directory = root / "var/lib" / name
             directory.mkdir(parents=True)
@@ -589,7 +732,10 @@ class TestUninstall:
         done = released.make("purge", root)
         assert done.returncode == 0, done.stderr
         assert [path for path in root.rglob("*") if not path.is_dir()] == [scb]
-        assert "1 versions that never reached the bucket are in /var/lib/lnd-backup@alice" in done.stdout
+        assert (
+            "1 versions that never reached the bucket are in /var/lib/lnd-backup@alice"
+            in done.stdout
+        )
         assert "kept, because it is LND's: /var/lib/lnd-scb" in done.stdout
 
     def test_files_that_somebody_changed_stay(self, released: Package, root: Path) -> None:
@@ -610,7 +756,9 @@ class TestUninstall:
 @needs_python
 @pytest.mark.skipif(not shutil.which("setfacl"), reason="needs setfacl (Debian: acl)")
 def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> None:
-    """LND_DIRECTORY= gives a drop-in that shows this directory, hides what is closed around it, and sets the path."""
+    """LND_DIRECTORY= gives a drop-in that shows this directory, hides what is closed around it, and
+    sets the path.
+    """
     (root / SETTINGS).unlink()
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o755)
@@ -622,8 +770,13 @@ def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> 
         done = released.make("install", root, f"LND_DIRECTORY={link}", "S3_BUCKET_NAME=my-bucket")
         assert done.returncode == 0, done.stderr
         drop_in = section(root / UNITS / "lnd-backup.service.d/lnd-directory.conf", "Service")
-        assert drop_in == {"TemporaryFileSystem": f"{closed}:ro", "BindReadOnlyPaths": f"-{directory}"}
-        assert f"MONITOR_FILE_PATH={directory}/channel.backup\n" in (root / SETTINGS).read_text(encoding="utf-8")
+        assert drop_in == {
+            "TemporaryFileSystem": f"{closed}:ro",
+            "BindReadOnlyPaths": f"-{directory}",
+        }
+        assert f"MONITOR_FILE_PATH={directory}/channel.backup\n" in (root / SETTINGS).read_text(
+            encoding="utf-8"
+        )
         assert "left to fill in" not in done.stdout
         assert released.make("install", root).returncode == 0
         assert released.make("uninstall", root).returncode == 0
@@ -635,8 +788,14 @@ def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> 
 
 @pytest.fixture
 def wrapper(tmp_path: Path) -> Wrapper:
-    """Return what runs the wrapper on a machine that is made up: each program it starts prints what it was given."""
-    places = {"/opt/lnd-backup/current": tmp_path / "opt", "/etc/default": tmp_path, "/etc/credstore": tmp_path}
+    """Return what runs the wrapper on a machine that is made up: each program it starts prints what
+    it was given.
+    """
+    places = {
+        "/opt/lnd-backup/current": tmp_path / "opt",
+        "/etc/default": tmp_path,
+        "/etc/credstore": tmp_path,
+    }
     text = (CHECKOUT / "systemd/lnd-backup").read_text(encoding="utf-8")
     for place, instead in places.items():
         assert place in text
@@ -659,7 +818,9 @@ def wrapper(tmp_path: Path) -> Wrapper:
     for name in ("lnd-backup-env", "lnd-backup@alice-env"):
         (tmp_path / name).write_text("S3_BUCKET_NAME=b\n", encoding="utf-8")
 
-    def run_wrapper(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run_wrapper(
+        *args: str, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return run(command, *args, env={"PATH": f"{programs}:/usr/bin:/bin"} | (env or {}))
 
     return run_wrapper
@@ -672,12 +833,19 @@ def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize("command", ["once", "check"])
 def test_once_and_check_run_as_the_service(command: str, wrapper: Wrapper, tmp_path: Path) -> None:
-    """They run as the service's user with its settings and mounts, and their exit code is handed on."""
+    """They run as the service's user with its settings and mounts, and their exit code is handed
+    on.
+    """
     done = wrapper(command, "--json")
     told = lines_of(done)
     assert done.returncode == 75
     assert told[0] == "systemd-run"
-    for each in ("User=lnd-backup", f"EnvironmentFile={tmp_path}/lnd-backup-env", "ProtectHome=tmpfs", "UMask=0077"):
+    for each in (
+        "User=lnd-backup",
+        f"EnvironmentFile={tmp_path}/lnd-backup-env",
+        "ProtectHome=tmpfs",
+        "UMask=0077",
+    ):
         assert f"--property={each}" in told
     assert told[-5:] == [
         f"{tmp_path}/opt/venv/bin/python",
@@ -694,7 +862,10 @@ def test_stored_keys_reach_the_command_as_a_credential(wrapper: Wrapper, tmp_pat
     (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
     told = lines_of(wrapper("check"))
     assert f"--property=LoadCredential=aws-credentials:{tmp_path}/aws-credentials" in told
-    assert any(line.startswith("--property=Environment=AWS_SHARED_CREDENTIALS_FILE=/run/credentials/") for line in told)
+    assert any(
+        line.startswith("--property=Environment=AWS_SHARED_CREDENTIALS_FILE=/run/credentials/")
+        for line in told
+    )
 
 
 def test_another_node_has_other_settings(wrapper: Wrapper, tmp_path: Path) -> None:
@@ -707,7 +878,9 @@ def test_another_node_has_other_settings(wrapper: Wrapper, tmp_path: Path) -> No
 
 
 def test_list_and_restore_run_as_the_caller(wrapper: Wrapper, tmp_path: Path) -> None:
-    """They are started directly, with the service's settings, its stored keys, and the exit code handed on."""
+    """They are started directly, with the service's settings, its stored keys, and the exit code
+    handed on.
+    """
     (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
     done = wrapper("restore", "--output", "a b")
     assert done.returncode == 78
@@ -725,7 +898,9 @@ def test_list_and_restore_run_as_the_caller(wrapper: Wrapper, tmp_path: Path) ->
 
 
 def test_credentials_of_the_caller_stand_alone(wrapper: Wrapper, tmp_path: Path) -> None:
-    """Who names a profile or a key gets nothing of the service's key: an empty variable keeps the file's out."""
+    """Who names a profile or a key gets nothing of the service's key: an empty variable keeps the
+    file's out.
+    """
     (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
     told = lines_of(wrapper("list", env={"AWS_PROFILE": "reader's"}))
     assert [line for line in told if line.startswith("AWS_")] == [
@@ -760,7 +935,9 @@ def test_what_the_wrapper_refuses(wrapper: Wrapper) -> None:
 
 
 def test_a_line_that_is_misread_is_named_by_the_program(tmp_path: Path) -> None:
-    """The installer leaves the judgement of an environment file to the program: exit 78, and the line's number."""
+    """The installer leaves the judgement of an environment file to the program: exit 78, and the
+    line's number.
+    """
     path = tmp_path / "env"
     path.write_text("S3_BUCKET_NAME=b\nexport AWS_REGION=x\n", encoding="utf-8")
     done = run_script({"RESCAN_SECONDS": "0"}, "--env-file", str(path), "check")
@@ -769,7 +946,9 @@ def test_a_line_that_is_misread_is_named_by_the_program(tmp_path: Path) -> None:
 
 
 def test_no_time_is_spent_on_the_network_to_find_faults() -> None:
-    """RESCAN_SECONDS=0 is refused with every other fault of the settings, which the installer lists."""
+    """RESCAN_SECONDS=0 is refused with every other fault of the settings, which the installer
+    lists.
+    """
     done = run_script({"RESCAN_SECONDS": "0", "S3_BUCKET_NAME": "a b"}, "check")
     assert done.returncode == 78
     faults = re.findall(r"configuration: (\w+)=", done.stderr)

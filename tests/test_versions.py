@@ -21,7 +21,21 @@ DIGEST = "0" * 58 + "a1b2c3"
 NAME = "20261120T215558.123456Z-a1b2c3"
 NOW = datetime(2026, 11, 20, 21, 55, 58, 123456, UTC)
 # What could end a line, move the cursor, turn the text around, or not be written at all.
-NASTY = ["\n", "\r", "\r\n", "\0", "\t", "\x1b[2K", "\x85", "\u2028", "\u2029", "\u202e", "\u2066", "\ufeff", "\udc80"]
+NASTY = [
+    "\n",
+    "\r",
+    "\r\n",
+    "\0",
+    "\t",
+    "\x1b[2K",
+    "\x85",
+    "\u2028",
+    "\u2029",
+    "\u202e",
+    "\u2066",
+    "\ufeff",
+    "\udc80",
+]
 
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 clocks = st.datetimes(datetime(1970, 1, 1), datetime(9000, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis adds the zone
@@ -30,7 +44,9 @@ clocks = st.datetimes(datetime(1970, 1, 1), datetime(9000, 1, 1), timezones=st.j
 
 
 def test_name_is_the_time_of_capture_and_the_end_of_the_digest() -> None:
-    """A name is the UTC time in microseconds, a dash, and the last six hex digits of the SHA-256."""
+    """A name is the UTC time in microseconds, a dash, and the last six hex digits of the
+    SHA-256.
+    """
     assert program.version_name(DIGEST, NOW, "") == NAME
 
 
@@ -119,7 +135,9 @@ def test_year_9999_is_no_time_of_capture() -> None:
 
 def record(message: str, level: int = logging.INFO, **extra: object) -> logging.LogRecord:
     """Return a record of the program's log."""
-    return logging.getLogger("lnd-backup").makeRecord("lnd-backup", level, "f", 1, message, (), None, extra=extra)
+    return logging.getLogger("lnd-backup").makeRecord(
+        "lnd-backup", level, "f", 1, message, (), None, extra=extra
+    )
 
 
 def fail(text: str) -> None:
@@ -167,10 +185,13 @@ def test_shown_text_is_printable_and_printable_text_is_shown(text: str) -> None:
 
 
 def test_levels_and_hints_are_told_to_people() -> None:
-    """On a terminal a line begins with the local time, and with its level if that is more than information."""
+    """On a terminal a line begins with the local time, and with its level if that is more than
+    information.
+    """
     stamp = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     lines = [
-        program.LineFormatter().format(record("m", level)) for level in (logging.INFO, logging.WARNING, logging.ERROR)
+        program.LineFormatter().format(record("m", level))
+        for level in (logging.INFO, logging.WARNING, logging.ERROR)
     ]
     expected = ["m$", "warning: m$", "error: m$"]
     for line, rest in zip(lines, expected, strict=True):
@@ -180,22 +201,40 @@ def test_levels_and_hints_are_told_to_people() -> None:
 @pytest.mark.usefixtures("journal")
 @pytest.mark.parametrize(
     ("level", "priority"),
-    [(logging.INFO, "<6>"), (logging.WARNING, "<4>"), (logging.ERROR, "<3>"), (logging.CRITICAL, "<2>")],
+    [
+        (logging.INFO, "<6>"),
+        (logging.WARNING, "<4>"),
+        (logging.ERROR, "<3>"),
+        (logging.CRITICAL, "<2>"),
+    ],
 )
 def test_journald_gets_a_priority_on_every_line(level: int, priority: str) -> None:
-    """For journald the line and its hint each begin with their priority, and have no time of their own."""
-    assert program.LineFormatter().format(record("m", level, hint="h")) == f"{priority}m\n{priority}hint: h"
+    """For journald the line and its hint each begin with their priority, and have no time of their
+    own.
+    """
+    assert (
+        program.LineFormatter().format(record("m", level, hint="h"))
+        == f"{priority}m\n{priority}hint: h"
+    )
 
 
 @pytest.mark.usefixtures("journal")
 def test_journald_gets_a_priority_on_every_line_of_a_traceback() -> None:
-    """For journald every line of a traceback has the priority, and an error's text cannot choose another."""
-    lines = program.LineFormatter().format(failing_record("x\n<0>forged\r<0>forged\x1b[2K")).splitlines()
+    """For journald every line of a traceback has the priority, and an error's text cannot choose
+    another.
+    """
+    lines = (
+        program.LineFormatter()
+        .format(failing_record("x\n<0>forged\r<0>forged\x1b[2K"))
+        .splitlines()
+    )
     assert len(lines) > 3
     assert all(line.startswith("<2>") and line.isprintable() for line in lines)
 
 
-def test_another_stream_than_the_journals_has_no_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_stream_than_the_journals_has_no_priorities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A JOURNAL_STREAM that stderr is not, because it was redirected, changes nothing."""
     monkeypatch.setenv("JOURNAL_STREAM", "1:1")
     assert not program.LineFormatter().format(record("m", logging.ERROR)).startswith("<")
@@ -219,10 +258,14 @@ def test_a_secret_that_a_library_puts_into_a_message_is_masked(
         assert "***" in text
 
 
-@pytest.mark.parametrize("password", ["geheim", "ge@heim", "ge:heim", "ge%2Fheim", "ge/heim", "ge?heim", "ge#heim"])
+@pytest.mark.parametrize(
+    "password", ["geheim", "ge@heim", "ge:heim", "ge%2Fheim", "ge/heim", "ge?heim", "ge#heim"]
+)
 def test_a_password_in_a_url_is_masked(password: str) -> None:
     """User and password in a URL never reach a line, and the host does."""
-    text = program.LineFormatter().format(record(f'cannot reach "http://alice:{password}@s3.example.org/bucket"'))
+    text = program.LineFormatter().format(
+        record(f'cannot reach "http://alice:{password}@s3.example.org/bucket"')
+    )
     assert "alice" not in text
     assert "heim" not in text
     assert "s3.example.org/bucket" in text
@@ -269,7 +312,9 @@ def test_trouble_is_said_once_at_its_start(clock: Clock, caplog: pytest.LogCaptu
 
 
 def test_trouble_is_said_again_every_hour(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """A trouble that lasts for a day is 24 lines and the first, each with how often and how long."""
+    """A trouble that lasts for a day is 24 lines and the first, each with how often and how
+    long.
+    """
     trouble = program.Trouble("it works")
     for _ in range(24 * 360 + 1):
         trouble.begin(offline())
@@ -278,7 +323,9 @@ def test_trouble_is_said_again_every_hour(clock: Clock, caplog: pytest.LogCaptur
     assert "(8641 times in 86400 s)" in caplog.messages[-1]
 
 
-def test_trouble_that_changes_is_said_at_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_trouble_that_changes_is_said_at_once(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     """A trouble of another kind is a line of its own at once, and still the same trouble."""
     trouble = program.Trouble("it works")
     for hint in ("wait", "wait", "set the clock", "set the clock", "wait"):
@@ -290,7 +337,9 @@ def test_trouble_that_changes_is_said_at_once(clock: Clock, caplog: pytest.LogCa
 
 
 def test_trouble_that_is_over_is_said_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    """The end of a trouble is one line of information with how often and how long, and a next one starts anew."""
+    """The end of a trouble is one line of information with how often and how long, and a next one
+    starts anew.
+    """
     trouble = program.Trouble("it works")
     trouble.end()
     assert caplog.messages == []
@@ -302,7 +351,11 @@ def test_trouble_that_is_over_is_said_once(clock: Clock, caplog: pytest.LogCaptu
     assert [line.levelno for line in caplog.records] == [logging.WARNING, logging.INFO]
     assert caplog.messages[1] == "it works again, after 2 failures in 90 s"
     trouble.begin(offline())
-    assert [line.levelno for line in caplog.records] == [logging.WARNING, logging.INFO, logging.WARNING]
+    assert [line.levelno for line in caplog.records] == [
+        logging.WARNING,
+        logging.INFO,
+        logging.WARNING,
+    ]
     assert caplog.messages[2] == caplog.messages[0]
 
 

@@ -31,7 +31,10 @@ LARGEST_SIZE = 64 << 20
 @pytest.fixture
 def _mount_namespace(started_by: Callable[[str], None]) -> None:
     """Give the program a mount namespace of its own."""
-    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:  # noqa: S607
+    if (
+        os.geteuid()
+        or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode  # noqa: S607
+    ):
         pytest.skip("needs root, and unshare -m")
     unshare = ["unshare", "-m", "--propagation", "private", sys.executable]
     started_by(f"import os, sys\nos.execvp('unshare', [*{unshare!r}, SCRIPT, *sys.argv[1:]])")
@@ -60,7 +63,9 @@ def rebuild(lnd: Lnd) -> int:
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_a_rename_over_the_file_is_seen(env: dict[str, str], lnd: Lnd, check: partial[None], *, archive: bool) -> None:
+def test_a_rename_over_the_file_is_seen(
+    env: dict[str, str], lnd: Lnd, check: partial[None], *, archive: bool
+) -> None:
     """An update by LND's own sequence is stored without waiting for a rescan."""
     lnd.archive = archive
     first = lnd.write()
@@ -72,7 +77,9 @@ def test_a_rename_over_the_file_is_seen(env: dict[str, str], lnd: Lnd, check: pa
     check()
 
 
-def test_a_file_first_created_later_is_seen(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_file_first_created_later_is_seen(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """The first file of a new node is stored although there was none at the start."""
     with Daemon(env | SELDOM) as daemon:
         daemon.wait_for_log("No such file")
@@ -94,7 +101,9 @@ def test_a_writer_in_place_is_seen(env: dict[str, str], lnd: Lnd, check: partial
 
 
 def test_the_last_of_a_burst_is_stored(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """Of thirty versions as fast as they can be written, the last is stored, and the others in their order."""
+    """Of thirty versions as fast as they can be written, the last is stored, and the others in
+    their order.
+    """
     lnd.write()
     with Daemon(env | SELDOM) as daemon:
         for _ in range(30):
@@ -104,7 +113,9 @@ def test_the_last_of_a_burst_is_stored(env: dict[str, str], lnd: Lnd, check: par
     check(replaced_ok=True)
 
 
-def test_a_file_linked_into_place_is_found_by_the_rescan(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_file_linked_into_place_is_found_by_the_rescan(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """A version that comes without any event that is listened to is found at the next look."""
     first = lnd.write()
     elsewhere = Lnd(lnd.directory / "elsewhere")
@@ -119,7 +130,9 @@ def test_a_file_linked_into_place_is_found_by_the_rescan(env: dict[str, str], ln
     check()
 
 
-def test_a_file_deleted_and_made_again_is_stored(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_file_deleted_and_made_again_is_stored(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """A deleted file is a warning at the next look, and the next file is stored."""
     first = lnd.write()
     with Daemon(env | OFTEN) as daemon:
@@ -147,7 +160,9 @@ def test_a_file_that_comes_back_unchanged_is_no_new_version(
     check()
 
 
-def test_a_file_touched_while_it_is_read_is_read_again(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_file_touched_while_it_is_read_is_read_again(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """A file that changes under the reader is not staged before it keeps still, and then it is."""
     lnd.write()
     size, written_enough = 24 << 20, threading.Event()
@@ -178,8 +193,12 @@ def test_a_file_touched_while_it_is_read_is_read_again(env: dict[str, str], lnd:
     check(replaced_ok=True)
 
 
-def test_a_file_that_grows_slowly_is_stored_in_the_end(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """Of a file written in place piece by piece, the whole is stored, whatever was seen of its parts."""
+def test_a_file_that_grows_slowly_is_stored_in_the_end(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """Of a file written in place piece by piece, the whole is stored, whatever was seen of its
+    parts.
+    """
     first = lnd.write()
     data = channel_backup(50)
     with Daemon(env | {"RESCAN_SECONDS": "0.05"}) as daemon:
@@ -200,7 +219,9 @@ def test_a_file_that_grows_slowly_is_stored_in_the_end(env: dict[str, str], lnd:
 # --- the directory ---
 
 
-def test_a_directory_made_later_is_watched(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_directory_made_later_is_watched(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """A directory that is missing at the start is a warning, and is watched when it is there."""
     lnd.directory.rmdir()
     with Daemon(env | SELDOM) as daemon:
@@ -217,7 +238,9 @@ def test_a_directory_made_later_is_watched(env: dict[str, str], lnd: Lnd, check:
 def test_a_directory_removed_and_made_again_is_watched(
     env: dict[str, str], lnd: Lnd, check: partial[None], *, same_inode: bool
 ) -> None:
-    """A directory made anew is watched like the first one, even if it has got the inode number of the first."""
+    """A directory made anew is watched like the first one, even if it has got the inode number of
+    the first.
+    """
     first = lnd.write()
     with Daemon(env | SELDOM) as daemon:
         daemon.wait_for_stored(first)
@@ -256,8 +279,12 @@ def test_a_directory_put_in_the_place_of_another_is_watched(
     check()
 
 
-def test_a_directory_renamed_away_and_back_is_watched(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """A directory that comes back under its name is watched, and what was written meanwhile is stored."""
+def test_a_directory_renamed_away_and_back_is_watched(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """A directory that comes back under its name is watched, and what was written meanwhile is
+    stored.
+    """
     first, away = lnd.write(), lnd.directory.with_name("away")
     with Daemon(env | SELDOM) as daemon:
         daemon.wait_for_stored(first)
@@ -276,8 +303,12 @@ def test_a_directory_renamed_away_and_back_is_watched(env: dict[str, str], lnd: 
     check()
 
 
-def test_events_of_the_old_directory_do_not_confuse(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """What goes on in a directory that lost its name is neither stored nor does it end the watch of the new one."""
+def test_events_of_the_old_directory_do_not_confuse(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """What goes on in a directory that lost its name is neither stored nor does it end the watch of
+    the new one.
+    """
     first, old = lnd.write(), Lnd(lnd.directory.with_name("old"))
     old.directory.rmdir()
     with Daemon(env | SELDOM) as daemon:
@@ -300,7 +331,9 @@ def test_events_of_the_old_directory_do_not_confuse(env: dict[str, str], lnd: Ln
 def test_a_replaced_ancestor_is_found_by_the_rescan(
     env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
 ) -> None:
-    """When a directory further up is replaced, of which no event tells, the new path is watched after the next look."""
+    """When a directory further up is replaced, of which no event tells, the new path is watched
+    after the next look.
+    """
     move(lnd, tmp_path / "above" / "lnd")
     first = lnd.write()
     with Daemon(env | OFTEN | {"MONITOR_FILE_PATH": str(lnd.path)}) as daemon:
@@ -317,7 +350,9 @@ def test_a_replaced_ancestor_is_found_by_the_rescan(
 def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
     env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
 ) -> None:
-    """When a link to the directory is switched, of which no event tells, the other directory is watched."""
+    """When a link to the directory is switched, of which no event tells, the other directory is
+    watched.
+    """
     link = tmp_path / "link"
     link.symlink_to(lnd.directory)
     first = lnd.write()
@@ -337,7 +372,9 @@ def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
 def test_a_link_in_place_of_the_file_is_followed(
     env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
 ) -> None:
-    """The target of a link is found by the rescan when it is replaced, and the log says that nothing else finds it."""
+    """The target of a link is found by the rescan when it is replaced, and the log says that
+    nothing else finds it.
+    """
     link = tmp_path / "links" / lnd.path.name
     link.parent.mkdir()
     link.symlink_to(lnd.path)
@@ -354,7 +391,9 @@ def test_a_link_in_place_of_the_file_is_followed(
 def test_a_mount_over_the_directory_is_found_by_the_rescan(
     env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
 ) -> None:
-    """When another directory is mounted over LND's, of which no event tells, that one is watched, and LND's again."""
+    """When another directory is mounted over LND's, of which no event tells, that one is watched,
+    and LND's again.
+    """
     first, home = lnd.write(), lnd.directory
     with Daemon(env | OFTEN) as daemon:
         daemon.wait_for_stored(first)
@@ -374,8 +413,12 @@ def test_a_mount_over_the_directory_is_found_by_the_rescan(
 
 
 @pytest.mark.usefixtures("_mount_namespace")
-def test_an_unmounted_file_system_is_no_end(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """When the file system of LND's directory is unmounted, the directory below is watched at once."""
+def test_an_unmounted_file_system_is_no_end(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """When the file system of LND's directory is unmounted, the directory below is watched at
+    once.
+    """
     home = lnd.directory
     with Daemon(env | OFTEN) as daemon:
         mount(daemon, "mount", "-t", "tmpfs", "none", str(home))
@@ -394,8 +437,12 @@ def test_an_unmounted_file_system_is_no_end(env: dict[str, str], lnd: Lnd, check
 # --- inotify ---
 
 
-def test_an_overflow_of_events_loses_nothing(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """The version whose event did not fit into the kernel's queue any more is stored all the same."""
+def test_an_overflow_of_events_loses_nothing(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """The version whose event did not fit into the kernel's queue any more is stored all the
+    same.
+    """
     first = lnd.write()
     here, there = lnd.directory / "here", lnd.directory / "there"
     here.touch()
@@ -418,7 +465,10 @@ def test_an_overflow_of_events_loses_nothing(env: dict[str, str], lnd: Lnd, chec
 
 @pytest.mark.parametrize(
     ("call", "number", "setting"),
-    [("__init__", errno.EMFILE, "max_user_instances"), ("add_watch", errno.ENOSPC, "max_user_watches")],
+    [
+        ("__init__", errno.EMFILE, "max_user_instances"),
+        ("add_watch", errno.ENOSPC, "max_user_watches"),
+    ],
 )
 def test_without_inotify_it_looks_at_intervals(
     env: dict[str, str],
@@ -430,7 +480,9 @@ def test_without_inotify_it_looks_at_intervals(
     number: int,
     setting: str,
 ) -> None:
-    """Where inotify is used up, the file is looked at every second, the hint names the setting, and it recovers."""
+    """Where inotify is used up, the file is looked at every second, the hint names the setting, and
+    it recovers.
+    """
     used_up = tmp_path / "used-up"
     used_up.touch()
     started_by(f"""
@@ -469,12 +521,17 @@ def test_the_limits_of_the_kernel_are_survived(
     limit: str,
     setting: str,
 ) -> None:
-    """Under the kernel's own limits the file is looked at every second, and the hint names the setting."""
+    """Under the kernel's own limits the file is looked at every second, and the hint names the
+    setting.
+    """
     lower = f'echo 0 > /proc/sys/user/{limit} && exec "$@"'
     unshare = ["unshare", "-U", "-r", "sh", "-c", lower, "sh"]
     if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs unshare -U, and limits by user namespace")
-    started_by(f"import os, sys\nos.execvp('unshare', [*{unshare!r}, sys.executable, SCRIPT, *sys.argv[1:]])")
+    started_by(
+        f"import os, sys\nos.execvp('unshare', [*{unshare!r}, sys.executable, SCRIPT, "
+        f"*sys.argv[1:]])"
+    )
     first = lnd.write()
     with Daemon(env | SELDOM) as daemon:
         daemon.wait_for_log(f"error: cannot watch, only look at intervals: .*\n.*hint: .*{setting}")
@@ -491,7 +548,9 @@ def test_a_failing_reader_ends_the_daemon(
     started_by: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """When events cannot be read for an unknown reason, the daemon ends with a failure, and does not spin."""
+    """When events cannot be read for an unknown reason, the daemon ends with a failure, and does
+    not spin.
+    """
     program = script_module.SCRIPT
     started_by("""
 import asyncinotify
@@ -512,7 +571,9 @@ asyncinotify.Inotify._get = fail
     check(refreshes=1)
 
 
-def test_the_event_loop_has_nothing_to_complain_about(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_the_event_loop_has_nothing_to_complain_about(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """In asyncio's debug mode a session with switches of the directory brings up no complaint."""
     first = lnd.write()
     with Daemon(env | SELDOM | {"PYTHONASYNCIODEBUG": "1", "PYTHONDEVMODE": "1"}) as daemon:
@@ -532,7 +593,9 @@ def test_the_event_loop_has_nothing_to_complain_about(env: dict[str, str], lnd: 
 def test_a_file_that_is_too_small_is_never_staged(
     env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, size: int
 ) -> None:
-    """Fewer than 45 bytes are one error, and the version before stays the newest until there is another."""
+    """Fewer than 45 bytes are one error, and the version before stays the newest until there is
+    another.
+    """
     first = lnd.write()
     with Daemon(env | OFTEN) as daemon:
         daemon.wait_for_stored(first)
@@ -580,7 +643,9 @@ def test_a_file_that_is_too_large_is_never_staged(
     check()
 
 
-def test_a_pipe_at_the_path_does_not_hang_the_daemon(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_pipe_at_the_path_does_not_hang_the_daemon(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
     """A named pipe is an error that is not read from, and LND's next file is stored."""
     with Daemon(env | OFTEN) as daemon:
         daemon.wait_for_log("No such file")
@@ -608,16 +673,24 @@ os.execv(sys.executable, [sys.executable, SCRIPT, *sys.argv[1:]])
 
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_a_permission_that_is_granted_later_is_noticed(
-    env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None], what: str
+    env: dict[str, str],
+    lnd: Lnd,
+    check: partial[None],
+    started_by: Callable[[str], None],
+    what: str,
 ) -> None:
-    """A denied directory or file is an error that names what is needed, and once granted the version is stored."""
+    """A denied directory or file is an error that names what is needed, and once granted the
+    version is stored.
+    """
     started_by(WITHOUT_PRIVILEGE)
     first = lnd.write()
     denied = lnd.directory if what == "directory" else lnd.path
     mode = denied.stat().st_mode
     denied.chmod(0)
     with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_log("error: cannot read channel.backup: .*Permission denied\n.*hint: .*needs r on the file")
+        daemon.wait_for_log(
+            "error: cannot read channel.backup: .*Permission denied\n.*hint: .*needs r on the file"
+        )
         daemon.wait_for_looks()
         denied.chmod(mode)
         daemon.wait_for_stored(first)

@@ -1,6 +1,7 @@
 """The floor: puts the file named by each line of stdin, without watching, staging or retrying.
 
-Arguments: `sdk` or `http`, bucket, prefix. For each file it prints when the put began and when it was over.
+Arguments: `sdk` or `http`, bucket, prefix. For each file it prints when the put began and when it
+was over.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ def with_the_sdk(bucket: str) -> Callable[[str, bytes], None]:
 
     def put(key: str, data: bytes) -> None:
         md5, sha256 = integrity(data)
-        client.put_object(Bucket=bucket, Key=key, Body=io.BytesIO(data), ContentMD5=md5, Metadata={"sha256": sha256})
+        client.put_object(
+            Bucket=bucket,
+            Key=key,
+            Body=io.BytesIO(data),
+            ContentMD5=md5,
+            Metadata={"sha256": sha256},
+        )
 
     return put
 
@@ -63,7 +70,11 @@ def with_http(bucket: str) -> Callable[[str, bytes], None]:
 
     def put(key: str, data: bytes) -> None:
         md5, sha256 = integrity(data)
-        headers = {"Content-MD5": md5, "x-amz-meta-sha256": sha256, "Content-Length": str(len(data))}
+        headers = {
+            "Content-MD5": md5,
+            "x-amz-meta-sha256": sha256,
+            "Content-Length": str(len(data)),
+        }
         request = AWSRequest("PUT", f"{url.geturl()}/{bucket}/{key}", headers, data)
         signer.add_auth(request)
         if connection.sock and select.select([connection.sock], [], [], 0)[0]:

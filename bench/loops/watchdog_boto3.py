@@ -1,4 +1,6 @@
-"""A peer: watchdog tells of the rename, boto3 puts the file. Arguments: directory, bucket, prefix."""
+"""A peer: watchdog tells of the rename, boto3 puts the file. Arguments: directory, bucket,
+prefix.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Upload(FileSystemEventHandler):  # type: ignore[misc] # it has no types he
         if path.name != "channel.backup":
             return
         try:
-            client.put_object(Bucket=bucket, Key=f"{prefix}{time.time_ns()}.backup", Body=path.read_bytes())
+            client.put_object(
+                Bucket=bucket, Key=f"{prefix}{time.time_ns()}.backup", Body=path.read_bytes()
+            )
             print("uploaded", flush=True)
         except Exception as error:  # noqa: BLE001 - most such scripts log it, and go on with the next event
             print(f"failed: {error}", flush=True)

@@ -1,4 +1,6 @@
-"""A peer: watchfiles tells of the change, boto3 puts the file. Arguments: directory, bucket, prefix."""
+"""A peer: watchfiles tells of the change, boto3 puts the file. Arguments: directory, bucket,
+prefix.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from watchfiles import watch
 
 directory, bucket, prefix = sys.argv[1:]
 client = boto3.client("s3")
-print("watching", flush=True)  # just before it does: the watch is armed by the first turn of the loop
+print(
+    "watching", flush=True
+)  # just before it does: the watch is armed by the first turn of the loop
 
 for changes in watch(directory):
     for path in {path for _, path in changes if Path(path).name == "channel.backup"}:

@@ -1,4 +1,6 @@
-"""`make faults`: tries to make the program lose something, and prints what it was tried against and what came of it."""
+"""`make faults`: tries to make the program lose something, and prints what it was tried against and
+what came of it.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,29 @@ from faults import rows, steps, table
 from kit import S3Server
 
 # What is needed beside the virtual environments, by the Debian package that brings it.
-NEEDED = {"strace": "strace", "faketime": "faketime", "mkfs.ext4": "e2fsprogs", "unshare": "util-linux"}
+NEEDED = {
+    "strace": "strace",
+    "faketime": "faketime",
+    "mkfs.ext4": "e2fsprogs",
+    "unshare": "util-linux",
+}
 
 
 def main() -> int:
     """Run everything, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each test is run (default: %(default)s)")
-    parser.add_argument("--part", choices=["all", "steps", "tests"], default="all", help="strace's part, or the tests'")
-    parser.add_argument("--only", default="", help="of the tests, run only those that pytest -k takes by this")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often each test is run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--part",
+        choices=["all", "steps", "tests"],
+        default="all",
+        help="strace's part, or the tests'",
+    )
+    parser.add_argument(
+        "--only", default="", help="of the tests, run only those that pytest -k takes by this"
+    )
     options = parser.parse_args()
     if wrong := prepare():
         print(wrong, file=sys.stderr)
@@ -39,19 +55,30 @@ def main() -> int:
 
 def under_strace(directory: Path) -> list[table.Tally]:
     """Kill it at each step, and let each step fail, over http and https."""
-    with S3Server(directory / "s3-http") as http, S3Server(directory / "s3-https", tls=True) as https:
-        places = steps.Place.at(http, directory / "http"), steps.Place.at(https, directory / "https")
+    with (
+        S3Server(directory / "s3-http") as http,
+        S3Server(directory / "s3-https", tls=True) as https,
+    ):
+        places = (
+            steps.Place.at(http, directory / "http"),
+            steps.Place.at(https, directory / "https"),
+        )
         return steps.inject_all(*places, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def prepare() -> str | None:
-    """Install what is missing, where that is possible; return what is still missing, and what to do."""
+    """Install what is missing, where that is possible; return what is still missing, and what to
+    do.
+    """
     if os.geteuid():
         return "make faults needs root: it mounts file systems, and traces processes"
     missing = [package for command, package in NEEDED.items() if not shutil.which(command)]
     if missing and shutil.which("apt-get"):
         print(f"installing {' '.join(missing)}", file=sys.stderr, flush=True)
-        quiet = {"stdout": subprocess.DEVNULL, "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}}
+        quiet = {
+            "stdout": subprocess.DEVNULL,
+            "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+        }
         subprocess.run(["apt-get", "update", "-qq"], check=False, **quiet)  # type: ignore[call-overload]  # noqa: S607
         install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing]
         subprocess.run(install, check=False, **quiet)  # type: ignore[call-overload]

@@ -1,4 +1,6 @@
-"""A pytest plugin for `make faults`: runs each test several times, and writes down what came of it, a line each."""
+"""A pytest plugin for `make faults`: runs each test several times, and writes down what came of it,
+a line each.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,22 @@ def _note(test: str, **facts: object) -> None:
 
 
 def _counted(
-    lnd: kit.Lnd, server: kit.Holder, bucket: str, prefix: str, staging: Path, **allowed: Unpack[kit.Allowed]
+    lnd: kit.Lnd,
+    server: kit.Holder,
+    bucket: str,
+    prefix: str,
+    staging: Path,
+    **allowed: Unpack[kit.Allowed],
 ) -> None:
     """Fail as the invariant does, and write down what it finds."""
     found = kit.find_problems(lnd, server, bucket, prefix, staging, **allowed)
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
     at_stake = len({version.data for version in lnd.written} | set(lnd.placed))
-    numbers = {"lost": len(found.lost), "duplicates": len(found.repeated), "damaged": len(found.false)}
+    numbers = {
+        "lost": len(found.lost),
+        "duplicates": len(found.repeated),
+        "damaged": len(found.false),
+    }
     _note(test, at_stake=at_stake, **numbers)
     if any(found):
         _assert_nothing_lost(lnd, server, bucket, prefix, staging, **allowed)
@@ -58,11 +69,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run each test in so many rounds."""
     metafunc.fixturenames.append("fault_round")
     rounds = 1 if metafunc.definition.get_closest_marker("once") else int(os.environ[ROUNDS])
-    metafunc.parametrize("fault_round", range(rounds), indirect=True, ids=(f"round{n}" for n in range(rounds)))
+    metafunc.parametrize(
+        "fault_round", range(rounds), indirect=True, ids=(f"round{n}" for n in range(rounds))
+    )
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Write down how a test ended, and how many faults it says that it injected."""
     report = yield
     if not report.passed:

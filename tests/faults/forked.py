@@ -1,6 +1,8 @@
-"""The program in a forked process: its libraries are loaded already, and all of its own code runs from the first line.
+"""The program in a forked process: its libraries are loaded already, and all of its own code runs
+from the first line.
 
-Loading them takes most of a start, and nothing is staged or sent meanwhile; without that, a thousand starts are quick.
+Loading them takes most of a start, and nothing is staged or sent meanwhile; without that, a
+thousand starts are quick.
 """
 
 from __future__ import annotations
@@ -32,10 +34,14 @@ LOOK_SECONDS = 0.02
 
 
 class Forked:
-    """The program, running; its log is a pipe that is read while somebody waits, so that no thread is needed."""
+    """The program, running; its log is a pipe that is read while somebody waits, so that no thread
+    is needed.
+    """
 
     def __init__(self, env: dict[str, str], *args: str, hold_at: Path | None = None) -> None:
-        """Start it; with `hold_at` it stands still before it opens or makes that directory, until `go_on`."""
+        """Start it; with `hold_at` it stands still before it opens or makes that directory, until
+        `go_on`.
+        """
         self.log = ""
         self.returncode: int | None = None
         self.ended = False
@@ -74,7 +80,9 @@ class Forked:
         self.signal(signal.SIGCONT)
 
     def wait_until(self, reached: Callable[[str], object], timeout: float) -> bool:
-        """Wait until its log, or whatever else, is so; tell whether it is, or it ended or the time passed before."""
+        """Wait until its log, or whatever else, is so; tell whether it is, or it ended or the time
+        passed before.
+        """
         until = time.monotonic() + timeout
         while not reached(self.log):
             if self.ended or time.monotonic() > until:
@@ -83,7 +91,9 @@ class Forked:
         return True
 
     def wait(self, timeout: float = 60.0) -> int | None:
-        """Wait for its end, and return the exit code, negative for a signal, or None if it still runs."""
+        """Wait for its end, and return the exit code, negative for a signal, or None if it still
+        runs.
+        """
         until = time.monotonic() + timeout
         while not self.ended and time.monotonic() < until:
             self._read(until)

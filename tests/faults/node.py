@@ -1,4 +1,6 @@
-"""The node being a node, the long way: tests for `make faults` alone, in a mount namespace of their own."""
+"""The node being a node, the long way: tests for `make faults` alone, in a mount namespace of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,10 @@ def staged(staging: Path) -> list[str]:
 @pytest.fixture
 def small_disk(staging: Path) -> Iterator[Path]:
     """Put the staging directory on a file system of its own with room for a few versions."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(staging)], check=True)  # noqa: S607
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(staging)],  # noqa: S607
+        check=True,
+    )
     yield staging
     subprocess.run(["umount", "--lazy", str(staging)], check=True)  # noqa: S607
 
@@ -72,7 +77,9 @@ def small_disk(staging: Path) -> Iterator[Path]:
 def test_staging_disk_is_full(
     env: dict[str, str], lnd: Lnd, fake: FakeS3, small_disk: Path, check: Callable[..., None]
 ) -> None:
-    """While the disk is full versions go out from memory; what was not sent is staged when there is room again."""
+    """While the disk is full versions go out from memory; what was not sent is staged when there is
+    room again.
+    """
     filler = small_disk / ".filler"
     with Daemon(env | {"RESCAN_SECONDS": "0.2"}) as daemon:
         daemon.wait_for_stored(lnd.write())
@@ -101,7 +108,9 @@ def test_staging_disk_is_full(
 def test_staging_disk_becomes_read_only(
     env: dict[str, str], lnd: Lnd, tmp_path: Path, fake: FakeS3, prefix: str
 ) -> None:
-    """When the file system gives up and goes read-only, versions go out from memory; mounted anew it is used again."""
+    """When the file system gives up and goes read-only, versions go out from memory; mounted anew
+    it is used again.
+    """
     image, disk = tmp_path / "image", tmp_path / "disk"
     disk.mkdir()
     with image.open("wb") as file:
@@ -116,10 +125,13 @@ def test_staging_disk_becomes_read_only(
         subprocess.run(["mount", "-o", "remount,abort", str(disk)], check=True)  # noqa: S607 - as an error on disk does
         for _ in range(5):
             daemon.wait_for_stored(lnd.write())
-        daemon.wait_for_log("error: cannot (stage|remember|tidy up): .*Read-only")  # whichever meets it first
+        daemon.wait_for_log(
+            "error: cannot (stage|remember|tidy up): .*Read-only"
+        )  # whichever meets it first
         assert daemon.stop() == 0
     subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
-    # A copy, since another test's mount namespace may hold the file system, and would hand it out again as it is.
+    # A copy, since another test's mount namespace may hold the file system, and would hand it out
+    # again as it is.
     mount[-2] = str(shutil.copy(image, tmp_path / "copy"))
     subprocess.run(mount, check=True)
     with Daemon(env) as daemon:
@@ -132,7 +144,9 @@ def test_staging_disk_becomes_read_only(
 
 
 def lowest_free_descriptor(daemon: Daemon) -> int:
-    """Return the lowest descriptor that is free whenever the daemon does nothing; it uses some in every look."""
+    """Return the lowest descriptor that is free whenever the daemon does nothing; it uses some in
+    every look.
+    """
     lowest = []
     for _ in range(10):
         daemon.wait_for_looks(1)
@@ -142,12 +156,16 @@ def lowest_free_descriptor(daemon: Daemon) -> int:
 
 
 def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: Callable[..., None]) -> None:
-    """Without a free descriptor nothing can be read, and the log says so; with one it goes on by itself."""
+    """Without a free descriptor nothing can be read, and the log says so; with one it goes on by
+    itself.
+    """
     with Daemon(env | {"RESCAN_SECONDS": "0.2"}) as daemon:
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_looks()
         limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(daemon), limits[1]))
+        resource.prlimit(
+            daemon.pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(daemon), limits[1])
+        )
         version = lnd.write()
         daemon.wait_for_log("cannot (read|watch).*Too many open files")
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
@@ -160,8 +178,12 @@ def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: Callable[..., None
 # --- the clock ---
 
 
-def test_clock_jumps(env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None], tmp_path: Path) -> None:
-    """A year forward, a day back and home again, while it runs and between two runs: names increase all the same."""
+def test_clock_jumps(
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None], tmp_path: Path
+) -> None:
+    """A year forward, a day back and home again, while it runs and between two runs: names increase
+    all the same.
+    """
     if not FAKETIME:
         pytest.fail("libfaketime is missing: apt install faketime")
     clock = tmp_path / "clock"
@@ -187,8 +209,12 @@ def test_clock_jumps(env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callabl
 
 @pytest.mark.once
 @pytest.mark.timeout(180)
-def test_suspended_for_a_minute(env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None]) -> None:
-    """Stopped for a minute in the middle of an upload, the daemon finishes it, or does it again under the same name."""
+def test_suspended_for_a_minute(
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None]
+) -> None:
+    """Stopped for a minute in the middle of an upload, the daemon finishes it, or does it again
+    under the same name.
+    """
     fake.hold()
     lnd.write()
     with Daemon(env) as daemon:
@@ -274,9 +300,16 @@ STATES = {
 
 @pytest.mark.parametrize("state", STATES)
 def test_killed_in_each_state(
-    state: str, env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None], staging: Path
+    state: str,
+    env: dict[str, str],
+    lnd: Lnd,
+    fake: FakeS3,
+    check: Callable[..., None],
+    staging: Path,
 ) -> None:
-    """Killed in any state as the OOM killer does it, the next start sends what was staged, under the same names."""
+    """Killed in any state as the OOM killer does it, the next start sends what was staged, under
+    the same names.
+    """
     with Daemon(env) as daemon:
         STATES[state](daemon, lnd, fake)
         daemon.signal(signal.SIGKILL)
@@ -303,7 +336,9 @@ def test_a_hundred_thousand_updates(
     check: Callable[..., None],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Under updates as fast as the file system takes them it captures what it can, and the last one without fail."""
+    """Under updates as fast as the file system takes them it captures what it can, and the last one
+    without fail.
+    """
     lnd.archive = False
     with Daemon(env) as daemon:
         for _ in range(UPDATES):
@@ -330,10 +365,13 @@ def test_a_month_away(
     check: Callable[..., None],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """After an outage with 10,000 versions staged all are delivered, newest first, with hardly more memory."""
+    """After an outage with 10,000 versions staged all are delivered, newest first, with hardly more
+    memory.
+    """
     for number in range(AWAY_STAGED):
         data = channel_backup(1)
-        name = f"2026{number // 672 % 12 + 1:02}{number // 24 % 28 + 1:02}T{number % 24:02}0000.{number:06}Z"
+        name = f"2026{number // 672 % 12 + 1:02}{number // 24 % 28 + 1:02}"
+        name += f"T{number % 24:02}0000.{number:06}Z"
         path = staging / f"{name}-{hashlib.sha256(data).hexdigest()[-6:]}"
         path.write_bytes(data)
         path.chmod(0o600)

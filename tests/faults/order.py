@@ -1,4 +1,6 @@
-"""The order of operations, read off a trace: what survives a power cut depends on it, and no file shows it."""
+"""The order of operations, read off a trace: what survives a power cut depends on it, and no file
+shows it.
+"""
 
 from __future__ import annotations
 
@@ -37,5 +39,10 @@ def order_of(calls: Iterable[Call], name: str, staging: str) -> list[str]:
         r'(rename|link)\w*\(.*"\.partial-\.receipt", .*"\.receipt"': "the receipt gets its name",
         rf'unlink\w*\(.*"{version}"': DELETED,
     }
-    found = [what for call in calls for pattern, what in patterns.items() if re.search(pattern, call.line)]
+    found = [
+        what
+        for call in calls
+        for pattern, what in patterns.items()
+        if re.search(pattern, call.line)
+    ]
     return found[: found.index(DELETED) + 1] if DELETED in found else found

@@ -1,4 +1,6 @@
-"""The faults that tests inject: which tests belong to which row of the table, and how they are run and counted."""
+"""The faults that tests inject: which tests belong to which row of the table, and how they are run
+and counted.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 OUTAGE = "test_outage.py::test_a_fault_is_told_survived_and_over"
 # Row of the table: the tests, below tests/.
 ROWS = {
-    "staging disk full": ["faults/node.py::test_staging_disk_is_full", "test_daemon.py::test_a_full_disk_is_no_end"],
+    "staging disk full": [
+        "faults/node.py::test_staging_disk_is_full",
+        "test_daemon.py::test_a_full_disk_is_no_end",
+    ],
     "staging disk read-only": ["faults/node.py::test_staging_disk_becomes_read_only"],
     "staging directory removed": ["test_daemon.py::test_the_staging_directory_may_vanish"],
     "LND's directory missing": ["test_watching.py::test_a_directory_made_later_is_watched"],
@@ -37,9 +42,13 @@ ROWS = {
     "another directory mounted over LND's": [
         "test_watching.py::test_a_mount_over_the_directory_is_found_by_the_rescan"
     ],
-    "LND's file system unmounted, mounted": ["test_watching.py::test_an_unmounted_file_system_is_no_end"],
+    "LND's file system unmounted, mounted": [
+        "test_watching.py::test_an_unmounted_file_system_is_no_end"
+    ],
     "inotify: queue overflow": ["test_watching.py::test_an_overflow_of_events_loses_nothing"],
-    "inotify: no instance or watch left": ["test_watching.py::test_the_limits_of_the_kernel_are_survived"],
+    "inotify: no instance or watch left": [
+        "test_watching.py::test_the_limits_of_the_kernel_are_survived"
+    ],
     "no descriptor left": ["faults/node.py::test_no_descriptors"],
     "clock: a year ahead, a day back": ["faults/node.py::test_clock_jumps"],
     "suspended for a minute while sending": ["faults/node.py::test_suspended_for_a_minute"],
@@ -56,11 +65,36 @@ KILLS_IN_A_BURST = 10  # in one run of that test
 def inject_by_tests(directory: Path, rounds: int, only: str) -> list[Tally]:
     """Run the tests in a mount namespace of their own, and return what came of them, by row."""
     record = directory / "record"
-    tests = [f"tests/{test}" for test in [OUTAGE, *(test for tests in ROWS.values() for test in tests)]]
-    options = ["-q", "--no-header", "-p", "faults.counting", "-n", "2", "-k", only, "--tb", "no", "-r", "N"]
+    tests = [
+        f"tests/{test}" for test in [OUTAGE, *(test for tests in ROWS.values() for test in tests)]
+    ]
+    options = [
+        "-q",
+        "--no-header",
+        "-p",
+        "faults.counting",
+        "-n",
+        "2",
+        "-k",
+        only,
+        "--tb",
+        "no",
+        "-r",
+        "N",
+    ]
     environment = os.environ | {"PYTHONPATH": "tests", RECORD: str(record), ROUNDS: str(rounds)}
     subprocess.run(
-        ["unshare", "-m", "--propagation", "private", sys.executable, "-m", "pytest", *options, *tests],  # noqa: S607
+        [  # noqa: S607
+            "unshare",
+            "-m",
+            "--propagation",
+            "private",
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            *tests,
+        ],
         cwd=CHECKOUT,
         env=environment,
         stdout=sys.stderr,
@@ -77,7 +111,9 @@ def read_record(lines: Iterable[str]) -> list[Tally]:
         row = row_of(facts["test"])
         tally = rows[row]
         tally.fault = row
-        tally.injected += facts.get("injected", 0) * (KILLS_IN_A_BURST if row == "SIGKILL in a burst" else 1)
+        tally.injected += facts.get("injected", 0) * (
+            KILLS_IN_A_BURST if row == "SIGKILL in a burst" else 1
+        )
         tally.at_stake += facts.get("at_stake", 0)
         tally.lost += facts.get("lost", 0)
         tally.duplicates += facts.get("duplicates", 0)
@@ -85,7 +121,9 @@ def read_record(lines: Iterable[str]) -> list[Tally]:
         if "failed" in facts:  # one that is skipped has injected nothing, which shows in the table
             tally.complaints.append(f"{facts['test']}: {facts['failed']}")
     order = list(ROWS)
-    return sorted(rows.values(), key=lambda tally: order.index(tally.fault) if tally.fault in order else -1)
+    return sorted(
+        rows.values(), key=lambda tally: order.index(tally.fault) if tally.fault in order else -1
+    )
 
 
 def row_of(test: str) -> str:

@@ -1,7 +1,10 @@
-"""`make soak`: a random schedule of LND's writes, faults and kills, with the invariant checked all the time.
+"""`make soak`: a random schedule of LND's writes, faults and kills, with the invariant checked all
+the time.
 
-The schedule is cut into rounds of a few seconds, each with a seed of its own and everything else new, so that the
-round that failed can be run again alone. What the schedule does is given by the seed; when exactly, is not.
+The schedule is cut into rounds of a few seconds, each with a seed of its own and everything else
+new, so that the round that failed can be run again alone. What the schedule does is given by the
+seed; when exactly,
+is not.
 """
 
 from __future__ import annotations
@@ -50,13 +53,19 @@ LINES: list[tuple[Mode, dict[str, float]]] = [
 
 
 class Round:
-    """One LND, one bucket, one staging directory and the daemon, which is killed and started again."""
+    """One LND, one bucket, one staging directory and the daemon, which is killed and started
+    again.
+    """
 
     def __init__(self, seed: int, server: S3Server, directory: Path) -> None:
         """Prepare everything; nothing runs yet."""
         self.chance = random.Random(seed)  # noqa: S311 - a schedule is no secret
         self.server, self.directory = server, directory
-        self.lnd, self.staging, self.prefix = Lnd(directory / "lnd"), directory / "staging", "alice/"
+        self.lnd, self.staging, self.prefix = (
+            Lnd(directory / "lnd"),
+            directory / "staging",
+            "alice/",
+        )
         self.bucket = server.create_bucket()
         self.proxy = FaultProxy(server.host, server.port)
         self.daemon: Daemon | None = None
@@ -80,7 +89,12 @@ class Round:
         ]
         with self.proxy:
             self.env = settings_for(
-                self.server, self.bucket, self.prefix, self.lnd, self.staging, endpoint=self.proxy.endpoint()
+                self.server,
+                self.bucket,
+                self.prefix,
+                self.lnd,
+                self.staging,
+                endpoint=self.proxy.endpoint(),
             ) | {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
             try:
                 self.start()
@@ -108,7 +122,9 @@ class Round:
     def running(self) -> Daemon:
         """Return the daemon, which has to run."""
         assert self.daemon
-        assert self.daemon.returncode is None, f"the daemon ended by itself with {self.daemon.returncode}"
+        assert self.daemon.returncode is None, (
+            f"the daemon ended by itself with {self.daemon.returncode}"
+        )
         return self.daemon
 
     def again(self) -> None:
@@ -179,8 +195,14 @@ class Round:
         self.running()
         staged = {path.name for path in self.staging.iterdir() if VERSION_NAME.fullmatch(path.name)}
         self.seen |= staged
-        pages = self.server.admin.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-        stored = {entry["Key"].removeprefix(self.prefix) for page in pages for entry in page.get("Contents", [])}
+        pages = self.server.admin.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self.prefix
+        )
+        stored = {
+            entry["Key"].removeprefix(self.prefix)
+            for page in pages
+            for entry in page.get("Contents", [])
+        }
         assert self.seen <= staged | stored, f"lost: {sorted(self.seen - staged - stored)}"
 
     def end(self) -> None:
@@ -196,7 +218,13 @@ class Round:
         assert {path.name for path in self.staging.iterdir()} == {".lock", ".receipt"}
         # Each start puts the version on disk once more, unless it is still to be sent.
         assert_nothing_lost(
-            self.lnd, self.server, self.bucket, self.prefix, self.staging, replaced_ok=True, refreshes=self.starts - 1
+            self.lnd,
+            self.server,
+            self.bucket,
+            self.prefix,
+            self.staging,
+            replaced_ok=True,
+            refreshes=self.starts - 1,
         )
 
 
@@ -204,7 +232,9 @@ def main() -> int:
     """Run rounds until the time is over, and return the exit code."""
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("seconds", type=float, help="how long")
-    parser.add_argument("seed", type=int, nargs="?", help="the seed of the first round; each round adds one")
+    parser.add_argument(
+        "seed", type=int, nargs="?", help="the seed of the first round; each round adds one"
+    )
     options = parser.parse_args()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
     until, totals, versions, rounds = time.monotonic() + options.seconds, Counter[str](), 0, 0
@@ -220,12 +250,18 @@ def main() -> int:
                 one.run()
             except Exception as error:  # noqa: BLE001 - whatever it is, the seed is said
                 print(*one.history, sep="\n")
-                print(f"{type(error).__name__}: {error}\nfailed: make soak SECONDS=1 SEED={seed + rounds}")
+                print(
+                    f"{type(error).__name__}: {error}\nfailed: make soak SECONDS=1 "
+                    f"SEED={seed + rounds}"
+                )
                 return 1
             totals += one.done
             versions += len(one.lnd.written)
             rounds += 1
-            print(f"seed {seed + rounds - 1}: {len(one.lnd.written)} versions, {one.starts} starts", flush=True)
+            print(
+                f"seed {seed + rounds - 1}: {len(one.lnd.written)} versions, {one.starts} starts",
+                flush=True,
+            )
     print(f"{rounds} rounds, {versions} versions, nothing lost; {dict(totals)}")
     return 0
 

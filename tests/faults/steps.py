@@ -1,4 +1,6 @@
-"""Killed at every step, and every step failing: the program under strace, from its first look to its last receipt."""
+"""Killed at every step, and every step failing: the program under strace, from its first look to
+its last receipt.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,14 @@ if TYPE_CHECKING:
 
 WORKERS = 3  # some of their time is waiting
 ERRORS = ("EIO", "ENOSPC", "EACCES", "EMFILE", "EINTR")
-ASIDE = ("read", "lock, mode or directory", "watch")  # beside the way of a version; one error will do
-LASTING_ERRORS = ERRORS[:-1]  # no system interrupts every call, and Python makes an interrupted one again
+ASIDE = (
+    "read",
+    "lock, mode or directory",
+    "watch",
+)  # beside the way of a version; one error will do
+LASTING_ERRORS = ERRORS[
+    :-1
+]  # no system interrupts every call, and Python makes an interrupted one again
 PATIENCE_SECONDS = 10.0
 LASTING_SECONDS = 2.0
 CALM = 10  # so many times the turns and failures of an undisturbed run are still no busy loop
@@ -42,7 +50,9 @@ IN_ORDER = "none: the order of its steps"
 
 @dataclass(frozen=True)
 class Case:
-    """One run with one fault: from the n-th call on of this name, which kills, or fails once or for a while."""
+    """One run with one fault: from the n-th call on of this name, which kills, or fails once or for
+    a while.
+    """
 
     scenario: str
     call: str
@@ -58,13 +68,19 @@ class Case:
         if not self.error:
             return f"killed at: {KIND_OF[self.call]}"
         return (
-            f"calls fail for {LASTING_SECONDS:.0f} s: {self.error}" if self.lasting else f"a call fails: {self.error}"
+            f"calls fail for {LASTING_SECONDS:.0f} s: {self.error}"
+            if self.lasting
+            else f"a call fails: {self.error}"
         )
 
     def injections(self) -> list[str]:
         """Return what strace is told; nothing in an undisturbed run."""
         what = f"error={self.error}" if self.error else "signal=KILL"
-        return [f"{self.call}:{what}:when={self.number}{'+' if self.lasting else ''}"] if self.call else []
+        return (
+            [f"{self.call}:{what}:when={self.number}{'+' if self.lasting else ''}"]
+            if self.call
+            else []
+        )
 
     def __str__(self) -> str:
         """Name it for a complaint, so that it can be found again."""
@@ -73,7 +89,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the cases run: a server that another process runs, one bucket, one key, and a directory for all of them."""
+    """Where the cases run: a server that another process runs, one bucket, one key, and a directory
+    for all of them.
+    """
 
     directory: Path
     server_directory: Path
@@ -143,7 +161,11 @@ class Run:
         """Return the staged versions by name."""
         if not self.staging.is_dir():
             return {}
-        return {path.name: path.read_bytes() for path in self.staging.iterdir() if VERSION_NAME.fullmatch(path.name)}
+        return {
+            path.name: path.read_bytes()
+            for path in self.staging.iterdir()
+            if VERSION_NAME.fullmatch(path.name)
+        }
 
     def stored(self) -> dict[str, bytes]:
         """Return the stored versions by name."""
@@ -159,7 +181,9 @@ class Run:
     def judge(self) -> None:
         """Start the program again, plainly, and count what has become of the versions."""
         self.tally.at_stake = len(self.lnd.written)
-        before = find_problems(self.lnd, self.server, self.place.bucket, self.prefix, self.staging, replaced_ok=True)
+        before = find_problems(
+            self.lnd, self.server, self.place.bucket, self.prefix, self.staging, replaced_ok=True
+        )
         self.damage(before.false)
         staged, stored = self.staged(), self.stored()
         with Forked(self.env, "once") as again:
@@ -169,7 +193,13 @@ class Run:
             self.damage([f"the plain start afterwards ended with {code}"])
         after = self.stored()
         problems = find_problems(
-            self.lnd, self.server, self.place.bucket, self.prefix, self.staging, refreshes=None, replaced_ok=False
+            self.lnd,
+            self.server,
+            self.place.bucket,
+            self.prefix,
+            self.staging,
+            refreshes=None,
+            replaced_ok=False,
         )
         self.damage(problems.false)
         leftovers = {path.name for path in self.staging.iterdir()} - {".lock", ".receipt"}
@@ -178,17 +208,22 @@ class Run:
         for each in [*problems.lost, *(f"lost after it was captured: {name}" for name in gone)]:
             self.tally.lost += 1
             self.complain(each)
-        # The start puts the version on disk under a new name, unless the very same bytes were still to be sent.
+        # The start puts the version on disk under a new name, unless the very same bytes were still
+        # to be sent.
         expected = int(self.lnd.written[-1].data not in staged.values())
         names = Counter((staged | stored).values())
-        extra = sum(number - 1 for number in names.values()) + len(after.keys() - staged.keys() - stored.keys())
+        extra = sum(number - 1 for number in names.values()) + len(
+            after.keys() - staged.keys() - stored.keys()
+        )
         if extra > expected:
             self.tally.duplicates += extra - expected
             self.complain(f"{extra - expected} captures under two keys: {sorted(after)}")
 
 
 def run_once(run: Run) -> list[Call]:
-    """`once`, with a version that an earlier run had to leave staged: from its first touch of the staging directory."""
+    """`once`, with a version that an earlier run had to leave staged: from its first touch of the
+    staging directory.
+    """
     earlier = run.lnd.write(channels=3)
     run.staging.mkdir(mode=0o700)
     name = f"{EARLIER}-{hashlib.sha256(earlier.data).hexdigest()[-6:]}"
@@ -201,7 +236,10 @@ def run_once(run: Run) -> list[Call]:
             program.wait_until(lambda _: strace.injected(), PATIENCE_SECONDS)
         code = program.wait()
         run.note(program.log, strace, code)
-    wanted = {*run.staged().values(), run.lnd.written[-1].data}  # a version that could not be deleted is still there
+    wanted = {
+        *run.staged().values(),
+        run.lnd.written[-1].data,
+    }  # a version that could not be deleted is still there
     if code == 0 and not wanted <= set(run.stored().values()):
         run.complain("exit 0, and not everything is stored")
     if code not in (0, -signal.SIGKILL) and not re.search("error: |warning: |critical: ", run.log):
@@ -231,7 +269,9 @@ def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
             raise AssertionError(f"the daemon did not come up:\n{program.log}")
         with Strace(program, run.trace, *run.case.injections()) as strace:
             second, stopping = run.lnd.write(channels=300), False
-            program.wait_until(lambda log: strace.injected() or is_stored(second)(log), PATIENCE_SECONDS)
+            program.wait_until(
+                lambda log: strace.injected() or is_stored(second)(log), PATIENCE_SECONDS
+            )
             if run.case.lasting:
                 time.sleep(LASTING_SECONDS)  # the fault lasts
             elif not strace.injected():  # it may still come, or comes while the daemon stops
@@ -247,7 +287,9 @@ def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
         code = program.wait(PATIENCE_SECONDS + GRACE_SECONDS)
         run.note(program.log, strace, code)
     loud = code == 1 and "critical: " in run.log
-    if code == -signal.SIGKILL or ((loud or (stopping and code is None)) and hit_the_loop(strace.calls())):
+    if code == -signal.SIGKILL or (
+        (loud or (stopping and code is None)) and hit_the_loop(strace.calls())
+    ):
         return strace.calls()
     if not by_itself:
         run.complain("the daemon did not store the version by itself")
@@ -257,14 +299,21 @@ def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
 
 
 def hit_the_loop(calls: list[Call]) -> bool:
-    """Tell whether what failed was the event loop's own: inotify, or the socket by which threads and signals wake it.
+    """Tell whether what failed was the event loop's own: inotify, or the socket by which threads
+    and signals wake it.
 
-    No kernel does that. Without the one it has to end, loudly; without the other it does not hear of a signal.
+    No kernel does that. Without the one it has to end, loudly; without the other it does not hear
+    of a signal.
     """
     hit = [call for call in calls if "(INJECTED)" in call.line]
-    waking = re.compile(r'anon_inode|write\(\d+<[^>]*>, "[^"]*", 1\)')  # a signal is one byte to the loop
+    waking = re.compile(
+        r'anon_inode|write\(\d+<[^>]*>, "[^"]*", 1\)'
+    )  # a signal is one byte to the loop
     main = calls[0].thread
-    return any(waking.search(call.line) or (call.name == "recvfrom" and call.thread == main) for call in hit)
+    return any(
+        waking.search(call.line) or (call.name == "recvfrom" and call.thread == main)
+        for call in hit
+    )
 
 
 def is_stored(version: Written) -> Callable[[str], object]:
@@ -287,11 +336,15 @@ def undisturbed(place: Place, scenario: str) -> tuple[Tally, dict[str, int], tup
 
 
 def check_order(place: Place) -> Tally:
-    """Read the order of operations off the trace of an undisturbed run, and compare it with what it has to be."""
+    """Read the order of operations off the trace of an undisturbed run, and compare it with what it
+    has to be.
+    """
     tally = Tally(IN_ORDER, injected=1, at_stake=1)
     _, _, calls = undisturbed(place, "run")
     text = "\n".join(call.line for call in calls)
-    name, staging = re.findall(r'renameat\w*\(\d+<([^>]+)>, "[^"]+", .*"(\d{8}T[^"]+)"', text)[0][::-1]
+    name, staging = re.findall(r'renameat\w*\(\d+<([^>]+)>, "[^"]+", .*"(\d{8}T[^"]+)"', text)[0][
+        ::-1
+    ]
     found = order_of(calls, name, staging)
     if found != ORDER:
         tally.damaged += 1
@@ -310,7 +363,10 @@ def attempt(place: Place, case: Case) -> Tally:
             busy = Counter(call.name for call in calls)
             for name in (TURN, case.call):
                 if busy[name] > CALM * max(normal.get(name, 0), 5) * LASTING_SECONDS:
-                    run.complain(f"a busy loop? {name} {busy[name]} times in {LASTING_SECONDS} s: {normal.get(name)}")
+                    run.complain(
+                        f"a busy loop? {name} {busy[name]} times in {LASTING_SECONDS} s: "
+                        f"{normal.get(name)}"
+                    )
     except AssertionError as error:
         run.complain(str(error))
     if not run.tally.complaints:
@@ -336,7 +392,11 @@ def cases(scenario: str, normal: dict[str, int]) -> Iterator[Case]:
             yield Case(scenario, call, n)
             yield from (Case(scenario, call, n, error) for error in errors)
         if scenario != "once":
-            yield from (Case(scenario, call, 1, error, lasting=True) for error in errors if error in LASTING_ERRORS)
+            yield from (
+                Case(scenario, call, 1, error, lasting=True)
+                for error in errors
+                if error in LASTING_ERRORS
+            )
 
 
 def inject_all(http: Place, https: Place, progress: Callable[[str], None]) -> list[Tally]:
@@ -347,7 +407,9 @@ def inject_all(http: Place, https: Place, progress: Callable[[str], None]) -> li
         tallies = [pool.submit(check_order, http).result()]
         futures = []
         for name, place in places.items():
-            futures += [pool.submit(attempt, place, case) for case in cases(name, normals[name].result()[1])]
+            futures += [
+                pool.submit(attempt, place, case) for case in cases(name, normals[name].result()[1])
+            ]
         for number, future in enumerate(futures, 1):
             tallies.append(tally := future.result())
             for complaint in tally.complaints:

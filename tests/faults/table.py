@@ -1,4 +1,6 @@
-"""The table of `make faults`: what was done to the program, how often, and what became of the versions."""
+"""The table of `make faults`: what was done to the program, how often, and what became of the
+versions.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ WIDTH = 110
 
 @dataclass
 class Tally:
-    """What came of one kind of fault; each complaint tells of one thing that is not as it should be."""
+    """What came of one kind of fault; each complaint tells of one thing that is not as it should
+    be.
+    """
 
     fault: str
     injected: int = 0
@@ -39,7 +43,9 @@ class Tally:
     @property
     def passed(self) -> bool:
         """Tell whether the fault was injected, and nothing came of it."""
-        return bool(self.injected) and not (self.lost or self.duplicates or self.damaged or self.complaints)
+        return bool(self.injected) and not (
+            self.lost or self.duplicates or self.damaged or self.complaints
+        )
 
 
 def merged(tallies: Iterable[Tally]) -> list[Tally]:
@@ -58,7 +64,11 @@ def show(rows: list[Tally]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         numbers = (row.injected, row.at_stake, row.lost, row.duplicates, row.damaged)
-        table.add_row(row.fault, *(f"{number:,}" for number in numbers), style=None if row.passed else "bold red")
+        table.add_row(
+            row.fault,
+            *(f"{number:,}" for number in numbers),
+            style=None if row.passed else "bold red",
+        )
     total = Tally("in all")
     for row in rows:
         total.add(row)

@@ -1,12 +1,31 @@
-"""The test kit: an LND, an S3 server, a line between them that fails on demand, and the invariant they are held to."""
+"""The test kit: an LND, an S3 server, a line between them that fails on demand, and the invariant
+they are held to.
+"""
 
 from .fake_s3 import Answer, FakeS3, Request
 from .installed import Installed, install
-from .invariant import VERSION_NAME, Allowed, Holder, Problems, assert_nothing_lost, find_problems, normalised_prefix
+from .invariant import (
+    VERSION_NAME,
+    Allowed,
+    Holder,
+    Problems,
+    assert_nothing_lost,
+    find_problems,
+    normalised_prefix,
+)
 from .lnd import Lnd, Written, channel_backup
 from .nobody import NOBODY, as_nobody
 from .proxy import Counts, FaultProxy, Mode
-from .s3 import CHECKOUT, PATIENCE_SECONDS, Credentials, S3Server, StoredObject, allow, foreign_settings, make_client
+from .s3 import (
+    CHECKOUT,
+    PATIENCE_SECONDS,
+    Credentials,
+    S3Server,
+    StoredObject,
+    allow,
+    foreign_settings,
+    make_client,
+)
 from .script import (
     MADE_UP,
     SCRIPT,

@@ -39,7 +39,9 @@ class Background:
 
 
 async def deafen(server: asyncio.Server) -> None:
-    """Accept nothing more; serve what was accepted a moment ago, which asyncio 3.11 would never close otherwise."""
+    """Accept nothing more; serve what was accepted a moment ago, which asyncio 3.11 would never
+    close otherwise.
+    """
     for listening in server.sockets:
         asyncio.get_running_loop().remove_reader(listening)
     await asyncio.sleep(0)

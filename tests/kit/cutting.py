@@ -10,7 +10,9 @@ from typing import Any
 
 
 class CuttingServer(socketserver.ThreadingTCPServer):
-    """A TCP server on the loopback address, with a thread for each connection, that can cut them all."""
+    """A TCP server on the loopback address, with a thread for each connection, that can cut them
+    all.
+    """
 
     daemon_threads = False
     block_on_close = True
@@ -20,7 +22,9 @@ class CuttingServer(socketserver.ThreadingTCPServer):
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), handler)
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), name=type(self).__module__)
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(0.02,), name=type(self).__module__
+        )
 
     @property
     def port(self) -> int:

@@ -21,7 +21,9 @@ HTML = b"<html><body>Please accept our terms of use.</body></html>"
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: with a code, S3's error document; with a body, that body; else the empty answer to a good PUT."""
+    """One answer: with a code, S3's error document; with a body, that body; else the empty answer
+    to a good PUT.
+    """
 
     status: int = 200
     code: str = ""
@@ -58,7 +60,8 @@ class Request:
 
 
 class FakeS3:
-    """Answers each PUT with the next of the scripted answers and then with success, and any other method by default.
+    """Answers each PUT with the next of the scripted answers and then with success, and any other
+    method by default.
 
     With `hold` requests are taken in and recorded, and answered only after `release`.
     """
@@ -70,7 +73,9 @@ class FakeS3:
         hold: bool = False,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Script the answers; `defaults` gives by method what follows them (other methods than PUT: AccessDenied)."""
+        """Script the answers; `defaults` gives by method what follows them (other methods than PUT:
+        AccessDenied).
+        """
         self.requests: list[Request] = []
         self._stored: dict[str, StoredObject] = {}
         self._scheme = "https" if tls else "http"
@@ -106,7 +111,11 @@ class FakeS3:
         """Return by key what was answered as a good PUT is, as a server would show it."""
         start = f"/{bucket}/"
         with self._changed:
-            found = {path.removeprefix(start): entry for path, entry in self._stored.items() if path.startswith(start)}
+            found = {
+                path.removeprefix(start): entry
+                for path, entry in self._stored.items()
+                if path.startswith(start)
+            }
         return {key: entry for key, entry in found.items() if key.startswith(prefix)}
 
     def script(self, *answers: Answer) -> None:
@@ -127,11 +136,15 @@ class FakeS3:
         """Answer what is waiting, and answer at once from now on."""
         self._released.set()
 
-    def wait_for_requests(self, count: int, timeout: float = PATIENCE_SECONDS, *, method: str = "PUT") -> list[Request]:
+    def wait_for_requests(
+        self, count: int, timeout: float = PATIENCE_SECONDS, *, method: str = "PUT"
+    ) -> list[Request]:
         """Block until so many requests of the method have arrived, and return all of them."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._of(method)) >= count, timeout):
-                raise AssertionError(f"{len(self._of(method))} of {count} requests arrived: {self.requests}")
+                raise AssertionError(
+                    f"{len(self._of(method))} of {count} requests arrived: {self.requests}"
+                )
             return self._of(method)
 
     def wait_for_leave(self) -> None:
@@ -139,7 +152,9 @@ class FakeS3:
         self._released.wait()
 
     def take(self, request: Request) -> Answer:
-        """Record a request, wait as long as answers are held, and return the answer; for the handler."""
+        """Record a request, wait as long as answers are held, and return the answer; for the
+        handler.
+        """
         with self._changed:
             self.requests.append(request)
             answer = self._defaults.get(request.method, ACCESS_DENIED)
@@ -157,7 +172,9 @@ class FakeS3:
         metadata = {"sha256": request.headers.get("x-amz-meta-sha256", "")}
         etag = hashlib.md5(request.body, usedforsecurity=False).hexdigest()
         with self._changed:
-            self._stored[request.path] = StoredObject(key, request.body, metadata, datetime.now(UTC), etag)
+            self._stored[request.path] = StoredObject(
+                key, request.body, metadata, datetime.now(UTC), etag
+            )
             self._changed.notify_all()
 
     def _of(self, method: str) -> list[Request]:
@@ -168,7 +185,8 @@ class FakeS3:
 class _Connection(ssl.SSLSocket):
     """A connection that leaves nothing open when the client has reset it before it was accepted.
 
-    `ssl.SSLSocket._create` (CPython 3.11.7) tries to read from it then, and raises without closing it.
+    `ssl.SSLSocket._create` (CPython 3.11.7) tries to read from it then, and raises without closing
+    it.
     """
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
@@ -189,7 +207,9 @@ class _Server(CuttingServer):
         if tls:
             tls.sslsocket_class = _Connection
             # The handshake belongs to the thread of the connection.
-            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+            self.socket = tls.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
         """Keep quiet about clients that went away."""
@@ -215,7 +235,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(HTTPStatus(answer.status))
         if answer.code:
             self.send_header("Content-Type", "application/xml")
-            content = f"<Error><Code>{answer.code}</Code><Message>scripted</Message></Error>".encode()
+            content = (
+                f"<Error><Code>{answer.code}</Code><Message>scripted</Message></Error>".encode()
+            )
         elif answer.etag:
             self.send_header("ETag", f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"')
         for name, value in answer.headers.items():

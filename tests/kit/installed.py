@@ -1,4 +1,6 @@
-"""The program as the service runs it: a module of which Python has compiled the byte code, with the unit's settings."""
+"""The program as the service runs it: a module of which Python has compiled the byte code, with the
+unit's settings.
+"""
 
 from __future__ import annotations
 
@@ -31,5 +33,7 @@ def install(directory: Path) -> Installed:
         module.symlink_to(SCRIPT)
     py_compile.compile(str(module), doraise=True)
     memory = dict(re.findall(r"^Environment=(MALLOC_\w+)=(\S+)$", UNIT.read_text(), re.MULTILINE))
-    assert memory, "the unit no longer says how memory is given back, and the figures are those with it"
+    assert memory, (
+        "the unit no longer says how memory is given back, and the figures are those with it"
+    )
     return Installed([sys.executable, "-m", SCRIPT.stem], memory | {"PYTHONPATH": str(directory)})

@@ -1,4 +1,6 @@
-"""The invariant of the whole project, stated once: nothing that LND completed is lost, and nothing false is kept."""
+"""The invariant of the whole project, stated once: nothing that LND completed is lost, and nothing
+false is kept.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,10 @@ class Holder(Protocol):
 class Allowed(TypedDict, total=False):
     """What is no problem.
 
-    `replaced_ok`: the indexes in `lnd.written` of versions that LND replaced before anyone could look, or True for any
-    but the last. `refreshes`: how many second names the same bytes may have in all (one for each restart and each
-    refresh of an unchanged file; by default 0), None for any number. `foreign`: names that others left in the bucket
-    or in staging.
+    `replaced_ok`: the indexes in `lnd.written` of versions that LND replaced before anyone could
+    look, or True for any but the last. `refreshes`: how many second names the same bytes may have
+    in all (one for each restart and each refresh of an unchanged file; by default 0), None for any
+    number. `foreign`: names that others left in the bucket or in staging.
     """
 
     replaced_ok: bool | Collection[int]
@@ -41,7 +43,9 @@ class Allowed(TypedDict, total=False):
 
 
 class Problems(NamedTuple):
-    """What is wrong, a line each: versions lost, captures under two keys, and what is false in either place."""
+    """What is wrong, a line each: versions lost, captures under two keys, and what is false in
+    either place.
+    """
 
     lost: list[str]
     repeated: list[str]
@@ -56,11 +60,17 @@ def normalised_prefix(prefix: str) -> str:
 def assert_nothing_lost(
     lnd: Lnd, server: Holder, bucket: str, prefix: str, staging: Path, **allowed: Unpack[Allowed]
 ) -> None:
-    """Fail unless every version is stored or staged, and all that is stored or staged is true to its name."""
+    """Fail unless every version is stored or staged, and all that is stored or staged is true to
+    its name.
+    """
     found = find_problems(lnd, server, bucket, prefix, staging, **allowed)
     if problems := [*found.false, *found.lost, *found.repeated]:
-        more = [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        raise AssertionError("\n  ".join(["the invariant is broken:", *problems[:MAX_REPORTED], *more]))
+        more = (
+            [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
+        )
+        raise AssertionError(
+            "\n  ".join(["the invariant is broken:", *problems[:MAX_REPORTED], *more])
+        )
 
 
 def find_problems(
@@ -68,7 +78,9 @@ def find_problems(
 ) -> Problems:
     """Return whatever breaks the invariant."""
     foreign, replaced_ok = allowed.get("foreign", ()), allowed.get("replaced_ok", False)
-    stored = _in_bucket(server.objects(bucket, normalised_prefix(prefix)), normalised_prefix(prefix), foreign)
+    stored = _in_bucket(
+        server.objects(bucket, normalised_prefix(prefix)), normalised_prefix(prefix), foreign
+    )
     staged = _in_staging(staging, foreign)
     excused = range(len(lnd.written) - 1) if replaced_ok is True else replaced_ok or ()
     return Problems(
@@ -84,7 +96,9 @@ def find_problems(
     )
 
 
-def _in_bucket(objects: Mapping[str, StoredObject], prefix: str, foreign: Collection[str]) -> dict[str, StoredObject]:
+def _in_bucket(
+    objects: Mapping[str, StoredObject], prefix: str, foreign: Collection[str]
+) -> dict[str, StoredObject]:
     """Return the objects by name, without those of others."""
     names = {key.removeprefix(prefix): entry for key, entry in objects.items()}
     return {name: entry for name, entry in names.items() if name not in foreign}
@@ -119,12 +133,16 @@ def _false_objects(stored: Mapping[str, StoredObject]) -> list[str]:
         if wrong := _false_name(name, entry.data):
             problems.append(f"object {entry.key} {wrong}")
         if entry.metadata.get("sha256") != hashlib.sha256(entry.data).hexdigest():
-            problems.append(f"object {entry.key} does not have its SHA-256 as metadata: {entry.metadata}")
+            problems.append(
+                f"object {entry.key} does not have its SHA-256 as metadata: {entry.metadata}"
+            )
     return problems
 
 
 def _false_files(staging: Path, foreign: Collection[str]) -> list[str]:
-    """Find what does not belong in the staging directory, differs from its name, or is open to others."""
+    """Find what does not belong in the staging directory, differs from its name, or is open to
+    others.
+    """
     if not staging.is_dir():
         return []
     problems = []
@@ -138,13 +156,18 @@ def _false_files(staging: Path, foreign: Collection[str]) -> list[str]:
             continue
         if (mode := stat.S_IMODE(entry.stat().st_mode)) != 0o600:
             problems.append(f"{entry} has mode {mode:04o}, not 0600")
-        if not entry.name.startswith(".") and (wrong := _false_name(entry.name, entry.read_bytes())):
+        if not entry.name.startswith(".") and (
+            wrong := _false_name(entry.name, entry.read_bytes())
+        ):
             problems.append(f"staged file {entry.name} {wrong}")
     return problems
 
 
 def _lost(
-    lnd: Lnd, stored: Mapping[str, StoredObject], staged: Mapping[str, bytes], excused: Collection[int]
+    lnd: Lnd,
+    stored: Mapping[str, StoredObject],
+    staged: Mapping[str, bytes],
+    excused: Collection[int],
 ) -> list[str]:
     """Find versions that are in neither place."""
     kept = {entry.data for entry in stored.values()} | set(staged.values())
@@ -159,7 +182,9 @@ def _unknown(lnd: Lnd, kept: Mapping[str, bytes]) -> list[str]:
     """Find bytes that LND never completed, torn copies for example."""
     known = {version.data for version in lnd.written} | set(lnd.placed)
     return [
-        f"{name} holds {len(data)} bytes that were never a version" for name, data in kept.items() if data not in known
+        f"{name} holds {len(data)} bytes that were never a version"
+        for name, data in kept.items()
+        if data not in known
     ]
 
 
@@ -172,7 +197,9 @@ def _clashes(stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]) ->
     ]
 
 
-def _names_by_data(stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]) -> dict[bytes, list[str]]:
+def _names_by_data(
+    stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]
+) -> dict[bytes, list[str]]:
     """Return all names of the same bytes, oldest first."""
     names: dict[bytes, set[str]] = {}
     for name, data in [*((name, entry.data) for name, entry in stored.items()), *staged.items()]:
@@ -180,7 +207,9 @@ def _names_by_data(stored: Mapping[str, StoredObject], staged: Mapping[str, byte
     return {data: sorted(group) for data, group in names.items()}
 
 
-def _repeated(stored: Mapping[str, StoredObject], staged: Mapping[str, bytes], refreshes: int | None) -> list[str]:
+def _repeated(
+    stored: Mapping[str, StoredObject], staged: Mapping[str, bytes], refreshes: int | None
+) -> list[str]:
     """Find bytes under more names than refreshes account for."""
     repeated = [names for names in _names_by_data(stored, staged).values() if len(names) > 1]
     extra = sum(len(names) - 1 for names in repeated)
@@ -189,7 +218,9 @@ def _repeated(stored: Mapping[str, StoredObject], staged: Mapping[str, bytes], r
     return [f"{extra} second names for the same bytes, where {refreshes} are allowed: {repeated}"]
 
 
-def _disordered(lnd: Lnd, stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]) -> list[str]:
+def _disordered(
+    lnd: Lnd, stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]
+) -> list[str]:
     """Find versions whose names do not follow the order in which LND wrote them."""
     names = _names_by_data(stored, staged)
     order = [version.data for version in lnd.written]

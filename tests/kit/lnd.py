@@ -26,13 +26,17 @@ Fingerprint = dict[str, tuple[int, ...]]
 
 
 def channel_backup(channels: int) -> bytes:
-    """Return random bytes of the size of a real backup of that many channels, different at each call."""
+    """Return random bytes of the size of a real backup of that many channels, different at each
+    call.
+    """
     return os.urandom(EMPTY_SIZE + CHANNEL_SIZE * channels)
 
 
 @dataclass(frozen=True, repr=False)
 class Written:
-    """One version that LND completed; both times were taken just before it appeared under its name."""
+    """One version that LND completed; both times were taken just before it appeared under its
+    name.
+    """
 
     data: bytes
     sha256: str
@@ -42,13 +46,20 @@ class Written:
 
     def __repr__(self) -> str:
         """Name the version without its bytes, to keep failure messages readable."""
-        return f"<{self.channels} channels, {len(self.data)} bytes, ..{self.sha256[-6:]}, {self.wall:%H:%M:%S.%f}>"
+        return (
+            f"<{self.channels} channels, {len(self.data)} bytes, ..{self.sha256[-6:]}, "
+            f"{self.wall:%H:%M:%S.%f}>"
+        )
 
 
 class Lnd:
-    """LND as the program sees it: one directory in which `channel.backup` is replaced again and again."""
+    """LND as the program sees it: one directory in which `channel.backup` is replaced again and
+    again.
+    """
 
-    def __init__(self, directory: Path, *, archive: bool = True, read_gap_seconds: float = 0.0) -> None:
+    def __init__(
+        self, directory: Path, *, archive: bool = True, read_gap_seconds: float = 0.0
+    ) -> None:
         """Work in the directory, which is made as LND makes it (0700) unless it exists."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory = directory
@@ -73,7 +84,9 @@ class Lnd:
         return version
 
     def write_in_place(self, channels: int = 10, data: bytes | None = None) -> Written:
-        """Overwrite the file as `lncli exportchanbackup --output_file` does: truncate, write, close."""
+        """Overwrite the file as `lncli exportchanbackup --output_file` does: truncate, write,
+        close.
+        """
         payload = channel_backup(channels) if data is None else data
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
@@ -85,19 +98,25 @@ class Lnd:
         return version
 
     def place(self, data: bytes) -> None:
-        """Rename a file of any content into place: no version that must be backed up, but one that may be."""
+        """Rename a file of any content into place: no version that must be backed up, but one that
+        may be.
+        """
         os.rename(self._write_temp(data), self.path)
         self.placed.append(data)
 
     def leave_decoys(self) -> None:
-        """Put LND's secrets beside the file, as they are on a node, to show that they are left alone."""
+        """Put LND's secrets beside the file, as they are on a node, to show that they are left
+        alone.
+        """
         for name, mode in (("admin.macaroon", 0o640), ("wallet.db", 0o600)):
             decoy = self.directory / name
             decoy.write_bytes(b"secret of LND, must never leave the node\n")
             decoy.chmod(mode)
 
     def fingerprint(self) -> Fingerprint:
-        """Return all that a write below the directory would change: names, inodes, modes, sizes and times."""
+        """Return all that a write below the directory would change: names, inodes, modes, sizes and
+        times.
+        """
         entries = [self.directory, *sorted(self.directory.rglob("*"))]
         return {str(entry.relative_to(self.directory)): _identity(entry) for entry in entries}
 
@@ -137,7 +156,9 @@ class Lnd:
 def _version(data: bytes) -> Written:
     """Describe the version that is about to appear."""
     channels = max(0, (len(data) - EMPTY_SIZE) // CHANNEL_SIZE)
-    return Written(data, hashlib.sha256(data).hexdigest(), channels, time.monotonic(), datetime.now(UTC))
+    return Written(
+        data, hashlib.sha256(data).hexdigest(), channels, time.monotonic(), datetime.now(UTC)
+    )
 
 
 def _read_all(descriptor: int) -> bytes:
@@ -159,7 +180,9 @@ def _write_synced(descriptor: int, data: bytes) -> None:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Return what a change to the entry would alter; reading it alters only the access time, which is left out."""
+    """Return what a change to the entry would alter; reading it alters only the access time, which
+    is left out.
+    """
     status = path.lstat()
     return (
         status.st_ino,

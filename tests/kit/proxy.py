@@ -70,7 +70,9 @@ class TlsRecords:
 
     @property
     def requested(self) -> bool:
-        """Tell whether the client has begun a request: in TLS 1.3 its first data record ends the handshake."""
+        """Tell whether the client has begun a request: in TLS 1.3 its first data record ends the
+        handshake.
+        """
         tls_1_2 = self.seen.count(_TLS_HANDSHAKE) > 1
         return self.seen.count(_TLS_DATA) + bool(self._buffer) > (0 if tls_1_2 else 1)
 
@@ -90,12 +92,17 @@ class BitFlipper:
         self._missing = 0
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes and return those that are due: headers at once, a body when it is complete."""
+        """Take the next bytes and return those that are due: headers at once, a body when it is
+        complete.
+        """
         due = b""
         while data:
             if self._missing:
                 self._body += data[: self._missing]
-                data, self._missing = data[self._missing :], self._missing - len(data[: self._missing])
+                data, self._missing = (
+                    data[self._missing :],
+                    self._missing - len(data[: self._missing]),
+                )
                 due += b"" if self._missing else self._flipped()
                 continue
             before = len(self._head)
@@ -125,9 +132,13 @@ def content_length(head: bytes) -> int:
 
 
 class _Connection:
-    """One client's connection and its counterpart to the server, in the mode of the moment of its acceptance."""
+    """One client's connection and its counterpart to the server, in the mode of the moment of its
+    acceptance.
+    """
 
-    def __init__(self, proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.proxy = proxy
         self.mode: Mode = proxy.mode
         self.settings = proxy.settings
@@ -165,8 +176,12 @@ class _Connection:
             group.create_task(self.direction(self.reader, writer, upward=True))
             group.create_task(self.direction(reader, self.writers[0], upward=False))
 
-    async def direction(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool) -> None:
-        """Pass the bytes of one direction; the delay of the mode holds them back without slowing them down."""
+    async def direction(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool
+    ) -> None:
+        """Pass the bytes of one direction; the delay of the mode holds them back without slowing
+        them down.
+        """
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         up, down = self.settings.get("up", 0.0), self.settings.get("down", 0.0)
@@ -223,11 +238,15 @@ class _Connection:
         return data
 
     def is_response(self, data: bytes) -> bool:
-        """Tell whether the bytes answer a request, rather than belong to a handshake or an interim answer."""
+        """Tell whether the bytes answer a request, rather than belong to a handshake or an interim
+        answer.
+        """
         return self.tls.requested if self.tls else not data.startswith(_CONTINUE)
 
     async def reject(self) -> None:
-        """Reset the connection at its first bytes; an earlier reset is seen by some clients only half-way."""
+        """Reset the connection at its first bytes; an earlier reset is seen by some clients only
+        half-way.
+        """
         self.note_up(await self.reader.read(CHUNK))
         self.reset()
 
@@ -242,7 +261,13 @@ class _Connection:
                 writer.write(_CONTINUE + b" Continue\r\n\r\n")
             self.note_up(await self.reader.readexactly(content_length(head)))
             length = b"Content-Length: %d\r\n" % len(PORTAL_PAGE)
-            answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n" + etag + length + b"\r\n" + PORTAL_PAGE
+            answer = (
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+                + etag
+                + length
+                + b"\r\n"
+                + PORTAL_PAGE
+            )
             self.note_down(answer)
             writer.write(answer)
             await writer.drain()
@@ -268,7 +293,9 @@ class _Connection:
         """Cut the connection hard, so that both sides see a reset."""
         for writer in self.writers:
             if not writer.transport.is_closing():
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+                writer.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE
+                )
                 writer.transport.abort()
 
 
@@ -276,10 +303,13 @@ class FaultProxy:
     """A TCP proxy on the loopback address whose mode decides what becomes of each new connection.
 
     - `pass`: nothing happens;
-    - `refuse`: nobody listens; `rst`: reset at the first byte; `blackhole`: accepted, never answered;
-    - `latency(up, down)`: a line with these delays in seconds, handshake included, of any throughput;
+    - `refuse`: nobody listens; `rst`: reset at the first byte; `blackhole`: accepted, never
+      answered;
+    - `latency(up, down)`: a line with these delays in seconds, handshake included, of any
+      throughput;
     - `throttle(bps)`: a line of so many bytes per second each way;
-    - `rst_after_up(n)`, `stall_after_up(n)`: the server gets the first n bytes, then a reset, or nothing more;
+    - `rst_after_up(n)`, `stall_after_up(n)`: the server gets the first n bytes, then a reset, or
+      nothing more;
     - `swallow_response`: the server gets everything, the client never hears;
     - `corrupt`: one bit of each HTTP body is flipped;
     - `portal(etag)`: every HTTP request is answered by a log-in page, with an ETag or without.
@@ -320,7 +350,9 @@ class FaultProxy:
         return f"{scheme}://127.0.0.1:{self.port}"
 
     def set(self, mode: Mode, *, cut: bool = False, **settings: float) -> None:
-        """Treat new connections in this way from now on, and on request cut those that there are."""
+        """Treat new connections in this way from now on, and on request cut those that there
+        are.
+        """
         if mode not in get_args(Mode):
             raise ValueError(f"unknown mode {mode!r}")
         self._background.call(self._set(mode, settings))
@@ -340,7 +372,9 @@ class FaultProxy:
         with self._changed:
             self._counts = Counts()
 
-    def wait_until(self, predicate: Callable[[Counts], bool], timeout: float = PATIENCE_SECONDS) -> Counts:
+    def wait_until(
+        self, predicate: Callable[[Counts], bool], timeout: float = PATIENCE_SECONDS
+    ) -> Counts:
         """Block until the counts fulfil the predicate, and return them."""
         with self._changed:
             if not self._changed.wait_for(lambda: predicate(self._counts), timeout):
@@ -351,7 +385,8 @@ class FaultProxy:
         """Add to the counts; for the connections."""
         with self._changed:
             self._counts = replace(
-                self._counts, **{name: getattr(self._counts, name) + number for name, number in more.items()}
+                self._counts,
+                **{name: getattr(self._counts, name) + number for name, number in more.items()},
             )
             self._changed.notify_all()
 

@@ -1,4 +1,6 @@
-"""An S3 server that checks signatures, permissions and checksums: ministack on the loopback address."""
+"""An S3 server that checks signatures, permissions and checksums: ministack on the loopback
+address.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,9 @@ ACCOUNT = "000000000000"
 PATIENCE_SECONDS = 30.0  # for what comes at once, on a machine that has much else to do
 GRACE_SECONDS = 0.2
 
-# Run by the Python of ministack's own environment. Its command would also take port 443. No session tickets: they
-# come unasked and would be counted as an answer by the proxy. The end of stdin, that of whoever started it, is its end.
+# Run by the Python of ministack's own environment. Its command would also take port 443. No session
+# tickets: they come unasked and would be counted as an answer by the proxy. The end of stdin, that
+# of whoever started it, is its end.
 _LAUNCH = """
 import asyncio, os, sys, threading
 from hypercorn.asyncio import serve
@@ -49,7 +52,8 @@ class KitConfig(Config):
         return context
 
 config = KitConfig()
-descriptor, grace, config.certfile, config.keyfile = sys.argv[1], float(sys.argv[2]), *(sys.argv[3:] or (None, None))
+descriptor, grace = sys.argv[1], float(sys.argv[2])
+config.certfile, config.keyfile = sys.argv[3:] or (None, None)
 config.bind, config.keep_alive_timeout = ["fd://" + descriptor], 75
 config.graceful_timeout = config.shutdown_timeout = grace
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
@@ -88,7 +92,11 @@ ROOT = Credentials("test", "test")
 
 def foreign_settings() -> list[str]:
     """Return the environment variables of the caller that would reach into an AWS client."""
-    return [name for name in os.environ if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY")]
+    return [
+        name
+        for name in os.environ
+        if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY")
+    ]
 
 
 @contextlib.contextmanager
@@ -111,7 +119,9 @@ def _session() -> Any:  # noqa: ANN401 - botocore is not typed
     return botocore.session.Session()
 
 
-def make_client(service: str, endpoint: str, credentials: Credentials, ca_file: Path | None = None) -> Any:  # noqa: ANN401 - botocore's clients are made at run time
+def make_client(
+    service: str, endpoint: str, credentials: Credentials, ca_file: Path | None = None
+) -> Any:  # noqa: ANN401 - botocore's clients are made at run time
     """Return a client that takes nothing from the environment and tries each call once."""
     with clean_environment():
         return _session().create_client(
@@ -131,7 +141,9 @@ def make_client(service: str, endpoint: str, credentials: Credentials, ca_file: 
 
 
 def allow(actions: str | list[str], *resources: str) -> dict[str, Any]:
-    """Return the IAM statement that allows the actions on the resources, which are given without `arn:aws:s3:::`."""
+    """Return the IAM statement that allows the actions on the resources, which are given without
+    `arn:aws:s3:::`.
+    """
     return {
         "Effect": "Allow",
         "Action": actions,
@@ -140,7 +152,9 @@ def allow(actions: str | list[str], *resources: str) -> dict[str, Any]:
 
 
 class S3Server:
-    """ministack with AUTH=true over http or https, with its state on disk and its port kept across restarts."""
+    """ministack with AUTH=true over http or https, with its state on disk and its port kept across
+    restarts.
+    """
 
     def __init__(self, directory: Path, *, tls: bool = False, services: str = "s3,iam,sts") -> None:
         """Prepare a server that keeps everything below the directory; nothing runs yet."""
@@ -191,13 +205,22 @@ class S3Server:
         return self._clients[key]
 
     def start(self) -> None:
-        """Start the server and return when it answers; buckets and users of an earlier run are there again."""
+        """Start the server and return when it answers; buckets and users of an earlier run are
+        there again.
+        """
         if self._process is not None:
             return
         listener = self._listen()
         with listener, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [_python(), "-c", _LAUNCH, str(listener.fileno()), str(GRACE_SECONDS), *self._certificate()],
+                [
+                    _python(),
+                    "-c",
+                    _LAUNCH,
+                    str(listener.fileno()),
+                    str(GRACE_SECONDS),
+                    *self._certificate(),
+                ],
                 env=self._environment(),
                 cwd=self.directory,
                 stdin=subprocess.PIPE,
@@ -218,7 +241,9 @@ class S3Server:
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the server as a crash would; the objects are kept and `start` brings buckets and users back."""
+        """End the server as a crash would; the objects are kept and `start` brings buckets and
+        users back.
+        """
         self._end(signal.SIGKILL)
         self._save_users()
 
@@ -251,7 +276,9 @@ class S3Server:
         return credentials
 
     def put_only_user(self, bucket: str, prefix: str = "") -> Credentials:
-        """Create the user that the program is meant to have: put below the prefix, and nothing else."""
+        """Create the user that the program is meant to have: put below the prefix, and nothing
+        else.
+        """
         return self.user(allow("s3:PutObject", f"{bucket}/{prefix}*"))
 
     def reader_user(self, bucket: str) -> Credentials:
@@ -260,7 +287,9 @@ class S3Server:
 
     def read_write_user(self, bucket: str) -> Credentials:
         """Create a user that may put, list and get, but not delete."""
-        return self.user(allow(["s3:PutObject", "s3:GetObject"], f"{bucket}/*"), allow("s3:ListBucket", bucket))
+        return self.user(
+            allow(["s3:PutObject", "s3:GetObject"], f"{bucket}/*"), allow("s3:ListBucket", bucket)
+        )
 
     def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
         """Return every object below the prefix by key, read from the server."""
@@ -272,7 +301,9 @@ class S3Server:
         """Read one object."""
         answer = self.admin.get_object(Bucket=bucket, Key=key)
         with contextlib.closing(answer["Body"]) as body:
-            return StoredObject(key, body.read(), answer["Metadata"], answer["LastModified"], answer["ETag"])
+            return StoredObject(
+                key, body.read(), answer["Metadata"], answer["LastModified"], answer["ETag"]
+            )
 
     def _running(self) -> subprocess.Popen[bytes]:
         """Return the process, which must be there."""
@@ -294,7 +325,9 @@ class S3Server:
             process.stdin.close()
 
     def _listen(self) -> socket.socket:
-        """Return a listening socket for the server to inherit: connections queue in it until the server is ready."""
+        """Return a listening socket for the server to inherit: connections queue in it until the
+        server is ready.
+        """
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((self.host, self.port))
@@ -303,7 +336,9 @@ class S3Server:
         return listener
 
     def _environment(self) -> dict[str, str]:
-        """Return ministack's settings: authorisation on, state on disk, no listener beside the one it inherits."""
+        """Return ministack's settings: authorisation on, state on disk, no listener beside the one
+        it inherits.
+        """
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(self.directory),
@@ -332,14 +367,20 @@ class S3Server:
 
     def _certificate(self) -> list[str]:
         """Return the paths of the certificate and its key, none for http."""
-        return [str(self.directory / name) for name in ("cert.pem", "key.pem")] if self.ca_file else []
+        return (
+            [str(self.directory / name) for name in ("cert.pem", "key.pem")] if self.ca_file else []
+        )
 
     def _wait_until_ready(self) -> None:
-        """Ask one question and wait for the answer; the question fails at once if the server dies."""
+        """Ask one question and wait for the answer; the question fails at once if the server
+        dies.
+        """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE_SECONDS)
         if self.ca_file:
             context = ssl.create_default_context(cafile=self.ca_file)
-            connection = http.client.HTTPSConnection(self.host, self.port, timeout=PATIENCE_SECONDS, context=context)
+            connection = http.client.HTTPSConnection(
+                self.host, self.port, timeout=PATIENCE_SECONDS, context=context
+            )
         with contextlib.closing(connection):
             connection.request("GET", "/_ministack/ready")
             answer = connection.getresponse()
@@ -391,5 +432,7 @@ def _python() -> str:
     """Return the Python of ministack's environment, which lies beside the command."""
     command = Path(os.environ.get("MINISTACK_BIN") or CHECKOUT / ".venv-s3/bin/ministack")
     if not command.is_file():
-        raise RuntimeError(f"{command} is not there: install ministack in a venv of its own, or set MINISTACK_BIN")
+        raise RuntimeError(
+            f"{command} is not there: install ministack in a venv of its own, or set MINISTACK_BIN"
+        )
     return str(command.parent / "python")

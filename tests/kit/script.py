@@ -1,4 +1,6 @@
-"""Runs the program as users do: as a process of its own, with nothing of the caller's environment."""
+"""Runs the program as users do: as a process of its own, with nothing of the caller's
+environment.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ MEASURED = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _COVERAGE = (*MEASURED, "COVERAGE_FILE", "COVERAGE_CORE")
 
 
-def reader_settings(server: S3Server, bucket: str, prefix: str, user: Credentials) -> dict[str, str]:
+def reader_settings(
+    server: S3Server, bucket: str, prefix: str, user: Credentials
+) -> dict[str, str]:
     """Return the bucket's settings and nothing else, as on a machine that never saw the node."""
     tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
     return tls | {
@@ -69,16 +73,28 @@ def settings_at(
 
 
 def settings_for(
-    server: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path, *, endpoint: str | None = None
+    server: S3Server,
+    bucket: str,
+    prefix: str,
+    lnd: Lnd,
+    staging: Path,
+    *,
+    endpoint: str | None = None,
 ) -> dict[str, str]:
-    """Return the program's settings, with a new key that may put below the prefix and nothing else."""
+    """Return the program's settings, with a new key that may put below the prefix and nothing
+    else.
+    """
     user = server.put_only_user(bucket, normalised_prefix(prefix))
     tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | settings_at(endpoint or server.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user)
+    return tls | settings_at(
+        endpoint or server.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user
+    )
 
 
 def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
-    """Return the whole environment of the program: the settings, the bare minimum, and what coverage needs."""
+    """Return the whole environment of the program: the settings, the bare minimum, and what
+    coverage needs.
+    """
     minimum = {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": home,
@@ -97,7 +113,9 @@ def run_script(
     stdout: int | IO[str] = subprocess.PIPE,
     measured: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end, and return its exit code and output; not measured, it costs half as much."""
+    """Run the program to its end, and return its exit code and output; not measured, it costs half
+    as much.
+    """
     unmeasured = {} if measured else dict.fromkeys(MEASURED, "")
     with tempfile.TemporaryDirectory() as home:
         return subprocess.run(
@@ -115,7 +133,9 @@ def run_script(
 
 
 def unlistable_while(there: Path) -> str:
-    """Return code that keeps the program from listing its staging directory for as long as this path exists."""
+    """Return code that keeps the program from listing its staging directory for as long as this
+    path exists.
+    """
     return f"""
 import os
 listed = os.scandir
@@ -130,8 +150,9 @@ os.scandir = scandir
 class _Text:
     """What a process writes to a pipe.
 
-    A thread takes it in, so that the process never waits; whoever asks for it takes in the rest before, so that all
-    that was written until then is in the answer, whatever the thread has come to.
+    A thread takes it in, so that the process never waits; whoever asks for it takes in the rest
+    before, so that all that was written until then is in the answer, whatever the thread has come
+    to.
     """
 
     def __init__(self, what: str, source: int) -> None:
@@ -171,7 +192,8 @@ class _Text:
             if len(found) < count:
                 why = "it ended" if self._ended else f"{timeout} s passed"
                 raise AssertionError(
-                    f"{pattern!r} came {len(found)} of {count} times in {self._what} until {why}:\n{self._text}"
+                    f"{pattern!r} came {len(found)} of {count} times in {self._what} "
+                    f"until {why}:\n{self._text}"
                 )
             return found[count - 1]
 
@@ -195,7 +217,9 @@ class _Text:
 
     def _decode(self, data: bytes) -> str:
         """Return the lines that are complete with this."""
-        lines, newline, self._line = (self._line + data).rpartition(b"\n") if data else (self._line, b"", b"")
+        lines, newline, self._line = (
+            (self._line + data).rpartition(b"\n") if data else (self._line, b"", b"")
+        )
         return (lines + newline).decode(errors="replace")
 
 
@@ -224,8 +248,12 @@ class _Messages(_Text):
 class Script:
     """The program, running; leaving the `with` block kills what is left of it."""
 
-    def __init__(self, env: dict[str, str], *args: str, cwd: Path | None = None, command: Sequence[str] = ()) -> None:
-        """Start it with these settings and arguments, by default in an empty directory; or start another command."""
+    def __init__(
+        self, env: dict[str, str], *args: str, cwd: Path | None = None, command: Sequence[str] = ()
+    ) -> None:
+        """Start it with these settings and arguments, by default in an empty directory; or start
+        another command.
+        """
         self._home = tempfile.mkdtemp(prefix="kit-home-")
         self.process = subprocess.Popen(
             [*(command or (sys.executable, str(SCRIPT))), *args],
@@ -268,7 +296,9 @@ class Script:
         """Return what it wrote to stdout until now."""
         return str(self._stdout)
 
-    def wait_for_log(self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1) -> re.Match[str]:
+    def wait_for_log(
+        self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1
+    ) -> re.Match[str]:
         """Block until the pattern is so many times in the log; `^` and `$` match at lines."""
         return self._log.wait_for(pattern, timeout, count)
 
@@ -281,7 +311,9 @@ class Script:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the program did not end within {timeout} s:\n{self.log}") from None
+            raise AssertionError(
+                f"the program did not end within {timeout} s:\n{self.log}"
+            ) from None
         for text in (self._log, self._stdout):
             text.join(timeout)
         return code
@@ -331,8 +363,12 @@ class NotifySocket:
         """Return what was sent until now."""
         return list(self._messages)
 
-    def wait_for(self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1) -> re.Match[str]:
-        """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at lines."""
+    def wait_for(
+        self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1
+    ) -> re.Match[str]:
+        """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at
+        lines.
+        """
         return self._messages.wait_for(pattern, timeout, count)
 
 
@@ -342,7 +378,10 @@ class Daemon(Script):
     def __init__(self, env: dict[str, str], command: Sequence[str] = ()) -> None:
         """Start it, by another command if need be."""
         self.systemd = NotifySocket()
-        super().__init__(env | {"NOTIFY_SOCKET": self.systemd.path, "WATCHDOG_USEC": "3000000000"}, command=command)
+        super().__init__(
+            env | {"NOTIFY_SOCKET": self.systemd.path, "WATCHDOG_USEC": "3000000000"},
+            command=command,
+        )
 
     def __enter__(self) -> Self:
         """Return it when it has tried to watch."""
@@ -367,7 +406,9 @@ class Daemon(Script):
         self.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b", count=count)
 
     def wait_for_looks(self, more: int = 3) -> None:
-        """Block until it has looked at the file so many times more; the first of them may have begun before."""
+        """Block until it has looked at the file so many times more; the first of them may have
+        begun before.
+        """
         looked = "\n".join(self.systemd.messages).count("WATCHDOG=1")
         self.systemd.wait_for("WATCHDOG=1", count=looked + more)
 
@@ -389,5 +430,7 @@ class Daemon(Script):
         return [int(inode, 16) for inode in inodes]
 
     def assert_watches_only(self, directory: Path) -> None:
-        """Fail unless it has one watch, on this directory; call it when the new directory's version is stored."""
+        """Fail unless it has one watch, on this directory; call it when the new directory's version
+        is stored.
+        """
         assert self.watched_inodes() == [directory.stat().st_ino]

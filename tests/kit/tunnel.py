@@ -1,4 +1,6 @@
-"""An HTTP proxy that knows CONNECT and nothing else, as Tor's HTTPTunnelPort: it alone turns names into addresses."""
+"""An HTTP proxy that knows CONNECT and nothing else, as Tor's HTTPTunnelPort: it alone turns names
+into addresses.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CHUNK = 65536
 
 
 class ConnectProxy:
-    """Tunnels to the targets that it knows, refuses others, and remembers every request: `CONNECT host:port`."""
+    """Tunnels to the targets that it knows, refuses others, and remembers every request: `CONNECT
+    host:port`.
+    """
 
     def __init__(self, routes: Mapping[str, tuple[str, int]]) -> None:
         """Know these targets, `host:port`, and where they really are."""

@@ -1,7 +1,9 @@
-"""The bucket of docs/: checked with cfn-lint, made by its template and by its script, and then used by both keys.
+"""The bucket of docs/: checked with cfn-lint, made by its template and by its script, and then used
+by both keys.
 
-The server is ministack, whose CloudFormation makes bucket, policies and users, and no Object Lock and lifecycle:
-these are put from the template's own text, and what the script made is compared with the template.
+The server is ministack, whose CloudFormation makes bucket, policies and users, and no Object Lock
+and lifecycle: these are put from the template's own text, and what the script made is compared with
+the template.
 """
 
 from __future__ import annotations
@@ -16,7 +18,17 @@ import botocore.exceptions as sdk
 from kit import CHECKOUT, Credentials, Lnd, S3Server, run_script
 
 from .servers import NotInstalledError, make_venv
-from .template import DAYS, NONCURRENT, PREFIX, TEMPLATE, filled, lifecycle, names, read_template, template_settings
+from .template import (
+    DAYS,
+    NONCURRENT,
+    PREFIX,
+    TEMPLATE,
+    filled,
+    lifecycle,
+    names,
+    read_template,
+    template_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +57,9 @@ class Account:
 
     def run(self, *command: str | Path) -> str:
         """Run a command as the administrator, which must succeed."""
-        done = subprocess.run(command, env=self._env, capture_output=True, encoding="utf-8", check=False)
+        done = subprocess.run(
+            command, env=self._env, capture_output=True, encoding="utf-8", check=False
+        )
         assert done.returncode == 0, (
             f"{command[:4]} exited {done.returncode}: {done.stdout[-800:]} {done.stderr[-800:]}"
         )
@@ -53,33 +67,62 @@ class Account:
 
     def lint(self) -> str:
         """Check the template, warnings and all, and return the version of what checked it."""
-        self.run(self._bin / "cfn-lint", "--include-checks", "W", "--non-zero-exit-code", "informational", TEMPLATE)
+        self.run(
+            self._bin / "cfn-lint",
+            "--include-checks",
+            "W",
+            "--non-zero-exit-code",
+            "informational",
+            TEMPLATE,
+        )
         return self.run(self._bin / "cfn-lint", "--version").strip()
 
     def deploy(self, bucket: str) -> tuple[str, str]:
-        """Deploy the template as its document says, and return the names of the node's and the reader's user."""
-        settings = {"BucketName": bucket, "Prefix": PREFIX, "RetentionDays": DAYS, "NoncurrentDays": NONCURRENT}
+        """Deploy the template as its document says, and return the names of the node's and the
+        reader's user.
+        """
+        settings = {
+            "BucketName": bucket,
+            "Prefix": PREFIX,
+            "RetentionDays": DAYS,
+            "NoncurrentDays": NONCURRENT,
+        }
         parameters = [f"{name}={value}" for name, value in settings.items()]
-        stack = ["--stack-name", bucket, "--template-file", str(TEMPLATE), "--capabilities", "CAPABILITY_IAM"]
+        stack = [
+            "--stack-name",
+            bucket,
+            "--template-file",
+            str(TEMPLATE),
+            "--capabilities",
+            "CAPABILITY_IAM",
+        ]
         self.run("aws", "cloudformation", "deploy", *stack, "--parameter-overrides", *parameters)
-        told = json.loads(self.run("aws", "cloudformation", "describe-stacks", "--stack-name", bucket))
+        told = json.loads(
+            self.run("aws", "cloudformation", "describe-stacks", "--stack-name", bucket)
+        )
         outputs = {each["OutputKey"]: each["OutputValue"] for each in told["Stacks"][0]["Outputs"]}
         assert outputs["Bucket"] == bucket
         properties = filled(read_template()["Resources"]["Bucket"]["Properties"], names(bucket))
         self.s3.put_object_lock_configuration(
             Bucket=bucket, ObjectLockConfiguration=properties["ObjectLockConfiguration"]
         )
-        self.s3.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration=lifecycle(properties))
+        self.s3.put_bucket_lifecycle_configuration(
+            Bucket=bucket, LifecycleConfiguration=lifecycle(properties)
+        )
         return outputs["NodeUser"], outputs["ReaderUser"]
 
     def make(self, bucket: str) -> tuple[str, str]:
-        """Run the script as its document says, and return the names of the node's and the reader's user."""
+        """Run the script as its document says, and return the names of the node's and the reader's
+        user.
+        """
         self.run(SCRIPT, bucket, PREFIX, "GOVERNANCE", str(DAYS), str(NONCURRENT))
         return f"{bucket}-node", f"{bucket}-reader"
 
     def key(self, user: str) -> Credentials:
         """Make an access key as the documents say."""
-        made = json.loads(self.run("aws", "iam", "create-access-key", "--user-name", user))["AccessKey"]
+        made = json.loads(self.run("aws", "iam", "create-access-key", "--user-name", user))[
+            "AccessKey"
+        ]
         return Credentials(made["AccessKeyId"], made["SecretAccessKey"])
 
     def settings(self, bucket: str, users: tuple[str, str]) -> dict[str, Any]:
@@ -98,7 +141,10 @@ class Account:
         }
         for role, user in zip(("node", "reader"), users, strict=True):
             policies = iam.list_user_policies(UserName=user)["PolicyNames"]
-            document = [iam.get_user_policy(UserName=user, PolicyName=name)["PolicyDocument"] for name in policies]
+            document = [
+                iam.get_user_policy(UserName=user, PolicyName=name)["PolicyDocument"]
+                for name in policies
+            ]
             found[role] = [json.loads(each) if isinstance(each, str) else each for each in document]
         return found
 
@@ -113,7 +159,9 @@ def is_denied(call: Callable[[], Any]) -> bool:
 
 
 def use(account: Account, bucket: str, users: tuple[str, str], home: Path) -> None:
-    """Back up with the node's key, which can do nothing else, and restore with the reader's, which cannot put."""
+    """Back up with the node's key, which can do nothing else, and restore with the reader's, which
+    cannot put.
+    """
     node, reader = map(account.key, users)
     home.mkdir(parents=True)
     lnd = Lnd(home / "lnd")
@@ -147,14 +195,19 @@ def use(account: Account, bucket: str, users: tuple[str, str], home: Path) -> No
     }
     allowed = [what for what, call in refused.items() if not is_denied(call)]
     assert allowed == [], f"the node's key can: {allowed}"
-    thief.put_object(**where, Body=b"over it")  # it may, and hides the version; it does not change it
+    thief.put_object(
+        **where, Body=b"over it"
+    )  # it may, and hides the version; it does not change it
     helper = account.server.client(reader)
     assert helper.get_object(**exact)["Body"].read() == version.data
     assert is_denied(lambda: helper.put_object(**where, Body=b"x"))
     assert is_denied(lambda: helper.delete_object(**where))
     assert account.s3.head_object(**exact)["ObjectLockMode"] == "GOVERNANCE"
     newer = lnd.write()
-    assert run_script(place | putting | {"BACKUP_DIRECTORY": str(home / "staging")}, "once").returncode == 0
+    assert (
+        run_script(place | putting | {"BACKUP_DIRECTORY": str(home / "staging")}, "once").returncode
+        == 0
+    )
     reading = {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
     done = run_script(place | reading, "restore", "--output", str(home / "restored"))
     assert done.returncode == 0, done.stderr
@@ -171,15 +224,22 @@ def measure(directory: Path) -> tuple[list[str], list[str]]:
     """Return what was shown, a line each, and what went wrong."""
     shown: list[str] = []
     try:
-        with S3Server(directory / "https", tls=True, services="s3,iam,sts,cloudformation") as server:
+        with S3Server(
+            directory / "https", tls=True, services="s3,iam,sts,cloudformation"
+        ) as server:
             account = Account(server, directory)
             shown.append(f"{account.lint()}: nothing to say of docs/aws-bucket.yaml")
             for how, make in (("aws-bucket.yaml", account.deploy), ("aws-bucket.sh", account.make)):
                 bucket = f"by-{how[-4:].strip('.')}-1"
                 users = make(bucket)
-                assert account.settings(bucket, users) == template_settings(bucket), account.settings(bucket, users)
+                assert account.settings(bucket, users) == template_settings(bucket), (
+                    account.settings(bucket, users)
+                )
                 use(account, bucket, users, directory / how)
-                shown.append(f"{how}: deployed; the node's key puts and nothing else, the reader's lists and gets")
+                shown.append(
+                    f"{how}: deployed; the node's key puts and nothing else, the reader's "
+                    f"lists and gets"
+                )
         with S3Server(directory / "http", services="s3,iam,sts,cloudformation") as server:
             account = Account(server, directory)
             tls_only(account, "by-yaml-2", account.deploy("by-yaml-2"))

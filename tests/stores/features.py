@@ -1,6 +1,8 @@
-"""The features: each one drives the program's command line against a store, and says in a word what came of it.
+"""The features: each one drives the program's command line against a store, and says in a word what
+came of it.
 
-A function returns what was measured; it raises AssertionError where the program, not the store, did wrong.
+A function returns what was measured; it raises AssertionError where the program, not the store, did
+wrong.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Bench:
         self.admin.create_bucket(Bucket=name, **kwargs)
         return name
 
-    def env(self, bucket: str, credentials: Credentials | None = None, port: int = 0) -> dict[str, str]:
+    def env(
+        self, bucket: str, credentials: Credentials | None = None, port: int = 0
+    ) -> dict[str, str]:
         """Return the program's settings, by default with the owner's key."""
         who = credentials or self.store.owner
         tls = {"AWS_CA_BUNDLE": str(self.ca_file)} if self.ca_file else {}
@@ -78,14 +82,20 @@ class Bench:
 
     def read(self, bucket: str, key: str, **version: str) -> bytes:
         """Return the bytes of an object."""
-        with contextlib.closing(self.admin.get_object(Bucket=bucket, Key=key, **version)["Body"]) as body:
+        with contextlib.closing(
+            self.admin.get_object(Bucket=bucket, Key=key, **version)["Body"]
+        ) as body:
             return bytes(body.read())
 
 
-def run(env: dict[str, str], *arguments: str, code: int = 0, says: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    env: dict[str, str], *arguments: str, code: int = 0, says: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a command of the program, which must end with this code and say this."""
     done = run_script(env, *arguments)
-    assert done.returncode == code, f"{arguments} exited {done.returncode}, not {code}: {done.stderr[-1500:]}"
+    assert done.returncode == code, (
+        f"{arguments} exited {done.returncode}, not {code}: {done.stderr[-1500:]}"
+    )
     assert says in done.stderr, f"{says!r} is not in: {done.stderr[-1500:]}"
     return done
 
@@ -115,7 +125,9 @@ def put(bench: Bench) -> str:
 
 
 def wrong_bytes(bench: Bench) -> str:
-    """Of a body in which a bit is flipped on the way, behind TLS, nothing is stored; or `check` finds it."""
+    """Of a body in which a bit is flipped on the way, behind TLS, nothing is stored; or `check`
+    finds it.
+    """
     bucket, version = bench.bucket(), bench.lnd.write()
     with contextlib.ExitStack() as stack:
         proxy = stack.enter_context(FaultProxy("127.0.0.1", bench.store.port))
@@ -142,12 +154,16 @@ def wrong_bytes(bench: Bench) -> str:
 def paging(bench: Bench) -> str:
     """`list` shows more versions than the store gives in one answer, newest first."""
     bucket, now = bench.bucket(), datetime.now(UTC)
-    names = [f"{now - timedelta(minutes=minutes):%Y%m%dT%H%M%S.%f}Z-012345" for minutes in range(MANY)]
+    names = [
+        f"{now - timedelta(minutes=minutes):%Y%m%dT%H%M%S.%f}Z-012345" for minutes in range(MANY)
+    ]
 
     def store(name: str) -> None:
         bench.admin.put_object(Bucket=bucket, Key=PREFIX + name, Body=b"x" * 45)
 
-    store(names[0])  # alone: rclone answers InternalError to some of those that would make a directory at once
+    store(
+        names[0]
+    )  # alone: rclone answers InternalError to some of those that would make a directory at once
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(store, names))
     rows = json.loads(run(bench.env(bucket), "list", "--json").stdout)
@@ -183,7 +199,9 @@ def check(bench: Bench) -> str:
 
 
 def wrong_key(bench: Bench) -> str:
-    """A wrong secret, and a key that nobody knows, end `once` with 1, and the hint names the key."""
+    """A wrong secret, and a key that nobody knows, end `once` with 1, and the hint names the
+    key.
+    """
     bucket, owner, accepted = bench.bucket(), bench.store.owner, []
     bench.lnd.write()
     wrong = {
@@ -212,7 +230,9 @@ def missing_bucket(bench: Bench) -> str:
 
 
 def another_region(bench: Bench) -> str:
-    """With the region of somewhere else the version is stored all the same, or the hint names AWS_REGION."""
+    """With the region of somewhere else the version is stored all the same, or the hint names
+    AWS_REGION.
+    """
     return in_region(bench, AWS_REGION="eu-north-1")
 
 
@@ -236,7 +256,9 @@ def in_region(bench: Bench, **region: str) -> str:
 
 
 def put_only(bench: Bench) -> str:
-    """With a key that may put below the prefix and nothing else `once` and `check` work, and `list` says what lacks."""
+    """With a key that may put below the prefix and nothing else `once` and `check` work, and `list`
+    says what lacks.
+    """
     bucket, elsewhere = bench.bucket(), "bob/x"
     node = bench.store.put_only(bucket, PREFIX)
     env = bench.env(bucket, node)
@@ -297,10 +319,14 @@ def object_lock(bench: Bench) -> str:
 
 
 def versioning(bench: Bench) -> str:
-    """In a bucket with versioning an object that somebody puts over another hides it, and the first is still there."""
+    """In a bucket with versioning an object that somebody puts over another hides it, and the first
+    is still there.
+    """
     bucket = bench.bucket()
     try:
-        bench.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+        bench.admin.put_bucket_versioning(
+            Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
+        )
     except sdk.ClientError as error:
         raise lacks("versioning", error) from error
     version, env = bench.lnd.write(), bench.env(bucket)
@@ -313,7 +339,11 @@ def versioning(bench: Bench) -> str:
     versions = bench.admin.list_object_versions(Bucket=bucket, Prefix=key)["Versions"]
     kept = [bench.read(bucket, key, VersionId=each["VersionId"]) for each in versions]
     assert len(kept) == 2
-    return "ok" if hashlib.sha256(version.data).digest() in [hashlib.sha256(each).digest() for each in kept] else "lost"
+    return (
+        "ok"
+        if hashlib.sha256(version.data).digest() in [hashlib.sha256(each).digest() for each in kept]
+        else "lost"
+    )
 
 
 FEATURES: dict[str, Callable[[Bench], str]] = {

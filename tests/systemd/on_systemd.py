@@ -1,8 +1,8 @@
 """The service on a real systemd, 252 and 257, from installation to removal: `make test-systemd`.
 
-Each systemd is PID 1 of a container with the host's network; S3 is the strict server of the tests, on loopback. The
-tests of one box run one after another, in this order; each starts from the settings, an empty staging directory and a
-fresh bucket.
+Each systemd is PID 1 of a container with the host's network; S3 is the strict server of the tests,
+on loopback. The tests of one box run one after another, in this order; each starts from the
+settings, an empty staging directory and a fresh bucket.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ ExecStart=/usr/bin/python3 -B /src/tests/systemd/pretend_lnd.py {directory}
 WantedBy=multi-user.target
 """
 
-# What an operator types without the installer, up to `systemctl start`: README.md, "Run it by hand", with a unit.
+# What an operator types without the installer, up to `systemctl start`: README.md, "Run it by
+# hand", with a unit.
 BY_HAND = """
 useradd --system --shell /usr/sbin/nologin lnd-backup
 mkdir -p /opt/lnd-backup
@@ -54,9 +55,11 @@ cp /src/s3_backup_lnd_channels.py /opt/lnd-backup/venv/lib/python3*/site-package
 install -d -m 2750 -o bitcoin -g lnd-backup /var/lib/lnd-scb
 setfacl -d -m u::rwx,g::r-x,o::--- /var/lib/lnd-scb
 install -m 0600 /src/lnd-backup-env.example /etc/default/lnd-backup-env
-sed -i s,^MONITOR_FILE_PATH=.*,MONITOR_FILE_PATH=/var/lib/lnd-scb/channel.backup, /etc/default/lnd-backup-env
+sed -i s,^MONITOR_FILE_PATH=.*,MONITOR_FILE_PATH=/var/lib/lnd-scb/channel.backup, \
+    /etc/default/lnd-backup-env
 sed -i s,^S3_BUCKET_NAME=.*,S3_BUCKET_NAME=my-bucket, /etc/default/lnd-backup-env
-sed s,/opt/lnd-backup/current,/opt/lnd-backup, /src/lnd-backup.service > /etc/systemd/system/lnd-backup.service
+sed s,/opt/lnd-backup/current,/opt/lnd-backup, /src/lnd-backup.service \
+    > /etc/systemd/system/lnd-backup.service
 systemctl daemon-reload
 systemctl -q enable lnd-backup
 """.strip().splitlines()
@@ -81,13 +84,17 @@ class Box:
 
     def control(self, *args: str | Path) -> None:
         """Boot it or shut it down; what runs in it does not hold our pipes open."""
-        subprocess.run([BOX, *args], env=self.env, check=True, timeout=100, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            [BOX, *args], env=self.env, check=True, timeout=100, stdin=subprocess.DEVNULL
+        )
 
     def up(self) -> None:
         """Boot it: the checkout is in /src, read-only."""
         self.control("up", BOXES / self.suite, f"--bind-ro={CHECKOUT}:/src:norbind")
 
-    def run(self, *command: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command as root inside."""
         done = subprocess.run(
             [BOX, "run", *command],
@@ -99,7 +106,9 @@ class Box:
             input=stdin,
             timeout=140,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, (
+            f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done
 
     def sh(self, script: str) -> str:
@@ -116,7 +125,9 @@ class Box:
 
     def log(self, unit: str = "lnd-backup") -> str:
         """Return what a unit logged since the test began."""
-        return self.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}", "--cursor-file=/run/seen").stdout
+        return self.run(
+            "journalctl", "--no-pager", "--output=cat", f"--unit={unit}", "--cursor-file=/run/seen"
+        ).stdout
 
     def drop_in(self, unit: str, text: str) -> None:
         """Change a unit until the end of the test."""
@@ -127,7 +138,9 @@ class Box:
         self, verb: str, *given: str, check: bool = True, source: str = "/src"
     ) -> subprocess.CompletedProcess[str]:
         """Run the installer."""
-        return self.run("make", "--directory", source, "--no-print-directory", verb, *given, check=check)
+        return self.run(
+            "make", "--directory", source, "--no-print-directory", verb, *given, check=check
+        )
 
 
 class Node:
@@ -140,8 +153,10 @@ class Node:
         self.key = s3.put_only_user(self.bucket, "box/")
         box.sh(
             "systemctl stop lnd lnd-backup 'lnd-backup@*' 'lnd-backup*.timer' 2>/dev/null || :; "
-            "rm -rf /run/systemd/system/*.d /run/lnd-backup-alert /run/healed /etc/credstore/aws-credentials; "
-            f"rm -rf {STAGING} {SCB}/* {SCB}/.[!.]*; systemctl daemon-reload; systemctl reset-failed"
+            "rm -rf /run/systemd/system/*.d /run/lnd-backup-alert /run/healed "
+            "/etc/credstore/aws-credentials; "
+            f"rm -rf {STAGING} {SCB}/* {SCB}/.[!.]*; systemctl daemon-reload; systemctl "
+            f"reset-failed"
         )
         self.set_up()
         self.lnd_in(SCB)
@@ -175,7 +190,8 @@ class Node:
 
     def lnd_writes(self) -> bytes:
         """Let the LND that runs write a version, and return it."""
-        path = f"{self.box.sh('sed -n s/.*pretend_lnd.py.//p /etc/systemd/system/lnd.service').strip()}/channel.backup"
+        directory = self.box.sh("sed -n s/.*pretend_lnd.py.//p /etc/systemd/system/lnd.service")
+        path = f"{directory.strip()}/channel.backup"
         before = self.current(path)
         self.systemctl("kill", "--signal=USR1", "lnd")
         until("LND has written", lambda: self.current(path) not in {before, b""})
@@ -183,7 +199,9 @@ class Node:
 
     def current(self, path: str = f"{SCB}/channel.backup") -> bytes:
         """Return the version on disk."""
-        return bytes.fromhex(self.box.sh(f"od -An -v -tx1 {path} 2>/dev/null || :").replace("\n", ""))
+        return bytes.fromhex(
+            self.box.sh(f"od -An -v -tx1 {path} 2>/dev/null || :").replace("\n", "")
+        )
 
     def stored(self) -> list[bytes]:
         """Return the versions in the bucket."""
@@ -191,11 +209,16 @@ class Node:
 
     def staged(self) -> list[str]:
         """Return the names and owners of the staged versions."""
-        return self.box.sh(f"cd {STAGING} && stat -c '%U %a %n' 2*Z-* 2>/dev/null || :").splitlines()
+        return self.box.sh(
+            f"cd {STAGING} && stat -c '%U %a %n' 2*Z-* 2>/dev/null || :"
+        ).splitlines()
 
     def wait_for_stored(self, data: bytes | None = None) -> None:
         """Wait until the bucket holds this version, or that on disk."""
-        until("the bucket holds the version", lambda: (data or self.current() or None) in self.stored())
+        until(
+            "the bucket holds the version",
+            lambda: (data or self.current() or None) in self.stored(),
+        )
 
     def pid(self) -> str:
         """Return the process id of the service."""
@@ -227,7 +250,9 @@ class Listener:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                listener.bodies.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                listener.bodies.append(
+                    self.rfile.read(int(self.headers["Content-Length"])).decode()
+                )
                 self.send_response(302 if listener.redirect else 200)
                 if listener.redirect:
                     self.send_header("Location", listener.redirect)
@@ -254,10 +279,15 @@ class Listener:
 
 
 @pytest.fixture(
-    scope="session", params=[pytest.param(suite, marks=pytest.mark.xdist_group(suite), id=suite) for suite in SUITES]
+    scope="session",
+    params=[
+        pytest.param(suite, marks=pytest.mark.xdist_group(suite), id=suite) for suite in SUITES
+    ],
 )
 def box(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    """Return a fresh Debian that runs, with a user for LND, and packages at hand instead of a network."""
+    """Return a fresh Debian that runs, with a user for LND, and packages at hand instead of a
+    network.
+    """
     box = Box(request.param, tmp_path_factory.mktemp(f"box-{request.param}"))
     box.up()
     try:
@@ -282,13 +312,18 @@ def installed(box: Box) -> Box:
 @pytest.fixture
 def node(installed: Box, s3_http: S3Server) -> Node:
     """Return the node of this test."""
-    installed.sh("journalctl --rotate --quiet; journalctl --cursor-file=/run/seen --lines=0 --quiet >/dev/null || :")
+    installed.sh(
+        "journalctl --rotate --quiet; journalctl --cursor-file=/run/seen --lines=0 "
+        "--quiet >/dev/null || :"
+    )
     return Node(installed, s3_http)
 
 
 @pytest.fixture
 def hanging_s3(s3_http: S3Server) -> Iterator[S3Server]:
-    """Return an S3 that takes connections and answers none, until the end of the test or `resume`."""
+    """Return an S3 that takes connections and answers none, until the end of the test or
+    `resume`.
+    """
     s3_http.suspend()
     yield s3_http
     s3_http.resume()
@@ -307,7 +342,14 @@ def listener() -> Iterator[Listener]:
 
 def test_nothing_is_installed_where_it_cannot_work(box: Box) -> None:
     """Without a systemd, or beside a user of that name whom somebody uses, nothing is changed."""
-    hidden = box.run("unshare", "--mount", "sh", "-c", "mount -t tmpfs none /run; make -C /src install", check=False)
+    hidden = box.run(
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        "mount -t tmpfs none /run; make -C /src install",
+        check=False,
+    )
     assert "cannot install: no systemd runs here" in hidden.stderr
     box.run("useradd", "--create-home", "--shell=/bin/bash", "lnd-backup")
     refused = box.make("install", check=False)
@@ -320,7 +362,9 @@ def test_nothing_is_installed_where_it_cannot_work(box: Box) -> None:
 
 
 def test_from_nothing_to_the_first_version(box: Box, s3_http: S3Server) -> None:
-    """One command installs, one edit sets it up, and after `systemctl start` the first version is in the bucket."""
+    """One command installs, one edit sets it up, and after `systemctl start` the first version is
+    in the bucket.
+    """
     bucket = s3_http.create_bucket()
     key = s3_http.put_only_user(bucket, "")
     box.write("/etc/systemd/system/lnd.service", LND.format(directory=SCB))
@@ -331,17 +375,24 @@ def test_from_nothing_to_the_first_version(box: Box, s3_http: S3Server) -> None:
     by_hand = time.monotonic() - began
     box.sh(
         "systemctl -q disable lnd-backup; userdel lnd-backup; "
-        f"rm -rf /opt/lnd-backup {SCB} {SETTINGS} /etc/systemd/system/lnd-backup.service; systemctl daemon-reload"
+        f"rm -rf /opt/lnd-backup {SCB} {SETTINGS} /etc/systemd/system/lnd-backup.service; "
+        f"systemctl daemon-reload"
     )
     began = time.monotonic()
     done = box.make(
-        "install", "LND_USER=bitcoin", f"S3_BUCKET_NAME={bucket}", f"AWS_ENDPOINT_URL_S3={s3_http.endpoint}"
+        "install",
+        "LND_USER=bitcoin",
+        f"S3_BUCKET_NAME={bucket}",
+        f"AWS_ENDPOINT_URL_S3={s3_http.endpoint}",
     )
     seconds = time.monotonic() - began
     assert "left to fill in" not in done.stdout
     assert "sudo systemctl start lnd-backup" in done.stdout
     assert box.show("lnd-backup", "UnitFileState") == "enabled"
-    edit = f"s|^AWS_ACCESS_KEY_ID=.*|&{key.access_key}|; s|^AWS_SECRET_ACCESS_KEY=.*|&{key.secret_key}|"
+    edit = (
+        f"s|^AWS_ACCESS_KEY_ID=.*|&{key.access_key}|; "
+        f"s|^AWS_SECRET_ACCESS_KEY=.*|&{key.secret_key}|"
+    )
     box.run("sed", "-i", edit, SETTINGS)
     began = time.monotonic()
     box.run("systemctl", "start", "lnd-backup", "lnd")
@@ -351,8 +402,10 @@ def test_from_nothing_to_the_first_version(box: Box, s3_http: S3Server) -> None:
     assert stored.key.startswith(f"{box.sh('uname -n').strip()}/")
     assert box.run("systemctl", "is-system-running", check=False).stdout.strip() == "running"
     (BOXES / f"figures-{box.suite}").write_text(
-        f"systemd {SUITES[box.suite]}, packages at hand, no typing: make install: 1 command, {seconds:.1f} s; "
-        f"by hand: {len(BY_HAND)} commands, {by_hand:.1f} s; start to first version stored: {start:.1f} s\n",
+        f"systemd {SUITES[box.suite]}, packages at hand, no typing: make install: 1 "
+        f"command, {seconds:.1f} s; "
+        f"by hand: {len(BY_HAND)} commands, {by_hand:.1f} s; start to first version "
+        f"stored: {start:.1f} s\n",
         encoding="utf-8",
     )
 
@@ -407,21 +460,37 @@ def test_the_status_says_how_it_goes(node: Node) -> None:
     until("the trouble is in the status", lambda: "1 staged; cannot store: " in status())
 
 
-@pytest.mark.skipif('"METRICS_FILE"' not in PROGRAM, reason="the program does not write METRICS_FILE yet")
+@pytest.mark.skipif(
+    '"METRICS_FILE"' not in PROGRAM, reason="the program does not write METRICS_FILE yet"
+)
 def test_metrics_are_readable_by_others_and_stay(node: Node) -> None:
-    """METRICS_FILE in the service's runtime directory can be read by anybody, and is still there after a stop."""
+    """METRICS_FILE in the service's runtime directory can be read by anybody, and is still there
+    after a stop.
+    """
     node.set_up(METRICS_FILE="/run/lnd-backup/metrics.prom")
     node.systemctl("start", "lnd-backup", "lnd")
     node.wait_for_stored()
-    stored = r"grep -Eq '^lnd_backup_last_stored_timestamp_seconds [1-9]' /run/lnd-backup/metrics.prom"
-    as_nobody = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "sh", "-c", stored]
+    stored = (
+        r"grep -Eq '^lnd_backup_last_stored_timestamp_seconds [1-9]' /run/lnd-backup/metrics.prom"
+    )
+    as_nobody = [
+        "setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        "sh",
+        "-c",
+        stored,
+    ]
     until("the metrics tell of it", lambda: node.box.run(*as_nobody, check=False).returncode == 0)
     node.systemctl("stop", "lnd-backup")
     node.box.run(*as_nobody)
 
 
 def test_a_daemon_that_hangs_is_replaced(node: Node) -> None:
-    """The watchdog ends a process that no longer looks at the file, without a core dump, and another one goes on."""
+    """The watchdog ends a process that no longer looks at the file, without a core dump, and
+    another one goes on.
+    """
     node.box.drop_in("lnd-backup.service", "[Service]\nWatchdogSec=3\nRestartSec=100ms\n")
     node.systemctl("start", "lnd-backup", "lnd")
     node.wait_for_stored()
@@ -436,11 +505,16 @@ def test_a_daemon_that_hangs_is_replaced(node: Node) -> None:
 
 
 def test_it_stops_in_time_while_s3_hangs(node: Node, hanging_s3: S3Server) -> None:
-    """A stop during an upload that hangs is in order, and what is staged goes out after the next start."""
+    """A stop during an upload that hangs is in order, and what is staged goes out after the next
+    start.
+    """
     node.systemctl("start", "lnd-backup", "lnd")
     until("a version is staged", node.staged)
     node.systemctl("stop", "lnd-backup")
-    assert (node.box.show("lnd-backup", "Result"), node.box.show("lnd-backup", "ExecMainStatus")) == ("success", "0")
+    assert (
+        node.box.show("lnd-backup", "Result"),
+        node.box.show("lnd-backup", "ExecMainStatus"),
+    ) == ("success", "0")
     assert node.staged()
     hanging_s3.resume()
     node.systemctl("start", "lnd-backup")
@@ -448,26 +522,37 @@ def test_it_stops_in_time_while_s3_hangs(node: Node, hanging_s3: S3Server) -> No
     until("nothing is staged", lambda: not node.staged())
 
 
-@pytest.mark.skipif("EXTEND_TIMEOUT_USEC" not in PROGRAM, reason="the program does not ask for time yet")
+@pytest.mark.skipif(
+    "EXTEND_TIMEOUT_USEC" not in PROGRAM, reason="the program does not ask for time yet"
+)
 def test_a_grace_longer_than_the_unit_s_time_out_is_kept(node: Node, hanging_s3: S3Server) -> None:
-    """With SHUTDOWN_GRACE_SECONDS above TimeoutStopSec the program asks systemd for more time, and is not killed."""
+    """With SHUTDOWN_GRACE_SECONDS above TimeoutStopSec the program asks systemd for more time, and
+    is not killed.
+    """
     assert hanging_s3.pid
     node.box.drop_in("lnd-backup.service", "[Service]\nTimeoutStopSec=2\n")
     node.set_up(SHUTDOWN_GRACE_SECONDS="5")
     node.systemctl("start", "lnd-backup", "lnd")
     until("a version is staged", node.staged)
     node.systemctl("stop", "lnd-backup")
-    assert (node.box.show("lnd-backup", "Result"), node.box.show("lnd-backup", "ExecMainStatus")) == ("success", "0")
+    assert (
+        node.box.show("lnd-backup", "Result"),
+        node.box.show("lnd-backup", "ExecMainStatus"),
+    ) == ("success", "0")
 
 
 def test_a_wrong_configuration_does_not_loop(node: Node, listener: Listener) -> None:
-    """Exit 78 is not tried again at once; somebody hears why, what it was, and what the log says."""
+    """Exit 78 is not tried again at once; somebody hears why, what it was, and what the log
+    says.
+    """
     node.box.write("/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\n")
     node.set_up(S3_BUCKET_NAME="")
     failed = node.systemctl("start", "lnd-backup", check=False)
     assert failed.returncode != 0
     until("the alert came", lambda: listener.bodies)
-    assert [node.box.show("lnd-backup", name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")] == [
+    assert [
+        node.box.show("lnd-backup", name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")
+    ] == [
         "failed",
         "78",
         "0",
@@ -479,8 +564,12 @@ def test_a_wrong_configuration_does_not_loop(node: Node, listener: Listener) -> 
 
 
 def test_alerts_come_once_an_hour_by_each_way(node: Node, listener: Listener) -> None:
-    """The next failure within the hour is in the journal alone; a redirect is a failure; a mail says the same."""
-    node.box.write("/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\nALERT_MAIL=me@example.org\n")
+    """The next failure within the hour is in the journal alone; a redirect is a failure; a mail
+    says the same.
+    """
+    node.box.write(
+        "/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\nALERT_MAIL=me@example.org\n"
+    )
     node.box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/var/tmp/mail.$(id -un)\n")
     node.box.sh("chmod 0755 /usr/sbin/sendmail; chmod 1777 /var/tmp; rm -f /var/tmp/mail.*")
     alert = "lnd-backup-alert@lnd-backup.service.service"
@@ -500,9 +589,12 @@ def test_alerts_come_once_an_hour_by_each_way(node: Node, listener: Listener) ->
 
 
 def test_after_the_start_limit_the_timer_tries_again(node: Node, listener: Listener) -> None:
-    """A service that fails again and again is one alert; the timer starts it when it can, and never beside a stop."""
+    """A service that fails again and again is one alert; the timer starts it when it can, and never
+    beside a stop.
+    """
     node.box.write("/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\n")
-    fails = "[Unit]\nStartLimitIntervalSec=10s\n[Service]\nRestartSec=50ms\nExecStartPre=/usr/bin/test -e /run/healed\n"
+    fails = "[Unit]\nStartLimitIntervalSec=10s\n[Service]\nRestartSec=50ms\n"
+    fails += "ExecStartPre=/usr/bin/test -e /run/healed\n"
     if SUITES[node.box.suite] >= "254":
         fails += "RestartMaxDelaySec=100ms\n"
     node.box.drop_in("lnd-backup.service", fails)
@@ -525,8 +617,13 @@ def test_after_the_start_limit_the_timer_tries_again(node: Node, listener: Liste
 
 
 def test_credentials_come_from_the_store_unless_the_environment_has_some(node: Node) -> None:
-    """The key in /etc/credstore reaches the service alone; a stale one in the settings wins, and the log says so."""
-    profile = f"[default]\naws_access_key_id = {node.key.access_key}\naws_secret_access_key = {node.key.secret_key}\n"
+    """The key in /etc/credstore reaches the service alone; a stale one in the settings wins, and
+    the log says so.
+    """
+    profile = (
+        f"[default]\naws_access_key_id = "
+        f"{node.key.access_key}\naws_secret_access_key = {node.key.secret_key}\n"
+    )
     node.box.write("/etc/credstore/aws-credentials", profile)
     node.box.run("chmod", "0600", "/etc/credstore/aws-credentials")
     node.set_up(AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
@@ -543,7 +640,13 @@ def test_credentials_come_from_the_store_unless_the_environment_has_some(node: N
 def test_the_service_sees_what_it_needs(node: Node) -> None:
     """In its mounts it can write its own directory alone, and execute nothing there."""
     node.systemctl("start", "lnd-backup")
-    inside = ["nsenter", f"--mount=/proc/{node.pid()}/ns/mnt", "setpriv", "--reuid=lnd-backup", "--regid=lnd-backup"]
+    inside = [
+        "nsenter",
+        f"--mount=/proc/{node.pid()}/ns/mnt",
+        "setpriv",
+        "--reuid=lnd-backup",
+        "--regid=lnd-backup",
+    ]
     inside += ["--clear-groups", "sh", "-c"]
     node.box.run(*inside, f"touch {STAGING}/.probe && rm {STAGING}/.probe")
     for forbidden in (
@@ -560,13 +663,19 @@ def test_the_service_sees_what_it_needs(node: Node) -> None:
 
 
 def test_the_command_runs_as_the_service_and_as_the_caller(node: Node) -> None:
-    """`once` and `check` act as the service's user; `list` and `restore` as root, with another key."""
+    """`once` and `check` act as the service's user; `list` and `restore` as root, with another
+    key.
+    """
     node.systemctl("start", "lnd")
     until("LND has written", node.current)
     once = node.box.run("lnd-backup", "once")
     assert f"stored s3://{node.bucket}/box/" in once.stderr
     node.wait_for_stored()
-    assert set(node.box.sh(f"stat -c '%U %a' {STAGING} {STAGING}/.??*").split()) <= {"lnd-backup", "700", "600"}
+    assert set(node.box.sh(f"stat -c '%U %a' {STAGING} {STAGING}/.??*").split()) <= {
+        "lnd-backup",
+        "700",
+        "600",
+    }
     node.systemctl("start", "lnd-backup")
     assert node.box.run("lnd-backup", "once", check=False).returncode == 75
     answer = node.box.run("lnd-backup", "check", "--json")
@@ -586,10 +695,14 @@ def test_the_command_runs_as_the_service_and_as_the_caller(node: Node) -> None:
 def test_another_node_on_the_same_host(node: Node) -> None:
     """An instance has its own settings, staging directory and prefix, and the same command."""
     node.box.sh(
-        f"sed 's,^S3_BACKUP_PREFIX=.*,S3_BACKUP_PREFIX=box/alice/,' {SETTINGS} >/etc/default/lnd-backup@alice-env"
+        f"sed 's,^S3_BACKUP_PREFIX=.*,S3_BACKUP_PREFIX=box/alice/,' {SETTINGS} "
+        f">/etc/default/lnd-backup@alice-env"
     )
     node.systemctl("start", "lnd-backup@alice", "lnd")
-    until("it is stored", lambda: any(key.startswith("box/alice/") for key in node.s3.objects(node.bucket)))
+    until(
+        "it is stored",
+        lambda: any(key.startswith("box/alice/") for key in node.s3.objects(node.bucket)),
+    )
     assert node.is_active("lnd-backup@alice.timer")
     assert node.box.run("lnd-backup", "@alice", "check").returncode == 0
     assert "lnd-backup" in node.box.sh("stat -c %U /var/lib/lnd-backup@alice")
@@ -601,22 +714,33 @@ def test_another_node_on_the_same_host(node: Node) -> None:
 
 
 def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
-    """With LND_DIRECTORY= only that directory is seen, a macaroon in it is not readable, a new one is noticed."""
+    """With LND_DIRECTORY= only that directory is seen, a macaroon in it is not readable, a new one
+    is noticed.
+    """
     directory = "/home/bitcoin/.lnd/data/chain/bitcoin/mainnet"
     node.box.sh(
-        f"rm -rf /home/bitcoin/.lnd; su -s /bin/sh bitcoin -c 'umask 077; mkdir -p {directory}; umask 022; "
-        f"cd {directory}; echo m >admin.macaroon; chmod 0640 admin.macaroon; echo k >~/.lnd/tls.key'"
+        f"rm -rf /home/bitcoin/.lnd; su -s /bin/sh bitcoin -c 'umask 077; mkdir -p "
+        f"{directory}; umask 022; "
+        f"cd {directory}; echo m >admin.macaroon; chmod 0640 admin.macaroon; echo k "
+        f">~/.lnd/tls.key'"
     )
     node.box.make("install", f"LND_DIRECTORY={directory}")
     node.set_up(MONITOR_FILE_PATH=f"{directory}/channel.backup")
     node.lnd_in(directory)
     node.box.drop_in(
-        "lnd-backup-mounts@lnd-backup.timer", "[Timer]\nOnActiveSec=3\nOnUnitInactiveSec=3\nAccuracySec=100ms\n"
+        "lnd-backup-mounts@lnd-backup.timer",
+        "[Timer]\nOnActiveSec=3\nOnUnitInactiveSec=3\nAccuracySec=100ms\n",
     )
     node.systemctl("start", "lnd-backup", "lnd")
     until("LND has written", lambda: node.current(f"{directory}/channel.backup"))
     node.wait_for_stored(node.current(f"{directory}/channel.backup"))
-    inside = ["nsenter", f"--mount=/proc/{node.pid()}/ns/mnt", "setpriv", "--reuid=lnd-backup", "--regid=lnd-backup"]
+    inside = [
+        "nsenter",
+        f"--mount=/proc/{node.pid()}/ns/mnt",
+        "setpriv",
+        "--reuid=lnd-backup",
+        "--regid=lnd-backup",
+    ]
     inside += ["--clear-groups"]
     assert node.box.run(*inside, "cat", f"{directory}/channel.backup").stdout
     assert node.box.run(*inside, "cat", f"{directory}/admin.macaroon", check=False).returncode != 0
@@ -626,7 +750,8 @@ def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
     node.systemctl("stop", "lnd")
     before = node.pid()
     node.box.sh(
-        f"mv {directory} {directory}.old; cp -a {directory}.old {directory}; setfacl -m u:lnd-backup:rx {directory}"
+        f"mv {directory} {directory}.old; cp -a {directory}.old {directory}; setfacl -m "
+        f"u:lnd-backup:rx {directory}"
     )
     until("it was restarted", lambda: node.is_active() and node.pid() not in {before, "0"})
     node.systemctl("start", "lnd")
@@ -646,7 +771,8 @@ def copy_of_the_checkout(box: Box, line: str) -> str:
     """Return a checkout in the box whose program has this line more."""
     source = "/root/newer"
     box.sh(
-        f"rm -rf {source}; mkdir {source}; cd /src; cp -a Makefile docs systemd requirements.txt lnd-backup.service "
+        f"rm -rf {source}; mkdir {source}; cd /src; cp -a Makefile docs systemd "
+        f"requirements.txt lnd-backup.service "
         f"lnd-backup-env.example {SCRIPT.name} {source}/"
     )
     text = PROGRAM.replace("\nif __name__ ==", f"\n{line}\nif __name__ ==")
@@ -656,12 +782,16 @@ def copy_of_the_checkout(box: Box, line: str) -> str:
 
 
 def test_an_upgrade_keeps_what_is_staged(node: Node, hanging_s3: S3Server) -> None:
-    """Without packages the running version goes on undisturbed; with them the new one sends what the old one staged."""
+    """Without packages the running version goes on undisturbed; with them the new one sends what
+    the old one staged.
+    """
     node.systemctl("start", "lnd-backup", "lnd")
     until("a version is staged", node.staged)
     staged, old = node.staged(), node.pid()
     source = copy_of_the_checkout(node.box, "# newer")
-    node.box.sh("mv /etc/pip.conf /etc/pip.conf.away; printf '[global]\\nno-index = true\\n' >/etc/pip.conf")
+    node.box.sh(
+        "mv /etc/pip.conf /etc/pip.conf.away; printf '[global]\\nno-index = true\\n' >/etc/pip.conf"
+    )
     failed = node.box.make("install", check=False, source=source)
     node.box.sh("mv /etc/pip.conf.away /etc/pip.conf")
     assert failed.returncode != 0
@@ -695,7 +825,9 @@ def test_an_upgrade_that_does_not_start_is_taken_back(node: Node) -> None:
 
 
 def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
-    """At a shutdown LND stops first; what it writes then is stored, and after the boot everything runs again."""
+    """At a shutdown LND stops first; what it writes then is stored, and after the boot everything
+    runs again.
+    """
     node.systemctl("--quiet", "enable", "lnd", "lnd-backup")
     node.systemctl("start", "lnd", "lnd-backup")
     node.wait_for_stored()
@@ -706,20 +838,28 @@ def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
     node.box.up()
     assert last != before
     assert last in stored
-    until("it runs again", lambda: node.is_active() and node.is_active("lnd") and node.is_active("lnd-backup.timer"))
+    until(
+        "it runs again",
+        lambda: node.is_active() and node.is_active("lnd") and node.is_active("lnd-backup.timer"),
+    )
     until("LND has written", lambda: node.current() not in {last, b""})
     node.wait_for_stored()
     node.systemctl("--quiet", "disable", "lnd")
 
 
 def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Server) -> None:
-    """`make uninstall` leaves what cannot be had again; another installation sends it; `make purge` leaves nothing."""
+    """`make uninstall` leaves what cannot be had again; another installation sends it; `make purge`
+    leaves nothing.
+    """
     node.systemctl("start", "lnd-backup", "lnd")
     until("a version is staged", node.staged)
     data = node.current()
     told = node.box.make("uninstall").stdout
     assert f"kept: settings and staged versions: {SETTINGS}" in told
-    assert node.box.sh("find /etc/systemd /run/systemd/system /usr/local /opt -name '*lnd-backup*'") == ""
+    assert (
+        node.box.sh("find /etc/systemd /run/systemd/system /usr/local /opt -name '*lnd-backup*'")
+        == ""
+    )
     assert node.box.show("lnd-backup", "LoadState") == "not-found"
     assert node.staged()
     hanging_s3.resume()
@@ -729,7 +869,8 @@ def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Se
     told = node.box.make("purge").stdout
     assert "versions that never reached the bucket" in told
     left = node.box.sh(
-        "find / -xdev -name '*lnd-backup*' ! -path '/src/*' ! -path '/proc/*' ! -path '/root/newer/*'"
+        "find / -xdev -name '*lnd-backup*' ! -path '/src/*' ! -path '/proc/*' ! -path "
+        "'/root/newer/*'"
     ).split()
     assert left == []
     assert node.box.run("getent", "passwd", "lnd-backup", check=False).returncode != 0
@@ -741,7 +882,9 @@ def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Se
 
 @pytest.mark.xdist_group("bookworm")
 def test_the_alert_rules_are_right(tmp_path: Path) -> None:
-    """The tool of Prometheus accepts the rules, and they fire in the cases that are written down beside this file."""
+    """The tool of Prometheus accepts the rules, and they fire in the cases that are written down
+    beside this file.
+    """
     for name in (CHECKOUT / "docs/alerts.yml", CHECKOUT / "tests/systemd/alerts_test.yml"):
         shutil.copy(name, tmp_path)
     for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):

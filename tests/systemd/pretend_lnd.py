@@ -1,4 +1,6 @@
-"""LND as a service, inside the box: writes channel.backup when it starts, at SIGUSR1, and once more while it stops."""
+"""LND as a service, inside the box: writes channel.backup when it starts, at SIGUSR1, and once more
+while it stops.
+"""
 
 from __future__ import annotations
 
@@ -23,5 +25,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
     systemd.send(b"READY=1")
 while signal.sigwait(SIGNALS) != signal.SIGTERM:
     lnd.write()
-time.sleep(STOPPING_SECONDS)  # it closes its peers and its database first; whoever stops beside it, stops before it
+time.sleep(
+    STOPPING_SECONDS
+)  # it closes its peers and its database first; whoever stops beside it, stops before it
 lnd.write()

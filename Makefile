@@ -28,7 +28,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pins clean install uninstall purge test-systemd test-stores faults soak bench
+.PHONY: help demo test lint format pins clean install uninstall purge test-systemd test-container test-stores faults soak bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,7 +51,7 @@ test-stores: $(VENV) $(VENV_S3) ## try the program on every S3 server that can b
 
 BOXES := .cache/systemd-box
 
-test-systemd: $(VENV) $(VENV_S3) ## as root: install and test the service on systemd 252 and 257, in containers
+test-systemd: $(VENV) $(VENV_S3) ## as root: test the service on systemd 252 and 257, in containers (installs mmdebstrap and the like)
 	@mkdir -p "$(TMPDIR)"
 	@tests/systemd/box.sh check
 	@tests/systemd/box.sh build bookworm $(BOXES)/bookworm
@@ -60,6 +60,16 @@ test-systemd: $(VENV) $(VENV_S3) ## as root: install and test the service on sys
 		--dest $(BOXES)/wheels -r requirements.txt
 	$(BIN) -m pytest --numprocesses 2 --dist loadgroup --timeout 150 tests/systemd/on_systemd.py
 	@cat $(BOXES)/figures-*
+
+# Podman wants control groups of version 2 alone, in a view of its own; the machine's stay as they are.
+SUITE ?= trixie
+test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it by podman (installs podman, mmdebstrap)
+	@mkdir -p "$(TMPDIR)"
+	@$(BIN) tests/container/prepare.py tools
+	unshare --mount --propagation private -- sh -euc '\
+		umount -R /sys/fs/cgroup 2>/dev/null || :; mount -t cgroup2 cgroup2 /sys/fs/cgroup; \
+		$(BIN) tests/container/prepare.py image $(SUITE); \
+		exec $(BIN) -m pytest --timeout 300 tests/container/on_podman.py'
 
 faults: $(VENV) $(VENV_S3) ## try to make it lose something, the long way, as root (installs strace and faketime)
 	@mkdir -p "$(TMPDIR)"
@@ -83,13 +93,13 @@ lint: $(VENV) ## check format, style and types
 # The names of the variables on make's command line; their values reach the script in its environment.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command%line,$(subst $() ,%,$(origin $(name)))),$(name)))
 
-install: ## as root: install the service or bring it up to date; S3_BUCKET_NAME=... LND_USER=...
+install: ## as root: install the service or bring it up to date; S3_BUCKET_NAME=... LND_USER=... [NODE=...]
 	@GIVEN="$(GIVEN)" sh systemd/install.sh install
 
 uninstall: ## as root: remove the service; settings and staged versions stay
 	@GIVEN="$(GIVEN)" sh systemd/install.sh uninstall
 
-purge: ## as root: remove the service, its settings and staged versions
+purge: ## as root: remove the service, its settings and staged versions; FORCE=1 also those that were never sent
 	@GIVEN="$(GIVEN)" sh systemd/install.sh purge
 
 format: $(VENV) ## format the code and mend what can be mended

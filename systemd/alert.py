@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Tell somebody that a service failed: by mail (ALERT_MAIL) and by POST (ALERT_URL), at most once
-an hour.
+"""Tell somebody how the service fares: by mail (ALERT_MAIL), by POST (ALERT_URL), in the journal.
 
-An example to keep or to replace. Started by lnd-backup-alert@.service with the name of the service
-that failed; systemd says in MONITOR_SERVICE_RESULT and MONITOR_EXIT_STATUS why. The message always
-goes to the
-journal as well.
+An example to keep or to replace. Started by lnd-backup-alert@.service with the name of a unit: the
+service, which has failed, or its check, which has failed or has succeeded. Each way is told once
+when it begins, once a day while it lasts, and once when a check finds that it is over. A check
+that could not ask S3 (exit code 75) changes nothing. With `test-alert` it sends a test.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,10 +21,38 @@ import urllib.parse
 import urllib.request
 from email.message import EmailMessage
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-REPEAT_SECONDS = 3600.0
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+REPEAT_SECONDS = 86400.0 - 1800  # a day, less what an hourly check may come too early
 PATIENCE_SECONDS = 20.0
+SUBJECT_MAX, TEXT_MAX = 400, 3500  # ntfy makes an attachment of more than 4,096 bytes
 SENDMAIL = "/usr/sbin/sendmail"
+SAID = Path("/run/lnd-backup-check")  # by service: what its last check said, see check-twice
+CHECK = re.compile(r"lnd-backup-check@(?P<service>.+)\.service")
+TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # before a line of the log
+LEVEL = re.compile(
+    r"^(warning|error|critical): "
+)  # behind it; a line without one is for information
+VERDICT = re.compile(r"(NOT BACKED UP|BACKED UP|UNKNOWN)\b")
+AGAIN = "BACKED UP again"
+WHAT_TO_DO = "What to do: /opt/lnd-backup/current/docs/operations.md, When an alert fires"
+NO_WAY = """nobody would be told: neither ALERT_MAIL nor ALERT_URL is set
+hint: sudoedit /etc/default/lnd-backup-alert, then sudo lnd-backup test-alert"""
+# Why systemd says that a unit failed: by its exit code, else by its result.
+MEANING = {
+    "78": "its settings are wrong",
+    "203": "its program is not there",
+    "226": "a directory that a drop-in names is missing",
+    "243": "a credential could not be read",
+    "start-limit-hit": "it failed again and again",
+    "watchdog": "it did not look at channel.backup for three minutes",
+    "timeout": "it did not come to an end in time",
+    "oom-kill": "it needed more memory than it may have",
+    "resources": "systemd could not prepare its start",
+}
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -33,60 +62,127 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         """Follow nothing."""
 
 
-def told_lately(unit: str) -> bool:
-    """Tell whether there was an alert for this unit within the hour."""
-    stamp = Path(os.environ["RUNTIME_DIRECTORY"], unit)
-    return stamp.exists() and 0 <= time.time() - stamp.stat().st_mtime < REPEAT_SECONDS
+class Run(NamedTuple):
+    """How a unit ended, as systemd tells it."""
+
+    result: str
+    status: str
+    invocation: str
+
+    @classmethod
+    def of(cls, unit: str) -> Run:
+        """Return what systemd handed over, or else what it says of the unit when it is asked."""
+        names = ("MONITOR_SERVICE_RESULT", "MONITOR_EXIT_STATUS", "MONITOR_INVOCATION_ID")
+        if os.environ.get(names[0]):
+            return cls(*(os.environ.get(name, "") for name in names))
+        shown = [show(unit, name) for name in ("Result", "ExecMainStatus", "InvocationID")]
+        return cls(*shown)
+
+    @property
+    def failed(self) -> bool:
+        """Tell whether systemd calls it a failure."""
+        return self.result != "success"
+
+    @property
+    def why(self) -> str:
+        """Say in words why it failed."""
+        known = MEANING.get(self.status) if self.result == "exit-code" else None
+        if known := known or MEANING.get(self.result):
+            return known
+        if self.result == "exit-code":
+            return f"it ended with exit code {self.status}" if self.status else "it did not start"
+        return f"it was ended by {self.status or self.result}"
 
 
-def remember(unit: str) -> None:
-    """Note that somebody was told."""
-    Path(os.environ["RUNTIME_DIRECTORY"], unit).touch()
+class Incident:
+    """Which ways were told that a unit failed, and when; it is over for those that are not here."""
+
+    def __init__(self, unit: str) -> None:
+        """Read it; without a file, or with one that cannot be read, there is none."""
+        self.path = Path(os.environ["STATE_DIRECTORY"], f"{unit}.json")
+        self.told: dict[str, float] = {}
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            self.told = {way: float(when) for way, when in known.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return
+
+    def keep(self) -> None:
+        """Write it, whole or not at all; one that is over for all is forgotten."""
+        if not self.told:
+            self.path.unlink(missing_ok=True)
+            return
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.told), encoding="utf-8")
+        partial.replace(self.path)
 
 
-def why(unit: str) -> str:
-    """Return what systemd knows of the failure; the variables are there only when it was the
-    service's own end.
+def show(unit: str, name: str) -> str:
+    """Return a property of a unit."""
+    return output("systemctl", "show", f"--property={name}", "--value", unit).strip()
+
+
+def output(*command: str) -> str:
+    """Return what a command prints; nothing if it hangs or is not there."""
+    try:
+        return subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PATIENCE_SECONDS,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def one_line(text: str) -> str:
+    """Return a text that fits into a subject: one line, not too long, nothing that hides."""
+    line = " ".join(text.split())
+    line = "".join(each if each.isprintable() else "?" for each in line)
+    return line if len(line) <= SUBJECT_MAX else f"{line[:SUBJECT_MAX]}…"
+
+
+def what_it_said(service: str, invocation: str) -> list[str]:
+    """Return the lines that the check of a service printed in this run: of its log what is wrong,
+    without time and level.
     """
-    result, status = os.environ.get("MONITOR_SERVICE_RESULT"), os.environ.get("MONITOR_EXIT_STATUS")
-    if not result:
-        show = [
-            "systemctl",
-            "show",
-            "--property=Result",
-            "--property=ExecMainStatus",
-            "--value",
-            unit,
-        ]
-        answer = subprocess.run(
-            show, check=False, capture_output=True, encoding="utf-8", timeout=PATIENCE_SECONDS
-        )
-        result, _, status = answer.stdout.strip().partition("\n")
-    meaning = {
-        "78": ": the configuration is wrong",
-        "start-limit-hit": ": it failed again and again",
-    }
-    return f"{result}, status {status}{meaning.get(status or '', meaning.get(result, ''))}"
+    try:
+        text = Path(SAID, service, "said").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    first, *lines = text.splitlines() or [""]
+    told = []
+    for line in lines if first == invocation else []:
+        plain = TIME.sub("", line)
+        if plain == line or LEVEL.match(plain):
+            told.append(LEVEL.sub("", plain))
+    return told
 
 
-def last_lines(unit: str) -> str:
+def verdict_of(lines: list[str], run: Run) -> str:
+    """Return the sentence of a check; where it gave none, one that says why."""
+    spoken = [line for line in lines if line.strip() and not line.startswith("hint: ")]
+    for line in spoken:
+        if VERDICT.match(line):
+            return one_line(line)
+    if spoken:
+        return one_line(f"UNKNOWN: the check could not ask: {spoken[0]}")
+    return f"UNKNOWN: the check itself could not run: {run.why}"
+
+
+def last_lines(service: str) -> str:
     """Return the end of the service's log."""
-    show = ["journalctl", "--unit", unit, "--lines=15", "--no-pager", "--output=short-iso"]
-    return subprocess.run(
-        show,
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=PATIENCE_SECONDS,
-    ).stdout
+    command = ["journalctl", "--unit", service, "--lines=10", "--no-pager", "--output=short-iso"]
+    return output(*command)
 
 
 def send_mail(address: str, subject: str, text: str) -> None:
     """Hand a mail to the system's sendmail; raises OSError or CalledProcessError."""
     mail = EmailMessage()
     mail["To"], mail["Subject"] = address, subject
-    mail.set_content(text)
+    mail.set_content(f"{subject}\n\n{text}")
     subprocess.run(
         [SENDMAIL, "-t", "-i"], check=True, input=mail.as_bytes(), timeout=PATIENCE_SECONDS
     )
@@ -97,38 +193,114 @@ def post(url: str, subject: str, text: str) -> None:
     if urllib.parse.urlsplit(url).scheme not in {"http", "https"}:
         raise ValueError("ALERT_URL is not http or https")
     headers = {"Content-Type": "text/plain; charset=utf-8", "User-Agent": "lnd-backup-alert"}
-    request = urllib.request.Request(url, f"{subject}\n\n{text}".encode(), headers)  # noqa: S310 - checked above
+    body = f"{subject}\n\n{text}".encode()[:TEXT_MAX].decode(errors="ignore").encode()
+    request = urllib.request.Request(url, body, headers)  # noqa: S310 - checked above
     with urllib.request.build_opener(NoRedirect).open(request, timeout=PATIENCE_SECONDS):
         pass
 
 
-def main(unit: str) -> int:
-    """Send the alert by each way that is configured, and return 1 if one of them failed."""
-    subject = (
-        f"{socket.gethostname()}: {unit} failed ({why(unit)}): new versions of "
-        f"channel.backup are not stored"
-    )
-    print(f"<2>{subject}", flush=True)
-    if told_lately(unit):
-        print("<6>not sent: there was an alert within the hour")
-        return 0
-    text = f"{last_lines(unit)}\nWhat to do: /opt/lnd-backup/current/docs/operations.md\n"
-    failed = False
+def to_journal(_: str, subject: str, __: str) -> None:
+    """Write the subject to the journal; the log lines are there already."""
+    print(f"<{5 if AGAIN in subject else 2}>{subject}", flush=True)
+
+
+def ways() -> dict[str, tuple[Callable[[str, str, str], None], str]]:
+    """Return the ways that are configured, and where each leads; the journal is always there."""
+    found: dict[str, tuple[Callable[[str, str, str], None], str]] = {"journal": (to_journal, "")}
     for name, send in (("ALERT_MAIL", send_mail), ("ALERT_URL", post)):
         if target := os.environ.get(name):
-            try:
-                send(target, subject, text)
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
-                reason = (
-                    error.reason
-                    if isinstance(error, urllib.error.URLError)
-                    else type(error).__name__
-                )
-                print(f"<3>the alert could not be sent: {name}: {reason}")
-                failed = True
-    if not failed:
-        remember(unit)
-    return int(failed)
+            found[name] = (send, target)
+    return found
+
+
+def tell(names: list[str], subject: str, text: str) -> list[str]:
+    """Send a message by these ways, and return those that worked."""
+    worked = []
+    for name in names:
+        send, target = ways()[name]
+        try:
+            send(target, subject, text)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            short = type(error).__name__  # the whole text may hold the URL, which is a secret
+            reason = error.reason if isinstance(error, urllib.error.URLError) else short
+            print(f"<3>the message could not be sent: {name}: {reason}", flush=True)
+        else:
+            worked.append(name)
+    return worked
+
+
+def begin(unit: str, sentence: str, text: str, now: float) -> int:
+    """Tell each way that was not told within a day; return 1 if one of them failed."""
+    incident = Incident(unit)
+    due = [way for way in ways() if not 0 <= now - incident.told.get(way, -1e9) < REPEAT_SECONDS]
+    if not due:
+        print("<5>not sent: it was told within the day", flush=True)
+        return 0
+    told = tell(due, sentence, text)
+    incident.told |= dict.fromkeys(told, now)
+    incident.keep()
+    return int(told != due)
+
+
+def over(units: list[str], sentence: str, text: str) -> int:
+    """Tell each way that was told of a failure that it is over; return 1 if one of them failed."""
+    incidents = [incident for unit in units if (incident := Incident(unit)).told]
+    due = [way for way in ways() if any(way in incident.told for incident in incidents)]
+    told = tell(due, sentence, text)
+    for incident in incidents:
+        # A way that is no longer configured is forgotten; one that failed is told next time.
+        left = {way: when for way, when in incident.told.items() if way in due and way not in told}
+        incident.told = left
+        incident.keep()
+    return int(told != due)
+
+
+def after_check(unit: str, service: str, now: float) -> int:
+    """Tell what a check of a service found."""
+    run = Run.of(unit)
+    lines = what_it_said(service, run.invocation)
+    verdict = verdict_of(lines, run)
+    here = f"{socket.gethostname()}: {service}"
+    if run.failed:
+        hints = [line for line in lines if line.startswith("hint: ")]
+        text = "\n".join([*hints, WHAT_TO_DO, "", last_lines(f"{service}.service")])
+        return begin(unit, f"{here}: {verdict}", text, now)
+    if not verdict.startswith("BACKED UP") or show(f"{service}.service", "ActiveState") == "failed":
+        return 0
+    sentence = f"{here}: {verdict.replace('BACKED UP', AGAIN, 1)}"
+    return over([unit, f"{service}.service"], sentence, "Nothing is left to do.")
+
+
+def after_service(unit: str, now: float) -> int:
+    """Tell that a service failed."""
+    service = unit.removesuffix(".service")
+    sentence = (
+        f"{socket.gethostname()}: {service} has stopped: {Run.of(unit).why}; "
+        f"new versions of channel.backup are not stored"
+    )
+    return begin(unit, sentence, f"{WHAT_TO_DO}\n\n{last_lines(unit)}", now)
+
+
+def test() -> int:
+    """Send a test by each way that is configured, and return 1 if one failed or there is none."""
+    asked = [way for way in ways() if way != "journal"]
+    if not asked:
+        print("\n".join(f"<3>{line}" for line in NO_WAY.splitlines()), flush=True)
+        return 1
+    subject = f"{socket.gethostname()}: a test of lnd-backup's alerts; nothing is wrong"
+    worked = tell(asked, subject, "A real alert says what is wrong in its first line.")
+    for way in worked:
+        print(f"<5>sent: {way}", flush=True)
+    return int(worked != asked)
+
+
+def main(unit: str, clock: Callable[[], float] = time.time) -> int:
+    """Tell what there is to tell of a unit, and return 1 if somebody could not be told."""
+    if unit == "test-alert":
+        return test()
+    if check := CHECK.fullmatch(unit):
+        return after_check(unit, check["service"], clock())
+    return after_service(unit, clock())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
 # What it is told comes by variables of make's command line, whose names are in GIVEN: settings of the program, and
 #   LND_USER       the user that runs LND: makes /var/lib/lnd-scb for LND's backupfilepath=
 #   LND_DIRECTORY  where channel.backup stays instead, in LND's own directory: opens that for the service, read-only
+#   COPY_DIRECTORY the setting, which is also put into settings that are there already: opens it for the service
+#   NODE           another node on this host: its service is lnd-backup@NODE, with settings of its own
+#   FORCE          1 lets purge delete versions that were never sent
 #   PYTHON         the Python to use, DESTDIR the root of a package that is being built (nothing outside it is touched)
 #
 # /opt/lnd-backup/<number>  one version: script, venv, compiled byte code; <number> is a hash of what went into it
@@ -18,10 +21,7 @@ DESTDIR=${DESTDIR-}
 PYTHON=${PYTHON-python3}
 home=/opt/lnd-backup
 manifest=$DESTDIR$home/manifest
-settings=$DESTDIR/etc/default/lnd-backup-env
 units=/etc/systemd/system
-drop_in=$units/lnd-backup.service.d
-scb=/var/lib/lnd-scb
 
 say() { printf '%s\n' "$*"; }
 
@@ -47,6 +47,23 @@ given() { # NAME: its value on the command line
     case " ${GIVEN-} " in
     *" $1 "*) printenv "$1" ;;
     esac
+}
+
+node=$(given NODE)
+service=lnd-backup${node:+"@$node"}
+settings=$DESTDIR/etc/default/$service-env
+drop_in=$units/$service.service.d
+scb=/var/lib/lnd-scb${node:+"@$node"}
+tmpfiles=/etc/tmpfiles.d/$service.conf
+
+all_settings() { # those of each node, one a line
+    for each in "$DESTDIR"/etc/default/lnd-backup-env "$DESTDIR"/etc/default/lnd-backup@*-env; do
+        [ ! -e "$each" ] || say "$each"
+    done
+}
+
+setting() { # NAME FILE: its value
+    sed -n "s/^$1=//p" "$2" | tail -n 1 | sed 's/^\(["'"'"']\)\(.*\)\1$/\2/'
 }
 
 # --- Refusals, before anything is changed ---
@@ -79,7 +96,7 @@ check_given() {
     for name in ${GIVEN-}; do
         value=$(printenv "$name") || value=''
         case $name in
-        PYTHON | DESTDIR | LND_USER | LND_DIRECTORY) continue ;;
+        PYTHON | DESTDIR | LND_USER | LND_DIRECTORY | NODE) continue ;;
         *SECRET* | *TOKEN* | *PASSWORD* | AWS_ACCESS_KEY_ID | HEARTBEAT_URL)
             give_up "$name is a secret, and a command line is not" "leave it off, and put it into ${settings#"$DESTDIR"}" ;;
         AWS_*[!A-Z0-9_]*) give_up "there is no setting $name" 'their names are in lnd-backup-env.example' ;;
@@ -94,11 +111,24 @@ check_given() {
         *'
 '*) give_up "$name has more than one line" 'write one line' ;;
         esac
-        if [ -e "$settings" ] && ! grep -qxF -e "$name=$value" -- "$settings"; then
+        if [ "$name" = COPY_DIRECTORY ] && [ -e "$settings" ] && [ -z "$(setting COPY_DIRECTORY "$settings")" ]; then
+            continue
+        elif [ -e "$settings" ] && ! grep -qxF -e "$name=$value" -- "$settings"; then
             give_up "$name=$value: ${settings#"$DESTDIR"} is there, does not say so, and is never changed" \
                 "edit it: sudoedit ${settings#"$DESTDIR"}, and leave $name off"
         fi
     done
+    check_lnd
+    check_copy
+}
+
+check_node() {
+    case $node in
+    *[!A-Za-z0-9_.-]*) give_up "NODE=$node is no name for a node" 'letters, digits, and _ . - between them' ;;
+    esac
+}
+
+check_lnd() {
     lnd_user=$(given LND_USER) lnd_directory=$(given LND_DIRECTORY)
     case $lnd_user in
     *[!A-Za-z0-9_.-]*) give_up "LND_USER=$lnd_user is no user's name" 'ps -o user= -C lnd' ;;
@@ -115,6 +145,33 @@ check_given() {
         esac
         command -v setfacl >/dev/null || give_up 'there is no setfacl' 'apt install acl'
     fi
+}
+
+# Sets opened: what the service has to be let write to. This is the mount point, and not the directory on it: that would
+# become a mount of the service's own, which keeps a stick busy that was unmounted, and hides the one that comes next.
+check_copy() {
+    copy=$(given COPY_DIRECTORY)
+    [ -n "$copy" ] || return 0
+    case $copy in
+    /home/* | /root/* | /run/user/* | /tmp/* | /var/tmp/*)
+        give_up "COPY_DIRECTORY=$copy: the service sees no homes and has a /tmp of its own" \
+            'name a directory elsewhere: docs/second-copy.md' ;;
+    *[!A-Za-z0-9_./@+-]*)
+        give_up "COPY_DIRECTORY=$copy: a name that a unit file would read differently" 'mount it under a plain one' ;;
+    esac
+    [ -d "$copy" ] || give_up "there is no directory $copy" "mount what it is on, and make it: sudo mkdir $copy"
+    real=$(realpath -- "$copy")
+    [ "$real" = "$copy" ] || give_up "$copy is another name of $real" "make install COPY_DIRECTORY=$real"
+    opened=$(stat -c %m -- "$copy")
+    [ "$opened" != "$copy" ] ||
+        give_up "$copy is the mount point, which is there also when nothing is mounted" \
+            "make a directory on it: sudo mkdir $copy/lnd-backup"
+    watched=$(given MONITOR_FILE_PATH)
+    [ -n "$watched" ] || [ ! -e "$settings" ] || watched=$(setting MONITOR_FILE_PATH "$settings")
+    # What is never unmounted, and LND's own disk, stay read-only but for the directory itself.
+    case "$opened ${lnd_directory:-$watched}" in
+    '/ '* | '/var '* | /var/* | '/srv '* | '/opt '* | "$opened $opened/"*) opened=$copy ;;
+    esac
 }
 
 # A user of that name must be a system user that nobody logs in as.
@@ -139,13 +196,15 @@ systemd/lnd-backup.timer $units/lnd-backup.timer 0644
 systemd/lnd-backup@.timer $units/lnd-backup@.timer 0644
 systemd/lnd-backup-retry@.service $units/lnd-backup-retry@.service 0644
 systemd/lnd-backup-alert@.service $units/lnd-backup-alert@.service 0644
+systemd/lnd-backup-check@.service $units/lnd-backup-check@.service 0644
+systemd/lnd-backup-check@.timer $units/lnd-backup-check@.timer 0644
 systemd/lnd-backup-mounts@.service $units/lnd-backup-mounts@.service 0644
 systemd/lnd-backup-mounts@.timer $units/lnd-backup-mounts@.timer 0644
 systemd/lnd-backup.sysusers /etc/sysusers.d/lnd-backup.conf 0644
 systemd/lnd-backup /usr/local/bin/lnd-backup 0755
 END
     if [ -n "$DESTDIR" ] || [ "$version" -ge 254 ]; then
-        say "systemd/restart-steps.conf $drop_in/restart-steps.conf 0644"
+        say "systemd/restart-steps.conf $units/lnd-backup.service.d/restart-steps.conf 0644"
         say "systemd/restart-steps.conf $units/lnd-backup@.service.d/restart-steps.conf 0644"
     fi
 }
@@ -162,22 +221,26 @@ check_files() {
     done <<END
 $(files)
 END
-    for path in ${lnd_user:+/etc/tmpfiles.d/lnd-backup.conf} ${lnd_directory:+"$drop_in/lnd-directory.conf"}; do
+    for path in ${lnd_user:+"$tmpfiles"} ${lnd_directory:+"$drop_in/lnd-directory.conf"} \
+        ${copy:+"$drop_in/copy-directory.conf"}; do
         [ ! -e "$DESTDIR$path" ] || is_ours "$path" || foreign=$path
     done
     for directory in "$home" /etc/default "$units" "$drop_in"; do
         [ ! -e "$DESTDIR$directory" ] || [ -d "$DESTDIR$directory" ] || foreign=$directory
     done
     [ -z "${foreign-}" ] || give_up "$foreign is there, and this did not make it, or somebody changed it since" \
-        'move it away; changes of your own belong in a drop-in: systemctl edit lnd-backup'
+        "move it away; changes of your own belong in a drop-in: systemctl edit $service"
 }
 
 # --- Steps ---
 
 # Builds the version beside the one in use, under another name until it is whole.
 build() {
-    what='s3_backup_lnd_channels.py requirements.txt lnd-backup-env.example systemd/alert.py systemd/remount-if-replaced'
-    what="$what docs/operations.md docs/recovery.md docs/access.md docs/alerts.yml"
+    what='s3_backup_lnd_channels.py requirements.txt lnd-backup-env.example'
+    what="$what systemd/alert.py systemd/check-twice systemd/remount-if-replaced"
+    what="$what docs/operations.md docs/recovery.md docs/access.md docs/second-copy.md docs/several-nodes.md"
+    what="$what docs/alerts.yml"
+    # shellcheck disable=SC2086 # many files
     number=$({ cat $what && "$PYTHON" -I -c 'import os, sys; print(sys.version, os.path.realpath(sys.executable))'; } |
         sha256sum | cut -c1-12)
     new=$DESTDIR$home/$number
@@ -199,7 +262,7 @@ build() {
     for file in $what; do
         case $file in
         docs/*) install -D -m 0644 "$file" "$partial/$file" ;;
-        systemd/remount-if-replaced) install -m 0755 "$file" "$partial/${file#systemd/}" ;;
+        systemd/check-twice | systemd/remount-if-replaced) install -m 0755 "$file" "$partial/${file#systemd/}" ;;
         *) install -m 0644 "$file" "$partial/${file##*/}" ;;
         esac
     done
@@ -235,10 +298,10 @@ write_settings() {
         put MONITOR_FILE_PATH "$scb/channel.backup"
     fi
     # Two nodes in one bucket must never mix. A package is built on a machine that has nothing to do with it.
-    [ -n "$DESTDIR" ] || put S3_BACKUP_PREFIX "$(uname -n)/"
+    [ -n "$DESTDIR" ] || put S3_BACKUP_PREFIX "$(uname -n)${node:+"-$node"}/"
     for name in ${GIVEN-}; do
         case $name in
-        PYTHON | DESTDIR | LND_USER | LND_DIRECTORY) ;;
+        PYTHON | DESTDIR | LND_USER | LND_DIRECTORY | NODE) ;;
         *) put "$name" "$(printenv "$name")" ;;
         esac
     done
@@ -246,16 +309,38 @@ write_settings() {
     misread=$(say "$found" | sed -n 's/^cannot read --env-file: .*: line \([0-9]*\).*/\1/p')
     if [ -n "$misread" ]; then
         line=$(sed -n "${misread}p" "$filled")
-        give_up "${line%%=*} holds what systemd would read differently: ${line#*=}" 'write it without quotes, # and \\'
+        give_up "${line%%=*} holds what systemd would read differently: ${line#*=}" 'write it without quotes, # and backslashes'
     fi
+    refuse_what_the_program_refuses
+    step install -D -m 0600 "$filled" "$settings"
+    rm -f "$filled"
+    trap - EXIT
+}
+
+# What was given and cannot be, in the program's own words, which are in found.
+refuse_what_the_program_refuses() {
     for name in ${GIVEN-}; do
         refused=$(say "$found" | grep -A1 "^configuration: $name=") || continue
         give_up "${refused%%
 *}" "${refused##*hint: }"
     done
-    step install -D -m 0600 "$filled" "$settings"
+}
+
+# The one setting that is put into settings that are there: beside it the unit has to be changed.
+add_copy_directory() {
+    filled=$DESTDIR$home/.settings
+    trap 'rm -f "$filled" "$settings.new"' EXIT
+    install -m 0600 "$settings" "$filled"
+    put COPY_DIRECTORY "$copy"
+    found=$(faults "$filled")
+    refuse_what_the_program_refuses
+    say "+ COPY_DIRECTORY=$copy >> $settings"
+    cp --preserve=mode,ownership "$settings" "$settings.new"
+    cat "$filled" >"$settings.new"
+    mv "$settings.new" "$settings"
     rm -f "$filled"
     trap - EXIT
+    changed=yes
 }
 
 put() { # NAME VALUE: in the place of the line that has it, commented or not
@@ -277,16 +362,18 @@ put_file() { # SOURCE PATH MODE
 }
 
 note_file() { # PATH
+    awk -v path="$1" '$2 != path' "$manifest.new" >"$manifest.others"
+    mv "$manifest.others" "$manifest.new"
     say "$(sha256sum "$DESTDIR$1" | cut -d' ' -f1)  $1" >>"$manifest.new"
 }
 
 # The directory for LND's backupfilepath=, made now and at every boot.
 open_scb() {
     made=$DESTDIR$home/.made
-    sed "s/ bitcoin / $lnd_user /" systemd/lnd-backup.tmpfiles >"$made"
-    put_file "$made" /etc/tmpfiles.d/lnd-backup.conf 0644
+    sed -e "s/ bitcoin / $lnd_user /" -e "s|/var/lib/lnd-scb|$scb|" systemd/lnd-backup.tmpfiles >"$made"
+    put_file "$made" "$tmpfiles" 0644
     rm -f "$made"
-    here systemd-tmpfiles --create /etc/tmpfiles.d/lnd-backup.conf
+    here systemd-tmpfiles --create "$tmpfiles"
 }
 
 # LND's own directory, for the service alone. What surrounds it is hidden, from the first directory that is closed to
@@ -312,6 +399,48 @@ open_lnd_directory() {
     here setfacl -m u:lnd-backup:rx "$lnd_directory"
 }
 
+# What a service sees of LND's directory, its check has to see. Those of earlier installations had none.
+open_for_checks() {
+    made=$DESTDIR$home/.made
+    for each in "$DESTDIR$units"/lnd-backup.service.d "$DESTDIR$units"/lnd-backup@?*.service.d; do
+        [ -e "$each/lnd-directory.conf" ] || continue
+        each=${each##*/}
+        sed -n '/^\[Service\]/,$p' "$DESTDIR$units/$each/lnd-directory.conf" >"$made"
+        put_file "$made" "$units/lnd-backup-check@$each/lnd-directory.conf" 0644
+    done
+    rm -f "$made"
+}
+
+# The second place: written to by the service, and by `once`, which takes what the service has.
+open_copy_directory() {
+    made=$DESTDIR$home/.made
+    say "# Of COPY_DIRECTORY=$copy. \"-\": without it the service starts all the same.
+[Service]
+ReadWritePaths=-$opened" >"$made"
+    put_file "$made" "$drop_in/copy-directory.conf" 0644
+    rm -f "$made"
+    [ -z "$DESTDIR" ] || return 0
+    # Only what is new, and nobody else's.
+    if [ "$(stat -c %u "$copy")" = 0 ] && [ -z "$(ls -A "$copy")" ]; then
+        step chown lnd-backup:lnd-backup "$copy" || :
+    fi
+}
+
+may_write() { # DIRECTORY: the service's user
+    setpriv --reuid=lnd-backup --regid=lnd-backup --clear-groups test -w "$1"
+}
+
+# A second copy that cannot be made is told by the service as well; here it is told at once.
+say_of_the_copy() {
+    set_to=$(setting COPY_DIRECTORY "$settings")
+    [ -n "$set_to" ] || return 0
+    if [ ! -e "$DESTDIR$drop_in/copy-directory.conf" ]; then
+        say "left to do: let the service write to $set_to: sudo make install ${node:+"NODE=$node "}COPY_DIRECTORY=$set_to"
+    elif [ -d "$set_to" ] && ! may_write "$set_to"; then
+        say "left to do: the user lnd-backup may not write to $set_to: docs/second-copy.md"
+    fi
+}
+
 # What a first installation left to the operator, and what is wrong in the settings of an old one.
 say_what_is_left() {
     wrong=$(faults "$settings")
@@ -335,10 +464,14 @@ say_what_is_left() {
   /etc/credstore/aws-credentials  (0600; [default], aws_access_key_id = ..., aws_secret_access_key = ...)
 '"  $settings"
     fi
-    if ! systemctl --quiet is-active lnd-backup.service; then
-        say 'then:   sudo systemctl start lnd-backup'
+    say_of_the_copy
+    if ! systemctl --quiet is-active "$service.service"; then
+        say "then:   sudo systemctl start $service"
     fi
-    say 'check:  systemctl status lnd-backup; sudo lnd-backup check'
+    command="sudo lnd-backup${node:+" @$node"}"
+    say "check:  systemctl status $service; $command check"
+    say "alerts: sudoedit /etc/default/lnd-backup-alert; sudo lnd-backup test-alert"
+    say "print:  $command card   (to keep with the seed)"
 }
 
 running() { # names of the services that run now
@@ -346,42 +479,44 @@ running() { # names of the services that run now
         cut -d' ' -f1
 }
 
+# Puts a version in the place of the one in use, with no moment without any.
+use() { # NUMBER
+    ln -sfn "$1" "$DESTDIR$home/.current"
+    mv -T "$DESTDIR$home/.current" "$DESTDIR$home/current"
+}
+
 # Restarts what runs; a version that does not start again makes way for the one before.
 restart() {
     running=$(running)
     [ -n "$running" ] || return 0
+    # shellcheck disable=SC2086 # several services
     # Its start waits for nothing, so a minute is long even on a small board.
     if step timeout 60 systemctl restart $running; then
         return 0
     fi
     if [ -n "$before" ] && [ "$before" != "$number" ] && [ -d "$home/$before" ]; then
-        step ln -sfn "$before" "$home/current"
+        step use "$before"
+        # shellcheck disable=SC2086 # several services
         step systemctl reset-failed $running
+        # shellcheck disable=SC2086
         step systemctl restart $running || :
     fi
-    journalctl --unit=lnd-backup --lines=20 --no-pager >&2 || :
+    journalctl --unit=lnd-backup --unit='lnd-backup@*' --lines=20 --no-pager >&2 || :
     give_up 'the new version did not start' 'see the log above; the version before it was started again, if there was one'
 }
 
-install_all() {
-    check_machine
-    check_python
-    check_given
-    check_user
-    check_files
-    say "installing into ${DESTDIR:-this machine}"
-    build
-    if [ -e "$settings" ] && misread=$(faults "$settings" | grep -A1 '^cannot read --env-file'); then
-        give_up "${misread%%
+check_settings() {
+    all_settings | while read -r each; do
+        if misread=$(faults "$each" | grep -A1 '^cannot read --env-file'); then
+            give_up "${misread%%
 *}" "${misread##*hint: }; nothing has changed"
-    fi
-    [ -e "$settings" ] || write_settings # the last that may refuse
-    before=$(readlink "$DESTDIR$home/current") || before=''
-    changed=''
+        fi
+    done
+}
+
+put_files() {
     # What an earlier installation was told to make stays its own.
-    : >"$manifest.new"
-    [ -n "$lnd_user" ] || grep -s '  /etc/tmpfiles.d/lnd-backup.conf$' "$manifest" >>"$manifest.new" || :
-    [ -n "$lnd_directory" ] || grep -s "  $drop_in/lnd-directory.conf\$" "$manifest" >>"$manifest.new" || :
+    grep -s -e '  /etc/tmpfiles\.d/' -e '/lnd-directory\.conf$' -e '/copy-directory\.conf$' "$manifest" >"$manifest.new" || :
     while read -r source path mode; do
         put_file "$source" "$path" "$mode" </dev/null
     done <<END
@@ -393,58 +528,138 @@ END
     elif [ -n "$lnd_directory" ]; then
         open_lnd_directory
     fi
+    [ -z "$copy" ] || open_copy_directory
+    open_for_checks
+}
+
+install_all() {
+    check_node
+    check_machine
+    check_python
+    check_given
+    check_user
+    check_files
+    say "installing into ${DESTDIR:-this machine}"
+    build
+    changed=''
+    check_settings
+    if [ ! -e "$settings" ]; then
+        write_settings
+    elif [ -n "$copy" ] && [ -z "$(setting COPY_DIRECTORY "$settings")" ]; then
+        add_copy_directory
+    fi # the last that may refuse
+    before=$(readlink "$DESTDIR$home/current") || before=''
+    put_files
     [ -e "$DESTDIR/etc/default/lnd-backup-alert" ] ||
         step install -m 0600 systemd/lnd-backup-alert.example "$DESTDIR/etc/default/lnd-backup-alert"
     mv "$manifest.new" "$manifest"
     if [ "$before" != "$number" ]; then
-        step ln -sfn "$number" "$DESTDIR$home/current"
+        step use "$number"
         changed=yes
     fi
-    if [ -n "$changed" ]; then
-        here systemctl daemon-reload
-        [ -n "$before" ] || here systemctl --quiet enable lnd-backup.service
-        [ -n "$DESTDIR" ] || restart
+    [ -z "$changed" ] || here systemctl daemon-reload
+    if [ -z "$before" ] || [ -n "$node" ]; then
+        here systemctl --quiet enable "$service.service"
     fi
+    [ -z "$changed" ] || [ -n "$DESTDIR" ] || restart
     if [ -n "$before" ] && [ "$before" != "$number" ]; then
         step rm -rf "$DESTDIR$home/$before"
     fi
     say_what_is_left
 }
 
-uninstall_all() {
-    check_machine
-    if [ -z "$DESTDIR" ]; then
-        for unit in lnd-backup.service $(running); do
-            [ ! -e "$units/lnd-backup.service" ] || step systemctl --quiet disable --now "$unit"
-        done
-        step systemctl stop 'lnd-backup*.timer'
-    fi
-    bind=$(sed -n 's/^BindReadOnlyPaths=-//p' "$DESTDIR$drop_in/lnd-directory.conf" 2>/dev/null) || bind=''
-    if [ -n "$bind" ] && [ -d "$bind" ]; then
-        here setfacl -x u:lnd-backup "$bind"
-    fi
-    if [ -e "$manifest" ]; then
-        while read -r _ path; do
-            if [ ! -e "$DESTDIR$path" ]; then
-                continue
-            elif is_ours "$path"; then
-                step rm -f "$DESTDIR$path"
-            else
-                say "kept, because somebody changed it: $path"
-            fi
-        done <"$manifest"
-    fi
-    for directory in "$drop_in" "$units/lnd-backup@.service.d"; do
-        rmdir "$DESTDIR$directory" 2>/dev/null || :
+services() { # of all nodes, whether they run or not
+    all_settings | sed 's|.*/\(.*\)-env$|\1.service|'
+    find "$units" -path '*.wants/lnd-backup@*.service' -printf '%f\n'
+    running
+}
+
+staging_directories() { # of all nodes, one a line
+    for each in "$DESTDIR"/var/lib/lnd-backup "$DESTDIR"/var/lib/lnd-backup@*; do
+        [ ! -d "$each" ] || say "$each"
     done
-    step rm -rf "$DESTDIR$home"
+    all_settings | while read -r each; do
+        own=$(setting BACKUP_DIRECTORY "$each")
+        case $own in
+        '' | /var/lib/lnd-backup | /var/lib/lnd-backup@*) ;;
+        *) [ ! -d "$DESTDIR$own" ] || say "$DESTDIR$own" ;;
+        esac
+    done
+}
+
+waiting() { # the versions that were never sent, one a line
+    staging_directories | while read -r each; do
+        find "$each" -maxdepth 1 -type f -name '[0-9]*T[0-9]*Z-*' | sort
+    done
+}
+
+refuse_if_versions_wait() { # WHAT HAS HAPPENED, HOW TO SEND THEM
+    [ "$(given FORCE)" != 1 ] || return 0
+    waiting=$(waiting)
+    [ -n "$waiting" ] || return 0
+    say "$waiting" >&2
+    give_up "what is named above never reached the bucket; $1" \
+        "$2, or copy them elsewhere; to delete them: sudo make purge FORCE=1"
+}
+
+uninstall_all() {
+    [ -z "$node" ] || give_up "NODE=$node: only all nodes at once" \
+        "this one alone: sudo systemctl disable --now $service, and docs/several-nodes.md"
+    check_machine
+    [ "$verb" != purge ] || refuse_if_versions_wait 'nothing has changed' \
+        'the service sends them, and systemctl status says why it does not'
+    stop_all
+    close_directories
+    remove_files
+    for each in "$DESTDIR$units"/lnd-backup*.service.d; do
+        rmdir "$each" 2>/dev/null || :
+    done
+    step rm -rf "$DESTDIR$home" "$DESTDIR/var/lib/lnd-backup-alert"
     here systemctl daemon-reload
     if [ "$verb" = purge ]; then
         purge
     else
         say "kept: settings and staged versions: $(kept); to remove them as well: sudo make purge"
     fi
-    [ ! -e "$DESTDIR$scb" ] || say "kept, because it is LND's: $scb, as long as lnd.conf names it in backupfilepath="
+    for each in "$DESTDIR"/var/lib/lnd-scb "$DESTDIR"/var/lib/lnd-scb@*; do
+        [ ! -e "$each" ] || say "kept, because it is LND's: $each, as long as lnd.conf names it in backupfilepath="
+    done
+}
+
+stop_all() {
+    [ -z "$DESTDIR" ] || return 0
+    # The timers first: a tick would start what is going away.
+    step systemctl stop 'lnd-backup*.timer'
+    step systemctl stop 'lnd-backup-check@*.service'
+    [ -e "$units/lnd-backup.service" ] || return 0
+    for unit in $({ echo lnd-backup.service && services; } | sort -u); do
+        step systemctl --quiet disable --now "$unit"
+    done
+    # They were started again with the services, if one of these was restarted meanwhile.
+    step systemctl stop 'lnd-backup*.timer'
+}
+
+# Takes back the right to enter LND's directories.
+close_directories() {
+    for each in "$DESTDIR$units"/lnd-backup.service.d "$DESTDIR$units"/lnd-backup@?*.service.d; do
+        bind=$(sed -n 's/^BindReadOnlyPaths=-//p' "$each/lnd-directory.conf" 2>/dev/null) || bind=''
+        if [ -n "$bind" ] && [ -d "$bind" ]; then
+            here setfacl -x u:lnd-backup "$bind"
+        fi
+    done
+}
+
+remove_files() {
+    [ -e "$manifest" ] || return 0
+    while read -r _ path; do
+        if [ ! -e "$DESTDIR$path" ]; then
+            continue
+        elif is_ours "$path"; then
+            step rm -f "$DESTDIR$path"
+        else
+            say "kept, because somebody changed it: $path"
+        fi
+    done <"$manifest"
 }
 
 kept() {
@@ -455,10 +670,13 @@ kept() {
 }
 
 purge() {
+    # LND may have written while the service stopped.
+    refuse_if_versions_wait 'the service is removed, and its settings and these are kept' \
+        'sudo make install sends them'
+    waiting=$(waiting)
+    [ -z "$waiting" ] || say "deleting what never reached the bucket:
+$waiting"
     for path in $(kept); do
-        case $path in
-        /var/lib/*) say "$(find "$DESTDIR$path" -maxdepth 1 -type f ! -name '.*' | wc -l) versions that never reached the bucket are in $path" ;;
-        esac
         step rm -rf "$DESTDIR$path"
     done
     [ -n "$DESTDIR" ] || ! getent passwd lnd-backup >/dev/null || step userdel lnd-backup

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if program := sys.modules.get("s3_backup_lnd_channels"):
+        program.new_session.cache_clear()  # of another test's settings
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +114,14 @@ def staging(tmp_path: Path) -> Path:
     """Return an empty staging directory."""
     directory = tmp_path / "staging"
     directory.mkdir(mode=0o700)
+    return directory
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return the working directory of the one who restores."""
+    directory = tmp_path / "home"
+    directory.mkdir()
     return directory
 
 

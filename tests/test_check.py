@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,13 +27,13 @@ from kit import (
     run_script,
     script_environment,
 )
-from kit import fake_s3 as answers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 FIELDS = {"current", "proof", "key", "captured_at", "stored_at", "staged", "reason"}
 FIVE_HOURS = 5 * 3600
+VERDICTS = {0: True, 1: False, 75: None}
 AWAY = "http://127.0.0.1:1"
 
 
@@ -63,13 +63,15 @@ class Answer:
 
 
 def check(env: dict[str, str]) -> Answer:
-    """Run `check --json`, expect all its fields, and an exit code that agrees with them."""
+    """Run `check --json`, expect all its fields, and an exit code that agrees with them: 75 where
+    it is too early for a verdict, or where S3 could not be asked.
+    """
     done = run_script(env, "check", "--json")
     assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in VERDICTS, done.stderr
     fields: dict[str, Any] = json.loads(done.stdout)
     assert fields.keys() >= FIELDS
-    assert fields["current"] is (done.returncode == 0)
+    assert fields["current"] is VERDICTS[done.returncode]
     return Answer(done.returncode, fields, done.stderr)
 
 
@@ -104,13 +106,12 @@ def newest_key(server: S3Server, bucket: str) -> str:
 def test_stored(
     s3: S3Server, bucket: str, reader: dict[str, str], env: dict[str, str], lnd: Lnd
 ) -> None:
-    """When the bucket holds the version on disk it is exit 0, "stored", proved by the bucket."""
+    """When the bucket holds the version on disk it is exit 0, proved by the bucket."""
     lnd.write()
     back_up(env)
     answer, key = check(reader), newest_key(s3, bucket)
     assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (0, "bucket", key)
     assert answer.fields["staged"] == 0
-    assert "stored" in answer.reason
     captured, stored = (
         datetime.fromisoformat(answer.fields[field]) for field in ("captured_at", "stored_at")
     )
@@ -118,7 +119,6 @@ def test_stored(
     assert f"{captured:%Y%m%dT%H%M%S}" in key
     assert abs(stored - captured) < timedelta(minutes=1)
     only = line(reader, 0)
-    assert "stored" in only
     assert key in only
     assert "bucket" in only
 
@@ -170,21 +170,7 @@ def test_lnd_has_written_since(
         "bucket",
         newest_key(s3, bucket),
     )
-    assert "LND has written since" in answer.reason
     assert newest_key(s3, bucket) in line(reader, 1)
-
-
-def test_behind_for_hours(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
-    """A version that has waited for hours is told as that, with the hours."""
-    lnd.write()
-    back_up(env)
-    lnd.write()
-    age(lnd, FIVE_HOURS)
-    answer = check(reader)
-    assert answer.code == 1
-    assert "behind" in answer.reason
-    assert "5 hours" in answer.reason
-    assert "behind" in line(reader, 1)
 
 
 def test_a_file_from_the_future(reader: dict[str, str], lnd: Lnd) -> None:
@@ -205,7 +191,6 @@ def test_an_empty_bucket(reader: dict[str, str], lnd: Lnd) -> None:
     answer = check(reader)
     assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "bucket", None)
     assert (answer.fields["captured_at"], answer.fields["stored_at"]) == (None, None)
-    assert "behind" in line(reader, 1)
 
 
 @pytest.mark.parametrize("damage", ["bytes", "metadata", "truncated"])
@@ -267,7 +252,9 @@ def test_other_nodes_do_not_count(
 
 
 def test_a_put_only_key(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd) -> None:
-    """With a key that may only put, the last receipt decides, both ways, and the answer says so."""
+    """With a key that may only put, the last receipt decides, and the answer says so; a version
+    without one is NOT BACKED UP only when it has been waiting for long, and since when is told.
+    """
     lnd.write()
     back_up(env)
     key = newest_key(s3, bucket)
@@ -279,11 +266,13 @@ def test_a_put_only_key(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd
     assert "receipt" in line(env, 0)
     lnd.write()
     answer = check(env)
-    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "receipt", key)
-    assert "LND has written since" in answer.reason
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (75, "receipt", key)
     age(lnd, FIVE_HOURS)
-    assert "5 hours" in check(env).reason
-    assert "receipt" in line(env, 1)
+    answer = check(env)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "receipt", key)
+    assert (
+        f"{datetime.fromtimestamp(lnd.path.stat().st_mtime, UTC):%Y-%m-%d %H:%M}" in answer.reason
+    )
 
 
 @pytest.mark.parametrize("other", ["S3_BACKUP_PREFIX", "S3_BUCKET_NAME"])
@@ -295,7 +284,7 @@ def test_a_receipt_of_another_place_proves_nothing(
     back_up(env)
     assert check(env).code == 0
     answer = check(env | {other: "another-one"})
-    assert (answer.code, answer.fields["proof"]) == (1, "receipt")
+    assert (answer.code, answer.fields["proof"]) == (75, "receipt")
 
 
 def test_a_receipt_of_another_store_proves_nothing(env: dict[str, str], lnd: Lnd) -> None:
@@ -307,7 +296,7 @@ def test_a_receipt_of_another_store_proves_nothing(env: dict[str, str], lnd: Lnd
     assert check(env).code == 0
     with FakeS3() as refusing:
         answer = check(env | {"AWS_ENDPOINT_URL_S3": f"http://localhost:{refusing.port}"})
-    assert (answer.code, answer.fields["proof"]) == (1, "receipt")
+    assert (answer.code, answer.fields["proof"]) == (75, "receipt")
 
 
 def test_an_old_receipt_proves_nothing(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
@@ -321,15 +310,15 @@ def test_an_old_receipt_proves_nothing(env: dict[str, str], lnd: Lnd, staging: P
     receipt.write_text(json.dumps(json.loads(receipt.read_text()) | long_ago))
     answer = check(env)
     assert (answer.code, answer.fields["proof"]) == (1, "receipt")
-    assert "receipt is old" in answer.reason
+    assert "2026-01-01" in answer.reason
     assert check(env | {"REFRESH_SECONDS": "0"}).code == 0
 
 
-def test_a_version_that_waited_long_has_a_new_receipt(
+def test_a_receipt_for_a_version_that_waited_long_proves_nothing(
     env: dict[str, str], lnd: Lnd, staging: Path
 ) -> None:
-    """A receipt is as old as the storing it proves, also when the version was captured long
-    before.
+    """A put that began long after the time in the name does not prove that the version is the
+    newest there: it is put again.
     """
     lnd.write()
     back_up(env)
@@ -339,7 +328,7 @@ def test_a_version_that_waited_long_has_a_new_receipt(
     receipt.write_text(
         json.dumps(fields | {"name": name, "key": fields["key"].replace(fields["name"], name)})
     )
-    assert check(env).code == 0
+    assert check(env).code == 75
 
 
 def test_a_put_only_key_without_a_receipt(env: dict[str, str], lnd: Lnd) -> None:
@@ -348,19 +337,18 @@ def test_a_put_only_key_without_a_receipt(env: dict[str, str], lnd: Lnd) -> None
     age(lnd, FIVE_HOURS)
     answer = check(env)
     assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "receipt", None)
-    assert "receipt" in answer.reason
 
 
 def test_a_put_only_key_without_a_staging_directory(env: dict[str, str], lnd: Lnd) -> None:
-    """Without BACKUP_DIRECTORY there is no receipt to judge by: exit 1, saying what is missing, not
-    a made-up path.
+    """Without BACKUP_DIRECTORY there is no receipt to judge by: UNKNOWN, saying what is missing,
+    not a made-up path.
     """
     lnd.write()
     back_up(env)
     del env["BACKUP_DIRECTORY"]
     answer = check(env)
-    assert (answer.code, answer.fields["proof"], answer.fields["staged"]) == (1, "receipt", None)
-    seen = answer.stderr + answer.reason + line(env, 1)
+    assert (answer.code, answer.fields["proof"], answer.fields["staged"]) == (75, "receipt", None)
+    seen = answer.stderr + answer.reason + line(env, 75)
     assert "/dev/null" not in seen
     assert "BACKUP_DIRECTORY" in seen
 
@@ -374,7 +362,7 @@ def test_list_without_get(s3: S3Server, bucket: str, env: dict[str, str], lnd: L
     assert (answer.code, answer.fields["proof"]) == (0, "receipt")
     assert answer.fields["key"] == newest_key(s3, bucket)
     lnd.write()
-    assert check(lister).code == 1
+    assert check(lister).code == 1  # as the list tells
 
 
 def test_get_without_list(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd) -> None:
@@ -391,7 +379,7 @@ def test_a_broken_receipt(env: dict[str, str], staging: Path, lnd: Lnd, content:
     lnd.write()
     (staging / ".receipt").write_bytes(content)
     answer = check(env)
-    assert (answer.code, answer.fields["key"]) == (1, None)
+    assert (answer.code, answer.fields["key"]) == (75, None)
 
 
 @pytest.mark.parametrize("field", ["stored_at", "sha256", "key"])
@@ -447,7 +435,6 @@ def test_staged_versions_are_counted(
     (staging / "notes.txt").touch()
     answer = check(reader)
     assert (answer.code, answer.fields["staged"]) == (1, 2)
-    assert "2" in line(reader, 1).rpartition("staged")[2]
 
 
 def test_beside_the_daemon(reader: dict[str, str], env: dict[str, str], lnd: Lnd) -> None:
@@ -533,32 +520,9 @@ def test_what_reporting_needs_is_not_checked(
 
 
 def test_s3_refuses_connections(reader: dict[str, str], lnd: Lnd) -> None:
-    """When S3 is out of reach it is exit 75, not a verdict."""
+    """When S3 is out of reach it is exit 75, and no verdict."""
     lnd.write()
-    done = run_script(reader | {"AWS_ENDPOINT_URL_S3": AWAY}, "check", "--json")
-    assert (done.returncode, done.stdout) == (75, "")
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("answer", "code"),
-    [
-        (answers.PORTAL, 75),
-        (answers.INTERNAL_ERROR, 75),
-        (answers.CLOCK_SKEW, 75),
-        (answers.NO_SUCH_BUCKET, 1),
-    ],
-    ids=["portal", "internal", "clock", "bucket"],
-)
-def test_errors_of_s3(reader: dict[str, str], lnd: Lnd, answer: answers.Answer, code: int) -> None:
-    """What trying again may help is exit 75 and no verdict on the bucket, the page of a captive
-    portal included.
-    """
-    lnd.write()
-    with FakeS3(defaults={"GET": answer}) as fake:
-        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "check")
-    assert (done.returncode, done.stdout) == (code, "")
-    assert "Traceback" not in done.stderr
+    assert check(reader | {"AWS_ENDPOINT_URL_S3": AWAY}).code == 75
 
 
 def test_a_wrong_key(env: dict[str, str], lnd: Lnd) -> None:
@@ -566,7 +530,7 @@ def test_a_wrong_key(env: dict[str, str], lnd: Lnd) -> None:
     lnd.write()
     back_up(env)
     done = run_script(env | {"AWS_SECRET_ACCESS_KEY": "wr0ng-s3cr3t"}, "check")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout.split()[0].strip(":")) == (1, "UNKNOWN")
     assert "access_key" in done.stderr.lower().replace(" ", "_")
     assert "wr0ng-s3cr3t" not in done.stderr
 
@@ -599,4 +563,4 @@ def test_a_receipt_cannot_forge_lines(env: dict[str, str], staging: Path, lnd: L
     receipt.write_text(
         json.dumps(json.loads(receipt.read_text()) | {"key": "evil\x1b[31m\nstored"})
     )
-    assert line(env, 1).isprintable()
+    assert line(env, 75).isprintable()

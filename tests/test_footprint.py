@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GROWTH_MAX = 1.15  # of what is written down here; where it shrinks, the new figure belongs here
-MEMORY = 0.96  # that no other process shares, of the twin's
-PEAK = 0.97  # of the twin's
-MODULES = 0.95  # of the twin's
+MEMORY = 1.03  # that no other process shares, of the twin's
+PEAK = 1.05  # of the twin's
+MODULES = 1.11  # of the twin's
 HEAD_BYTES = 862  # sent with each version beside its bytes
 MEMORY_WITH_10_000_STAGED = 1.1  # at most, of that with none
 
@@ -184,13 +184,14 @@ def test_memory_with_many_staged(
             Daemon(away, installed.command) as full,
             Daemon(away | {"BACKUP_DIRECTORY": str(other)}, installed.command) as empty,
         ):
-            for daemon in (full, empty):
-                daemon.systemd.wait_for("STATUS=.*cannot store")
-            staged = re.findall(r"(\d+) staged", full.log)
+            staged = [
+                int(daemon.systemd.wait_for(r"STATUS=.*?(\d+) staged.*cannot store")[1])
+                for daemon in (full, empty)
+            ]
             ratios = [
                 kilobytes(full.pid, file, name) / kilobytes(empty.pid, file, name)
                 for file, name in (("smaps_rollup", "Anonymous"), ("status", "VmHWM"))
             ]
     print(f"{staged[0]} staged: {ratios[0]:.3f}, {ratios[1]:.3f} of the memory without")  # noqa: T201
-    assert int(staged[0]) == 10_001
+    assert staged == [10_001, 1]
     assert max(ratios) <= MEMORY_WITH_10_000_STAGED

@@ -36,13 +36,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ONE_MINUTE = 60.0
-COLUMNS = 80
 CROWD = 2500
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 YEAR = timedelta(days=365)
 FIELDS = {"key", "name", "captured_at", "stored_at", "size_bytes", "empty"}
-MARKS = ("no channels", "much smaller than the one before", "named later than stored")
+EMPTY, AHEAD = "no channels", "named later than stored"
 
 
 def put(
@@ -69,10 +68,10 @@ def listed(env: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def plain(env: dict[str, str]) -> list[str]:
-    """Return the lines that `list` prints into a pipe."""
+    """Return the rows of the table that `list` prints into a pipe."""
     done = run_script(env, "list")
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return done.stdout.splitlines()[1:]
 
 
 def on_terminal(env: dict[str, str], home: Path, *args: str) -> str:
@@ -116,45 +115,17 @@ def test_a_year_ahead_is_not_the_newest(s3: S3Server, bucket: str, reader: dict[
     time.sleep(1.1)  # S3's own time is told in seconds
     latest, old = put(s3, bucket, datetime.now(UTC)), put(s3, bucket, NOON)
     assert [row["name"] for row in listed(reader)] == [latest, ahead, old]
-    assert [line.partition("/")[2][:30] for line in plain(reader) if MARKS[2] in line] == [ahead]
+    assert [line[:30] for line in plain(reader) if AHEAD in line] == [ahead]
 
 
 def test_no_channels_are_marked(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """A version without channels is marked as that alone, and no other is."""
+    """A version without channels is marked as that, and no other is."""
     put(s3, bucket, NOON)
     empty = put(s3, bucket, NOON + HOUR, 0)
     lines = plain(reader)
-    assert [(MARKS[0] in line, MARKS[1] in line) for line in lines] == [
-        (True, False),
-        (False, False),
-    ]
+    assert [EMPTY in line for line in lines] == [True, False]
     assert empty in lines[0]
     assert [row["empty"] for row in listed(reader)] == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("size", "is_marked"), [(500, False), (499, True), (1000, False), (1001, False)]
-)
-def test_much_smaller_is_marked(
-    s3: S3Server, bucket: str, reader: dict[str, str], size: int, *, is_marked: bool
-) -> None:
-    """A version of less than half the size of the one before is marked, and one of half the size is
-    not.
-    """
-    put(s3, bucket, NOON, os.urandom(1000))
-    put(s3, bucket, NOON + HOUR, os.urandom(size))
-    assert [MARKS[1] in line for line in plain(reader)] == [is_marked, False]
-
-
-def test_much_smaller_is_seen_past_a_version_without_channels(
-    s3: S3Server, bucket: str, reader: dict[str, str]
-) -> None:
-    """What LND writes after a recovery is held against the last version that held channels before
-    it.
-    """
-    for hours, channels in enumerate((10, 0, 1)):
-        put(s3, bucket, NOON + HOUR * hours, channels)
-    assert [row["marks"] for row in listed(reader)] == [[MARKS[1]], [MARKS[0]], []]
 
 
 # --- What is shown, and what is counted ---
@@ -178,16 +149,13 @@ def test_others_are_counted(s3: S3Server, bucket: str, reader: dict[str, str]) -
         s3.admin.put_object(Bucket=bucket, Key=key, Body=b"foreign")
     done = run_script(reader, "list", "--json")
     assert [row["name"] for row in json.loads(done.stdout)] == [name]
-    assert "1 version" in done.stderr
-    assert "5 other" in done.stderr
+    assert re.search(r"version.*\b1\b.*other.*\b5\b|\b1 version.*\b5 other", done.stderr)
 
 
 def test_an_empty_bucket(reader: dict[str, str]) -> None:
     """An empty bucket is no failure: nothing is printed, and an empty array as JSON."""
     assert listed(reader) == []
-    done = run_script(reader, "list")
-    assert (done.returncode, done.stdout) == (0, "")
-    assert re.search("0 versions in s3://.*/alice/, 0 other keys", done.stderr)
+    assert plain(reader) == []
 
 
 def test_an_empty_prefix(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
@@ -244,36 +212,17 @@ def test_json_beside_a_terminal(
     ]
 
 
-def test_plain_in_a_pipe(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Into a pipe goes one line for each version, its fields separated by tabs, without escape
-    sequences.
+def test_the_table(s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path) -> None:
+    """On a terminal and in a pipe there is the same table: one line for each version, with its
+    size and when it was stored.
     """
-    name = put(s3, bucket, NOON, os.urandom(1234))
-    (line,) = plain(reader)
-    assert line.isascii()
-    assert "\x1b" not in line
-    fields = line.split("\t")
-    assert fields[0] == f"alice/{name}"
-    assert "1234" in fields
-    assert datetime.fromisoformat(fields[1]) == NOON
-
-
-def test_a_terminal_of_80_columns(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
-) -> None:
-    """On a terminal every line fits 80 columns, marks and large sizes included, and ages are told
-    in words.
-    """
-    names = [
-        put(s3, bucket, NOON - 30 * YEAR),
-        put(s3, bucket, datetime.now(UTC) - 3 * HOUR, os.urandom(12_345_678)),
-        put(s3, bucket, datetime.now(UTC) + YEAR, os.urandom(600)),
-    ]
-    seen = on_terminal(reader, tmp_path, "list")
-    assert max(map(len, seen.splitlines())) <= COLUMNS
-    assert all(name in seen for name in names)
-    assert "3 hours" in seen
-    assert all(mark in seen for mark in MARKS[1:])
+    names = [put(s3, bucket, NOON + HOUR, os.urandom(12_345_678)), put(s3, bucket, NOON, 0)]
+    lines = plain(reader)
+    assert on_terminal(reader, tmp_path, "list").splitlines()[1:] == lines
+    assert [line.split()[0] for line in lines] == names
+    assert [line.split()[1].replace(",", "") for line in lines] == ["12345678", "45"]
+    assert all(f"{datetime.now(UTC):%Y-%m-%d}" in line for line in lines)
+    assert all(line.isascii() and line.isprintable() for line in lines)
 
 
 def test_foreign_keys_cannot_forge_lines(
@@ -293,15 +242,14 @@ def test_foreign_keys_cannot_forge_lines(
     done = run_script(reader, "list")
     seen = done.stdout + done.stderr + on_terminal(reader, tmp_path, "list").replace("\r\n", "\n")
     assert all(character.isprintable() for character in seen if character not in "\n\t")
-    assert len(done.stdout.splitlines()) == 1
-    assert "4 other" in done.stderr
+    assert len(done.stdout.splitlines()) == 2  # the head, and a version
 
 
 @pytest.mark.parametrize("answer", ["key", "message"])
 def test_answers_cannot_forge_lines(reader: dict[str, str], answer: str) -> None:
     """What S3 says, be it a key or an error, is escaped before it is shown."""
     evil = (
-        "evil%1B%5B31m%0Ahint: run this" if answer == "key" else "evil&#27;[31m&#10;hint: run this"
+        "evil%1B%5B31m%0Ahint: run this" if answer == "key" else "evil&#x202e;&#10;hint: run this"
     )
     document = (
         '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name><Prefix>alice/</Prefix>'
@@ -412,22 +360,19 @@ def test_a_list_that_cannot_be_printed(
 
 
 def test_a_put_only_key(s3: S3Server, bucket: str, prefix: str) -> None:
-    """A key that may only put is exit 1 with the permission that is missing and the statement to
-    add.
+    """A key that may only put is exit 1; the hint is to use the reader's key, and nobody is told
+    to let the node's key read.
     """
     env = reader_settings(s3, bucket, prefix, s3.put_only_user(bucket, prefix))
     done = run_script(env, "list")
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
-    statement = json.loads(done.stderr[done.stderr.index("{") : done.stderr.rindex("}") + 1])
-    assert "s3:ListBucket" in statement["Action"]
-    assert (statement["Effect"], statement["Resource"]) == ("Allow", f"arn:aws:s3:::{bucket}")
-    done = run_script(env | {"AWS_REGION": "cn-north-1"}, "list")  # an AWS of its own
-    assert f"arn:aws-cn:s3:::{bucket}" in done.stderr
+    assert re.search(r"hint: .*\breader('s)? key", done.stderr)
+    assert not re.search('"Effect"|"Allow"', done.stderr)
 
 
-def test_the_statement_suffices(s3: S3Server, bucket: str, prefix: str) -> None:
-    """With the permission that is asked for, the list is there: it needs no get."""
+def test_a_list_needs_no_get(s3: S3Server, bucket: str, prefix: str) -> None:
+    """With the permission to list alone, the list is there."""
     name = put(s3, bucket, NOON)
     user = s3.user(allow("s3:ListBucket", bucket))
     assert [row["name"] for row in listed(reader_settings(s3, bucket, prefix, user))] == [name]

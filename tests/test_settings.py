@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import boto3
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,22 +24,27 @@ REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
 NOWHERE = "http://127.0.0.1:9"
 
 
-def faults(environ: dict[str, str]) -> dict[str, program.Failure]:
+SESSION = boto3.Session(region_name="us-east-1")
+
+
+@pytest.fixture(autouse=True)
+def _one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the SDK's session once for all tests inside this process; a new one takes a while."""
+    monkeypatch.setattr(boto3, "Session", lambda **_: SESSION)
+
+
+def faults(environ: dict[str, str]) -> dict[str, program.ConfigError]:
     """Return the faults of a configuration by variable; each is wrong configuration and says what
     to do.
     """
-    failures: list[program.Failure] = []
+    failures: list[program.ConfigError] = []
     try:
-        program.load_settings(environ)
-    except* program.Failure as group:
-        failures = [failure for failure in group.exceptions if isinstance(failure, program.Failure)]
-    found = {
-        str(failure).partition("=")[0].removeprefix("configuration: "): failure
-        for failure in failures
-    }
+        program.load_settings(environ, "run")
+    except* program.ConfigError as group:
+        failures = [each for each in group.exceptions if isinstance(each, program.ConfigError)]
+    found = {re.split("[ =:]+", str(failure))[1]: failure for failure in failures}
     assert len(found) == len(failures)
-    assert all(name.isidentifier() for name in found)
-    assert all(failure.cause.exit_code == 78 and failure.hint for failure in failures)
+    assert all(failure.exit_code == 78 and failure.hint for failure in failures)
     return found
 
 
@@ -60,18 +66,15 @@ def good(lnd: Lnd, staging: Path) -> dict[str, str]:
 
 def test_good_settings_are_taken_as_they_are(good: dict[str, str], lnd: Lnd, staging: Path) -> None:
     """Settings without a fault are returned with the defaults of the others."""
-    found = program.load_settings(good)
-    assert (found.monitored, found.staging, found.bucket, found.prefix) == (
+    found = program.load_settings(good, "run")
+    assert (found.file, found.staging, found.bucket, found.prefix) == (
         lnd.path,
         staging,
         "bucket",
         "",
     )
-    assert (found.rescan_seconds, found.refresh_seconds, found.grace_seconds) == (
-        60.0,
-        86400.0,
-        10.0,
-    )
+    times = (found.rescan_seconds, found.refresh_seconds, found.grace_seconds)
+    assert times == (60.0, 86400.0, 10.0)
     assert "geheim" not in repr(found)
 
 
@@ -87,26 +90,14 @@ def test_required_variable_that_is_absent_or_empty_is_a_fault(
     assert "is not set" in str(found[name])
 
 
-OPTIONAL = (
-    "S3_BACKUP_PREFIX",
-    "RESCAN_SECONDS",
-    "REFRESH_SECONDS",
-    "SHUTDOWN_GRACE_SECONDS",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_CA_BUNDLE",
-    "STATE_DIRECTORY",
-)
+OPTIONAL = [name for name in program.SETTINGS if name not in REQUIRED] + ["STATE_DIRECTORY"]
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_optional_variable_that_is_empty_counts_as_absent(name: str, good: dict[str, str]) -> None:
-    """An empty optional variable means its default."""
-    good.pop(name, None)
-    assert program.load_settings(good | {name: ""}) == program.load_settings(good)
+    """An empty optional variable means its default; the SDK's: see EMPTY in test_s3."""
+    absent = program.load_settings(good, "run")
+    assert program.load_settings(good | {name: ""}, "run") == absent
 
 
 WRONG = {
@@ -124,21 +115,7 @@ WRONG = {
         "b#c",
         "a\nb",
     ],
-    "S3_BACKUP_PREFIX": [
-        "/",
-        "/a",
-        "a//b",
-        "a/../b",
-        "..",
-        ".",
-        "./a",
-        "a b",
-        "a#",
-        "${A}",
-        '"a"',
-        "a\\b",
-        "x" * 241,
-    ],
+    "S3_BACKUP_PREFIX": ["/", "/a", "a\nb", "x" * 1025],
     "RESCAN_SECONDS": [
         "0",
         "0.0",
@@ -156,15 +133,6 @@ WRONG = {
     ],
     "REFRESH_SECONDS": ["-1", "-0", "daily", "nan", "inf", "1_000", "1\n"],
     "SHUTDOWN_GRACE_SECONDS": ["-1", "ten", "nan", "inf", "+1"],
-    "AWS_ENDPOINT_URL_S3": [
-        "s3.example.org",
-        "//s3.example.org",
-        "ftp://s3.example.org",
-        "https://",
-        "https:///a",
-    ],
-    "AWS_ENDPOINT_URL": ["s3.example.org", "https://s3. example.org", "HTTPS"],
-    "AWS_CA_BUNDLE": ["/nowhere/ca.pem"],
 }
 
 
@@ -176,6 +144,38 @@ def test_wrong_value_is_a_fault_that_shows_it(name: str, value: str, good: dict[
     found = faults(good | {name: value})
     assert list(found) == [name]
     assert f"{name}={value}" in str(found[name])
+
+
+RIGHT: list[tuple[str, str, str, object]] = [
+    ("S3_BUCKET_NAME", "abc", "bucket", "abc"),
+    ("S3_BUCKET_NAME", "my.bucket-1", "bucket", "my.bucket-1"),
+    ("S3_BUCKET_NAME", "My_Old_Bucket", "bucket", "My_Old_Bucket"),
+    (
+        "S3_BUCKET_NAME",
+        "arn:aws:s3:us-east-1:123456789012:accesspoint/mine",
+        "bucket",
+        "arn:aws:s3:us-east-1:123456789012:accesspoint/mine",
+    ),
+    ("S3_BACKUP_PREFIX", "node1", "prefix", "node1/"),
+    ("S3_BACKUP_PREFIX", "node1/", "prefix", "node1/"),
+    ("S3_BACKUP_PREFIX", "a/b/c", "prefix", "a/b/c/"),
+    ("S3_BACKUP_PREFIX", ".hidden/a..b", "prefix", ".hidden/a..b/"),
+    ("S3_BACKUP_PREFIX", """a b#${A}"'\\ü""", "prefix", """a b#${A}"'\\ü/"""),
+    ("RESCAN_SECONDS", "0.5", "rescan_seconds", 0.5),
+    ("RESCAN_SECONDS", "3600", "rescan_seconds", 3600.0),
+    ("REFRESH_SECONDS", "0", "refresh_seconds", 0.0),
+    ("REFRESH_SECONDS", "604800", "refresh_seconds", 604800.0),
+    ("SHUTDOWN_GRACE_SECONDS", "0", "grace_seconds", 0.0),
+    ("SHUTDOWN_GRACE_SECONDS", "2.25", "grace_seconds", 2.25),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "field", "expected"), RIGHT)
+def test_right_value_is_taken(
+    name: str, value: str, field: str, expected: object, good: dict[str, str]
+) -> None:
+    """A value within the rules is taken, and a prefix gets the slash that it lacks."""
+    assert getattr(program.load_settings(good | {name: value}, "run"), field) == expected
 
 
 @pytest.mark.parametrize(
@@ -193,48 +193,9 @@ def test_blank_in_a_key_is_a_fault_that_does_not_show_it(
     assert "heim" not in f"{found[name]!r} {found[name]} {found[name].hint}"
 
 
-RIGHT: list[tuple[str, str, str, object]] = [
-    ("S3_BUCKET_NAME", "abc", "bucket", "abc"),
-    ("S3_BUCKET_NAME", "my.bucket-1", "bucket", "my.bucket-1"),
-    ("S3_BUCKET_NAME", "My_Old_Bucket", "bucket", "My_Old_Bucket"),
-    (
-        "S3_BUCKET_NAME",
-        "arn:aws:s3:us-east-1:123456789012:accesspoint/mine",
-        "bucket",
-        "arn:aws:s3:us-east-1:123456789012:accesspoint/mine",
-    ),
-    ("S3_BACKUP_PREFIX", "node1", "prefix", "node1/"),
-    ("S3_BACKUP_PREFIX", "node1/", "prefix", "node1/"),
-    ("S3_BACKUP_PREFIX", "a/b/c", "prefix", "a/b/c/"),
-    ("S3_BACKUP_PREFIX", ".hidden/a..b", "prefix", ".hidden/a..b/"),
-    ("RESCAN_SECONDS", "0.5", "rescan_seconds", 0.5),
-    ("RESCAN_SECONDS", "3600", "rescan_seconds", 3600.0),
-    ("REFRESH_SECONDS", "0", "refresh_seconds", 0.0),
-    ("REFRESH_SECONDS", "604800", "refresh_seconds", 604800.0),
-    ("SHUTDOWN_GRACE_SECONDS", "0", "grace_seconds", 0.0),
-    ("SHUTDOWN_GRACE_SECONDS", "2.25", "grace_seconds", 2.25),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "field", "expected"), RIGHT)
-def test_right_value_is_taken(
-    name: str, value: str, field: str, expected: object, good: dict[str, str]
-) -> None:
-    """A value within the rules is taken, and a prefix gets the slash that it lacks."""
-    assert getattr(program.load_settings(good | {name: value}), field) == expected
-
-
-@pytest.mark.parametrize(
-    "url", ["https://s3.example.org", "http://127.0.0.1:9000", "http://[::1]:9000/minio", ""]
-)
-def test_right_endpoint_is_taken(url: str, good: dict[str, str]) -> None:
-    """An endpoint with a scheme and a host is no fault."""
-    assert faults(good | {"AWS_ENDPOINT_URL_S3": url, "AWS_ENDPOINT_URL": url}) == {}
-
-
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
-    st.sampled_from(OPTIONAL[:4] + REQUIRED),
+    st.sampled_from(list(program.SETTINGS)),
     st.text(st.characters(exclude_characters="\0", codec="utf-8")),
 )
 def test_any_value_is_taken_or_a_fault(name: str, value: str) -> None:
@@ -259,6 +220,7 @@ FORBIDDEN = [
     "admin.macaroon",
     "x.MACAROON",
     "hsm_secret",
+    "walletunlock.json",
 ]
 
 
@@ -306,7 +268,7 @@ def test_loop_of_links_is_no_crash(lnd: Lnd, good: dict[str, str]) -> None:
 # --- BACKUP_DIRECTORY ---
 
 
-def staging_fault(good: dict[str, str], path: Path | str) -> program.Failure:
+def staging_fault(good: dict[str, str], path: Path | str) -> program.ConfigError:
     """Return the fault of this staging directory, which must be the only one and name it."""
     found = faults(good | {"BACKUP_DIRECTORY": str(path)})
     assert list(found) == ["BACKUP_DIRECTORY"]
@@ -377,13 +339,13 @@ def test_link_as_staging_directory_is_a_fault(
     """A link, also a dangling one and a loop, is not for staging."""
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(target)
-    assert "is a link or no directory" in str(staging_fault(good, tmp_path / "link"))
+    assert re.search("link|directory", str(staging_fault(good, tmp_path / "link")))
 
 
 def test_file_as_staging_directory_is_a_fault(good: dict[str, str], tmp_path: Path) -> None:
     """A file is not for staging."""
     (tmp_path / "file").touch(mode=0o600)
-    assert "is a link or no directory" in str(staging_fault(good, tmp_path / "file"))
+    assert re.search("link|directory", str(staging_fault(good, tmp_path / "file")))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
@@ -398,11 +360,11 @@ def test_directory_of_another_user_is_a_fault(staging: Path, good: dict[str, str
 def test_effective_user_must_own_the_directory(
     staging: Path, good: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What counts is the effective user."""
+    """What counts is the effective user; the hint names a directory that it can make itself."""
     monkeypatch.setattr(os, "geteuid", lambda: staging.stat().st_uid + 1)
     failure = staging_fault(good, staging)
     assert str(staging.stat().st_uid) in str(failure)
-    assert f"'#{staging.stat().st_uid}'" in failure.hint
+    assert re.search(rf"{re.escape(str(staging))}/[\w.-]*\w", failure.hint)
 
 
 def test_a_directory_to_watch_is_the_one_fault(lnd: Lnd, good: dict[str, str]) -> None:
@@ -454,7 +416,10 @@ def test_directory_that_its_owner_cannot_use_is_a_fault(
 def test_missing_directory_is_made_later(tmp_path: Path, good: dict[str, str]) -> None:
     """A directory whose parent is there is no fault, and reading the settings does not make it."""
     directory = tmp_path / "new"
-    assert program.load_settings(good | {"BACKUP_DIRECTORY": str(directory)}).staging == directory
+    assert (
+        program.load_settings(good | {"BACKUP_DIRECTORY": str(directory)}, "run").staging
+        == directory
+    )
     assert not directory.exists()
 
 
@@ -495,16 +460,16 @@ def test_directory_that_systemd_made_is_the_default(staging: Path, good: dict[st
     del good["BACKUP_DIRECTORY"]
     for given_ in ({}, {"BACKUP_DIRECTORY": ""}):
         for state in (str(staging), f"{staging}:/elsewhere/second"):
-            assert (
-                program.load_settings(good | given_ | {"STATE_DIRECTORY": state}).staging == staging
-            )
+            found = program.load_settings(good | given_ | {"STATE_DIRECTORY": state}, "run")
+            assert found.staging == staging
 
 
 def test_backup_directory_wins_over_the_one_that_systemd_made(
     staging: Path, good: dict[str, str]
 ) -> None:
     """STATE_DIRECTORY means nothing beside BACKUP_DIRECTORY."""
-    assert program.load_settings(good | {"STATE_DIRECTORY": "/elsewhere"}).staging == staging
+    found = program.load_settings(good | {"STATE_DIRECTORY": "/elsewhere"}, "run")
+    assert found.staging == staging
 
 
 def test_fault_of_the_directory_that_systemd_made_names_it(lnd: Lnd, good: dict[str, str]) -> None:
@@ -614,15 +579,15 @@ def test_line_that_systemd_reads_otherwise_is_refused(line: str) -> None:
     """A line that systemd reads otherwise, or not at all, is refused, and the fault names the line
     by its number.
     """
-    with pytest.raises(program.Failure, match=r"line 2\b") as caught:
+    with pytest.raises(program.ConfigError, match=r"line 2\b") as caught:
         read(f"# first\n{line}\nB=c\n")
-    assert caught.value.cause.exit_code == 78
+    assert caught.value.exit_code == 78
     assert caught.value.hint
 
 
 def test_every_refused_line_is_named() -> None:
     """All lines that are refused are named at once."""
-    with pytest.raises(program.Failure, match="line 1, 3"):
+    with pytest.raises(program.ConfigError, match="line 1, 3"):
         read("export A=b\nB=c\nC=d # comment\n")
 
 
@@ -641,7 +606,7 @@ def test_accepted_file_means_what_a_simple_reading_gives(text: str) -> None:
     """
     try:
         values = read(text)
-    except program.Failure:
+    except program.ConfigError:
         return
     assert values == simple_reading(text)
     assert all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) for name in values)
@@ -690,19 +655,17 @@ def test_all_faults_are_told_at_once(command: list[str], lnd: Lnd) -> None:
         "RESCAN_SECONDS": "0",
         "REFRESH_SECONDS": "-1",
         "SHUTDOWN_GRACE_SECONDS": "ten",
-        "AWS_ENDPOINT_URL_S3": "s3.example.org",
-        "AWS_CA_BUNDLE": "/nowhere/ca.pem",
+        "METRICS_FILE": "metrics",
+        "COPY_DIRECTORY": "copies",
     }
-    lines = start(
-        wrong | {"AWS_SECRET_ACCESS_KEY": "ge heim", "AWS_ACCESS_KEY_ID": " key"}, *command
-    )
+    secret = {"AWS_SECRET_ACCESS_KEY": "ge heim", "AWS_ACCESS_KEY_ID": " heim"}
+    lines = start(wrong | secret | {"HEARTBEAT_URL": "geheim"}, *command)
     for name, value in wrong.items():
         assert sum(f" {name}={value}: " in line for line in lines) == 1, name
-    assert (
-        sum("AWS_SECRET_ACCESS_KEY=" in line or "AWS_ACCESS_KEY_ID=" in line for line in lines) == 2
-    )
+    for name in (*secret, "HEARTBEAT_URL"):
+        assert sum(f"{name}=" in line for line in lines) == 1, name
     assert not any("heim" in line for line in lines)
-    assert [" hint: " in line or "error: hint" in line for line in lines] == [False, True] * 11
+    assert ["hint: " in line for line in lines] == [False, True] * 12
     assert list(lnd.directory.iterdir()) == []
 
 
@@ -720,26 +683,37 @@ AWS_FAULTS = [
     {"AWS_PROFILE": "nix"},
     {"AWS_REQUEST_CHECKSUM_CALCULATION": "bogus"},
     {"AWS_REGION": "us east"},
-    {"AWS_ENDPOINT_URL_S3": "http://host:port"},
     {"AWS_CONFIG_FILE": str(SCRIPT)},
+    {"AWS_CA_BUNDLE": "/nowhere/ca.pem"},
+    {"AWS_ENDPOINT_URL": "https://s3. example.org"},
+    *[
+        {"AWS_ENDPOINT_URL_S3": url}
+        for url in (
+            "s3.example.org",
+            "//s3.example.org",
+            "ftp://s3.example.org",
+            "http://host:port",
+            "https:///a",
+            "HTTPS",
+        )
+    ],
 ]
 
 
-def test_a_fault_of_the_sdk_is_told_beside_another(good: dict[str, str]) -> None:
-    """A variable of the SDK's that is wrong does not hide what the SDK itself finds wrong."""
-    lines = start(good | {"AWS_PROFILE": "nix", "AWS_CA_BUNDLE": "/nowhere/ca.pem"}, "once")
-    assert all(any(value in line for line in lines) for value in ("nix", "/nowhere/ca.pem"))
-
-
 @pytest.mark.parametrize("wrong", AWS_FAULTS, ids=str)
-def test_fault_in_the_sdks_settings_is_wrong_configuration(
+def test_value_that_the_sdk_cannot_use_is_a_fault_that_shows_it(
     wrong: dict[str, str], good: dict[str, str], tmp_path: Path
 ) -> None:
-    """What the AWS SDK cannot use is told before anything is made, with exit 78 and the value."""
+    """What the AWS SDK cannot use is told beside a fault of ours, before anything is made, with
+    exit 78, the value, and what to do.
+    """
     good["BACKUP_DIRECTORY"] = str(tmp_path / "new")
-    lines = start(good | wrong, "once")
-    assert any(value in lines[0] for value in wrong.values())
-    assert "hint: " in lines[1]
+    if "AWS_ENDPOINT_URL" in wrong:
+        del good["AWS_ENDPOINT_URL_S3"]
+    lines = start(good | wrong | {"RESCAN_SECONDS": "0"}, "once")
+    assert any("RESCAN_SECONDS=0" in line for line in lines)
+    assert any(value in line for value in wrong.values() for line in lines)
+    assert ["hint: " in line for line in lines] == [False, True] * 2
     assert not (tmp_path / "new").exists()
 
 
@@ -792,9 +766,9 @@ def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path
         write_env(path, b"A=\xff\n")
     if what == "unreadable":
         path.chmod(0)
-    with as_nobody(), pytest.raises(program.Failure, match=re.escape(str(path))) as caught:
+    with as_nobody(), pytest.raises(program.ConfigError, match=re.escape(str(path))) as caught:
         program.read_env_file(path)
-    assert caught.value.cause.exit_code == 78
+    assert caught.value.exit_code == 78
 
 
 USAGE = [
@@ -803,7 +777,6 @@ USAGE = [
     ["--env-file"],
     ["run", "more"],
     ["--vers"],
-    ["once", "--env-file", "x"],
 ]
 
 
@@ -834,7 +807,8 @@ def test_version_is_printed() -> None:
 
 # --- secrets and journald ---
 
-PASSWORDS = ["http://alice:geheim@127.0.0.1:9", "http://alice:ge/heim@127.0.0.1:9"]
+PASSWORDS = [f"http://alice:{word}@127.0.0.1:9" for word in ("geheim", "ge/heim", "ge heim")]
+PASSWORDS.append("alice:geheim@127.0.0.1:9")
 
 
 @pytest.mark.parametrize("url", PASSWORDS)
@@ -842,7 +816,9 @@ PASSWORDS = ["http://alice:geheim@127.0.0.1:9", "http://alice:ge/heim@127.0.0.1:
 def test_password_in_a_url_is_never_told(
     name: str, url: str, good: dict[str, str], lnd: Lnd
 ) -> None:
-    """User and password in the URL of the endpoint or the proxy never reach the output."""
+    """User and password in the URL of the endpoint or the proxy, also in one that is faulty, never
+    reach the output.
+    """
     lnd.write()
     good |= {
         "SHUTDOWN_GRACE_SECONDS": "0",
@@ -856,21 +832,6 @@ def test_password_in_a_url_is_never_told(
         output = script.log + script.stdout
     assert "alice" not in output
     assert "heim" not in output
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "alice:geheim@s3.example.org",
-        "https://alice:ge heim@s3.example.org",
-        "ftp://alice:geheim@s3.example.org",
-    ],
-)
-def test_password_in_a_faulty_url_is_never_told(url: str, good: dict[str, str]) -> None:
-    """A faulty endpoint is told without the user and the password in it."""
-    lines = start(good | {"AWS_ENDPOINT_URL_S3": url}, "run")
-    assert "AWS_ENDPOINT_URL_S3=" in lines[0]
-    assert not any("alice" in line or "heim" in line for line in lines)
 
 
 def test_every_line_has_a_priority_for_journald(good: dict[str, str], tmp_path: Path) -> None:

@@ -70,24 +70,28 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
     bucket = s3_http.create_bucket()
     for name, value in settings_for(s3_http, bucket, prefix, lnd, staging).items():
         monkeypatch.setenv(name, value)
-    settings = program.load_settings(os.environ)
+    settings = program.load_settings(os.environ, "run")
     acknowledged: queue.SimpleQueue[float] = queue.SimpleQueue()
     tidied: queue.SimpleQueue[None] = queue.SimpleQueue()
-    put, discard = program.Bucket.put, program.Staging.discard
+    put, tidy = program.Bucket.put, program.Staging.tidy
 
     @functools.wraps(put)
-    def timed_put(self: program.Bucket, *arguments: Any) -> program.Stored:  # noqa: ANN401 - passed on
+    def timed_put(self: program.Bucket, *arguments: Any) -> program.Receipt:  # noqa: ANN401 - passed on
         receipt = put(self, *arguments)
         acknowledged.put(time.monotonic())
         return receipt
 
-    @functools.wraps(discard)
-    def told_discard(self: program.Staging, receipt: program.Stored) -> None:
-        discard(self, receipt)
-        tidied.put(None)
+    @functools.wraps(tidy)
+    def told_tidy(self: program.Staging) -> None:
+        is_news = bool(self.acknowledged)
+        tidy(self)
+        if is_news:
+            tidied.put(None)
 
     monkeypatch.setattr(program.Bucket, "put", timed_put)
-    monkeypatch.setattr(program.Staging, "discard", told_discard)
+    monkeypatch.setattr(program.Staging, "tidy", told_tidy)
+
+    new_bucket = functools.partial(program.Bucket, bucket, prefix, settings.put_arguments)
 
     def update() -> float:
         version = lnd.write(CHANNELS)
@@ -96,8 +100,7 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
         return seconds
 
     def measure() -> list[float]:
-        other = program.configure()[1]
-        client = other.new_client()
+        client = new_bucket().connect()
         ratios: list[float] = []
         try:
             while len(ratios) < ROUNDS_MAX and min(ratios, default=RATIO_MAX + 1) > RATIO_MAX:
@@ -115,14 +118,13 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
         return ratios
 
     async def scenario() -> list[float]:
-        daemon = asyncio.create_task(
-            program.run_daemon(settings, program.configure()[1], once=False)
-        )
+        daemon = program.Daemon(settings, new_bucket())
+        running = asyncio.create_task(daemon.run(0, 0))
         try:
             return await asyncio.to_thread(measure)
         finally:
-            daemon.cancel()
-            await asyncio.wait([daemon])
+            daemon.stop.set()
+            await running
 
     with kept_signal_handlers():
         ratios = asyncio.run(scenario())
@@ -172,5 +174,5 @@ def test_an_idle_daemon_only_rescans(
         f"{woken} wake-ups for {rescans} rescans, {used:.2f} s of CPU time in "
         f"{WATCHED_SECONDS:.0f} s"
     )
-    assert woken <= rescans + 2  # one of them closes the idle connection
+    assert woken <= rescans + 2
     assert used < 0.02 * WATCHED_SECONDS

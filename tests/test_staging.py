@@ -4,6 +4,7 @@ touched.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -11,11 +12,13 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
 import tempfile
-from datetime import datetime, timedelta, tzinfo
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
@@ -23,7 +26,15 @@ from unittest import mock
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kit import VERSION_NAME, FakeS3, Lnd, Script, channel_backup, run_script, settings_at
+from kit import (
+    PATIENCE_SECONDS,
+    FakeS3,
+    Lnd,
+    Script,
+    channel_backup,
+    run_script,
+    settings_at,
+)
 
 import s3_backup_lnd_channels as program
 
@@ -44,11 +55,10 @@ def true_name(data: bytes, moment: str = MADE_BEFORE) -> str:
     return moment + digest(data)[-6:]
 
 
-def receipt(name: str, data: bytes) -> program.Stored:
+def receipt(name: str, data: bytes, newest: str = "") -> program.Receipt:
     """Return S3's proof that it holds this version."""
-    return program.Stored(
-        name, f"alice/{name}", len(data), "2026-11-20T21:55:59+00:00", digest(data)
-    )
+    at = datetime.now(UTC).isoformat()
+    return program.Receipt(name, f"alice/{name}", len(data), at, digest(data), "s3/bucket", newest)
 
 
 def leave(directory: Path) -> None:
@@ -63,15 +73,32 @@ def leave(directory: Path) -> None:
 def restart(directory: Path) -> program.Staging:
     """Open the directory as the next process would."""
     leave(directory)
-    return program.Staging(directory)
+    queue = program.Staging(directory)
+    queue.relist()
+    return queue
 
 
 def stage(queue: program.Staging, data: bytes) -> str:
     """Stage a version and return its name."""
-    before = set(queue.names())
-    queue.stage(data)
-    (name,) = set(queue.names()) - before
+    name = program.new_name(digest(data), max(queue.pending, default=""))
+    queue.stage(program.Version(name, data))
     return name
+
+
+def discard(queue: program.Staging, name: str, data: bytes) -> None:
+    """Let S3 acknowledge a version."""
+    queue.acknowledge(receipt(name, data))
+    queue.tidy()
+
+
+def offered(queue: program.Staging) -> list[program.Version]:
+    """Return what is offered, in the order in which it is sent."""
+    versions = []
+    while version := queue.newest():
+        versions.append(version)
+        queue.pending.remove(version.name)
+    queue.relist()
+    return versions
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -115,34 +142,27 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 # --- what it does every day ---
 
 
-def test_version_is_staged_loaded_and_discarded(queue: program.Staging, staging: Path) -> None:
+def test_version_is_staged_offered_and_discarded(queue: program.Staging, staging: Path) -> None:
     """A version is offered from its staging to its receipt, and then leaves nothing but the memory
     of it.
     """
-    assert queue.names() == []
+    assert queue.newest() is None
     name = stage(queue, data := channel_backup(1))
-    assert VERSION_NAME.fullmatch(name)
-    assert name.endswith(digest(data)[-6:])
     assert files(staging) == {name: data}
-    assert queue.load(name) == data
-    assert queue.changed.is_set()
-    queue.discard(receipt(name, data))
-    assert queue.names() == []
+    assert offered(queue) == [(name, data)]
+    discard(queue, name, data)
+    assert queue.newest() is None
     assert files(staging) == {}
-
-
-def test_staged_versions_survive_a_restart(queue: program.Staging, staging: Path) -> None:
-    """What was staged is offered again by the next process."""
-    versions = {stage(queue, data): data for data in (channel_backup(1), channel_backup(2))}
-    queue = restart(staging)
-    assert {name: queue.load(name) for name in queue.names()} == versions
+    assert program.read_receipt(staging) == queue.receipt
+    assert queue.receipt
+    assert queue.receipt.name == name
 
 
 def test_newest_version_comes_first(queue: program.Staging, staging: Path) -> None:
     """Versions are offered newest first, also those of earlier processes."""
-    names = [stage(queue, channel_backup(1)) for _ in range(5)]
-    assert queue.names() == names[::-1]
-    assert restart(staging).names() == names[::-1]
+    versions = [(stage(queue, data), data) for data in (channel_backup(1) for _ in range(5))]
+    assert offered(queue) == versions[::-1]
+    assert offered(restart(staging)) == versions[::-1]
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
@@ -153,7 +173,7 @@ def test_nobody_else_may_read_what_is_staged(umask: int, tmp_path: Path) -> None
     try:
         queue = program.Staging(directory)
         first, second = (stage(queue, data) for data in (b"1" * 500, b"2" * 500))
-        queue.discard(receipt(first, b"1" * 500))
+        discard(queue, first, b"1" * 500)
     finally:
         os.umask(previous)
         leave(directory)
@@ -165,35 +185,6 @@ def test_nobody_else_may_read_what_is_staged(umask: int, tmp_path: Path) -> None
     }
 
 
-@pytest.mark.parametrize(
-    ("size", "level"),
-    [(45, logging.WARNING), (46, logging.WARNING), (415, logging.WARNING), (416, logging.INFO)],
-)
-def test_unusual_sizes_are_staged_with_a_warning(
-    size: int, level: int, queue: program.Staging, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A version without channels, or of a size that LND does not write today, is staged like any
-    other, and told of.
-    """
-    data = os.urandom(size)
-    assert queue.load(stage(queue, data)) == data
-    (entry,) = caplog.records
-    assert entry.levelno == level
-    assert ("no channels" in entry.getMessage()) == (size == 45)
-
-
-def test_version_that_is_staged_is_recognised(queue: program.Staging) -> None:
-    """Only the bytes of the newest version still to be sent count as staged already."""
-    old, new = channel_backup(1), channel_backup(1)
-    assert not queue.is_newest(old)
-    stage(queue, old)
-    name = stage(queue, new)
-    assert queue.is_newest(new)
-    assert not queue.is_newest(old)
-    queue.discard(receipt(name, new))
-    assert queue.is_newest(old)
-
-
 # --- the lock ---
 
 
@@ -203,13 +194,13 @@ def test_second_queue_in_the_same_directory_is_refused(
     """A directory that is in use is refused with exit code 75, and what is being written there is
     left alone.
     """
-    (staging / ".partial-x").write_bytes(b"")
-    with pytest.raises(program.Failure, match="another copy holds it") as caught:
+    (staging / ".x.partial").write_bytes(b"")
+    with pytest.raises(program.TransientError, match="another copy") as caught:
         program.Staging(staging)
-    assert caught.value.cause.exit_code == 75
+    assert caught.value.exit_code == 75
     assert caught.value.hint
-    assert (staging / ".partial-x").exists()
-    assert queue.names() == []
+    assert (staging / ".x.partial").exists()
+    assert queue.newest() is None
 
 
 def test_lock_ends_with_the_process(staging: Path) -> None:
@@ -227,7 +218,7 @@ def test_once_beside_a_daemon_says_so_and_may_be_tried_again(lnd: Lnd, staging: 
         done = run_script(settings_at(fake.endpoint, lnd, staging), "once")
         assert done.returncode == 75
         assert done.stdout == ""
-        assert f"{staging}: another copy holds it" in done.stderr
+        assert re.search(f"{staging}.*another copy", done.stderr)
         assert daemon.stop() == 0
         assert len(fake.requests) == 1
 
@@ -270,10 +261,10 @@ def identities(directory: Path) -> dict[str, tuple[int, int, int]]:
 def test_leftovers_of_a_crash_are_removed_and_damaged_files_kept(staging: Path) -> None:
     """At the start partial files are removed, and files that were put aside stay."""
     data = channel_backup(1)
-    for name in (f".partial-{true_name(data)}", ".partial-.receipt", ".partial-"):
-        (staging / name).write_bytes(data[:100])
+    for name in (true_name(data), ".receipt", ""):
+        (staging / f".{name}.partial").write_bytes(data[:100])
     (staging / f".damaged-{true_name(data)}").write_bytes(data)
-    assert program.Staging(staging).names() == []
+    assert restart(staging).pending == []
     assert {entry.name for entry in staging.iterdir()} == {".lock", f".damaged-{true_name(data)}"}
 
 
@@ -288,10 +279,10 @@ def test_things_of_others_are_left_alone(
     (staging / "theirs").write_bytes(b"theirs" * 100)
     make(staging / name)
     before = identities(staging)
-    queue = program.Staging(staging)
-    assert queue.names() == []
+    queue = restart(staging)
+    assert queue.pending == []
     own = stage(queue, data := channel_backup(1))
-    queue.discard(receipt(own, data))
+    discard(queue, own, data)
     after = identities(staging)
     assert {entry: after[entry] for entry in before} == before
 
@@ -301,10 +292,10 @@ def test_leftover_that_is_no_file_does_not_hold_up_the_start(
     make: Callable[[Path], None], staging: Path
 ) -> None:
     """Something of another kind that bears the name of a partial file keeps nobody from staging."""
-    make(staging / ".partial-x")
-    queue = program.Staging(staging)
-    data = channel_backup(1)
-    assert queue.load(stage(queue, data)) == data
+    make(staging / ".x.partial")
+    queue = restart(staging)
+    name = stage(queue, GOOD)
+    assert offered(queue) == [(name, GOOD)]
 
 
 def test_planted_link_is_not_written_through(
@@ -313,9 +304,10 @@ def test_planted_link_is_not_written_through(
     """A link under the name of a file of the program's own never makes it write elsewhere."""
     outside = tmp_path / "outside"
     outside.write_bytes(b"theirs")
-    (staging / ".receipt").symlink_to(outside)
-    name = stage(queue, data := channel_backup(1))
-    queue.discard(receipt(name, data))
+    for own in (".receipt", "..receipt.partial", f".{true_name(GOOD)}.partial", true_name(GOOD)):
+        (staging / own).symlink_to(outside)
+    queue.stage(program.Version(true_name(GOOD), GOOD))
+    discard(queue, true_name(GOOD), GOOD)
     assert outside.read_bytes() == b"theirs"
 
 
@@ -333,51 +325,50 @@ def test_staged_file_whose_bytes_do_not_fit_its_name_is_kept_aside(
     damage: str, staging: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A staged file that was changed is never sent, but kept under another name, with an error in
-    the log.
+    the log; what is older is sent.
     """
-    name = true_name(GOOD)
+    name, older = true_name(GOOD), channel_backup(2)
     (staging / name).write_bytes(DAMAGES[damage])
-    queue = program.Staging(staging)
-    assert queue.load(name) is None
-    assert queue.names() == []
+    (staging / true_name(older, "20190101T000000.000000Z-")).write_bytes(older)
+    queue = restart(staging)
+    assert [version.data for version in offered(queue)] == [older]
     assert (staging / f".damaged-{name}").read_bytes() == DAMAGES[damage]
     (message,) = errors(caplog)
     assert name in message
-    assert restart(staging).names() == []
+    assert len(restart(staging).pending) == 1
 
 
-def test_small_file_is_no_version_even_if_it_fits_its_name(staging: Path) -> None:
-    """A staged file of less than 45 bytes is kept aside, whatever its name says."""
-    name = true_name(b"x" * 44)
-    (staging / name).write_bytes(b"x" * 44)
-    assert program.Staging(staging).load(name) is None
+@pytest.mark.parametrize(("size", "count"), [(44, 0), (45, 1), (16 << 20, 1), ((16 << 20) + 1, 0)])
+def test_file_of_an_impossible_size_is_no_version(size: int, count: int, staging: Path) -> None:
+    """A staged file of less than 45 bytes, or of more than 16 MiB, is kept aside, even if it fits
+    its name.
+    """
+    name = true_name(data := bytes(size))
+    (staging / name).write_bytes(data)
+    assert len(offered(restart(staging))) == count
+    assert (staging / f".damaged-{name}").exists() == (not count)
 
 
-def test_huge_file_is_no_version(staging: Path) -> None:
-    """A staged file over 64 MiB is kept aside."""
-    name = true_name(GOOD)
-    (staging / name).write_bytes(GOOD)
-    os.truncate(staging / name, (64 << 20) + 1)
-    assert program.Staging(staging).load(name) is None
-
-
-def test_damaged_and_foreign_files_are_never_sent(lnd: Lnd, staging: Path) -> None:
-    """`once` sends the true versions alone, newest first, and names the damaged one in the log."""
+@pytest.mark.parametrize("moment", ["20190101T000000.000000Z-", "20210101T000000.000000Z-"])
+def test_damaged_and_foreign_files_are_never_sent(moment: str, lnd: Lnd, staging: Path) -> None:
+    """`once` sends the true versions alone, newest first and once more at the end, and names the
+    damaged one in the log.
+    """
     old, cut = channel_backup(1), channel_backup(2)
     version = lnd.write()
     (staging / true_name(old)).write_bytes(old)
-    (staging / true_name(cut)).write_bytes(cut[:-1])
+    (staging / true_name(cut, moment)).write_bytes(cut[:-1])
     (staging / "theirs").write_bytes(channel_backup(3))
     make_fifo(staging / true_name(channel_backup(4)))
     with FakeS3() as fake:
         done = run_script(settings_at(fake.endpoint, lnd, staging), "once")
-        assert [request.body for request in fake.requests] == [version.data, old]
+        assert [request.body for request in fake.requests] == [version.data, old, version.data]
     assert done.returncode == 0
-    assert true_name(cut) in done.stderr
+    assert true_name(cut, moment) in done.stderr
     assert (staging / "theirs").exists()
 
 
-GOOD_RECEIPT = json.dumps(receipt(true_name(GOOD), GOOD)._asdict()).encode()
+GOOD_RECEIPT = json.dumps(asdict(receipt(true_name(GOOD), GOOD))).encode()
 RECEIPTS = {
     "empty": b"",
     "cut": GOOD_RECEIPT[:-20],
@@ -389,29 +380,38 @@ RECEIPTS = {
     "no name": b"{}",
     "name is a number": GOOD_RECEIPT.replace(f'"{true_name(GOOD)}"'.encode(), b"1", 1),
     "name is none": GOOD_RECEIPT.replace(true_name(GOOD).encode(), b"../../etc/passwd"),
+    "newest is none": GOOD_RECEIPT.replace(b'"newest": ""', b'"newest": "x"'),
+    "size is no number": re.sub(rb'"size_bytes": \d+', b'"size_bytes": "x"', GOOD_RECEIPT),
+    "size is infinite": re.sub(rb'"size_bytes": \d+', b'"size_bytes": Infinity', GOOD_RECEIPT),
+    "time is none": re.sub(rb'"stored_at": "[^"]*"', b'"stored_at": "x"', GOOD_RECEIPT),
+    "time without a zone": GOOD_RECEIPT.replace(b"+00:00", b""),
     "of a later version": GOOD_RECEIPT.replace(b"{", b'{"more": 1, ', 1),
     "nested": b"[" * 100_000,
 }
 
 
 @pytest.mark.parametrize("content", RECEIPTS)
-def test_damaged_receipt_holds_nobody_up(content: str, staging: Path) -> None:
-    """A receipt that cannot be read is done without, and the next one takes its place."""
+def test_damaged_receipt_holds_nobody_up(
+    content: str, staging: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A receipt that cannot be read is told of and done without, and the next one takes its
+    place.
+    """
     (staging / ".receipt").write_bytes(RECEIPTS[content])
     (staging / true_name(GOOD)).write_bytes(GOOD)
-    queue = program.Staging(staging)
-    assert queue.names() == [true_name(GOOD)]
-    name = stage(queue, data := channel_backup(1))
-    queue.discard(receipt(name, data))
-    assert true_name(GOOD) < name
-    assert json.loads((staging / ".receipt").read_bytes())["name"] == name
+    queue = restart(staging)
+    assert queue.receipt is None
+    assert [entry.levelno for entry in caplog.records] == [logging.WARNING]
+    discard(queue, true_name(GOOD), GOOD)
+    assert program.read_receipt(staging) == queue.receipt
 
 
 def test_receipt_that_is_a_directory_holds_nobody_up(staging: Path) -> None:
     """Something of another kind in the receipt's place keeps nobody from staging."""
     make_directory(staging / ".receipt")
-    queue = program.Staging(staging)
-    assert queue.load(stage(queue, GOOD)) == GOOD
+    queue = restart(staging)
+    name = stage(queue, GOOD)
+    assert offered(queue) == [(name, GOOD)]
 
 
 any_name = st.binary(min_size=1, max_size=60).filter(
@@ -427,12 +427,9 @@ def littered(draw: st.DrawFn) -> dict[bytes, bytes | str]:
     for content in draw(st.lists(any_content, max_size=6)):
         moment = draw(st.sampled_from([MADE_BEFORE, MADE_AFTER, "20200230T000000.000000Z-", "x"]))
         things[draw(any_name | st.just(true_name(content, moment).encode()))] = content
-    for prefix in draw(
-        st.lists(
-            st.sampled_from([b".partial-", b".damaged-", b".receipt"]), max_size=3, unique=True
-        )
-    ):
-        things[prefix + draw(st.just(b"") | any_name)] = draw(any_content)
+    owns = [b".%b.partial", b".damaged-%b", b".receipt%b"]
+    for own in draw(st.lists(st.sampled_from(owns), max_size=3, unique=True)):
+        things[own % draw(st.just(b"") | any_name)] = draw(any_content)
     for kind in draw(st.lists(st.sampled_from(["directory", "link", "fifo"]), max_size=3)):
         things[
             draw(
@@ -471,16 +468,11 @@ def test_whatever_lies_around_is_neither_sent_nor_lost(things: dict[bytes, bytes
         strew(directory, things)
         before = identities(directory)
         try:
-            queue = program.Staging(directory)
-            offered = {
-                entry: data for entry in queue.names() if (data := queue.load(entry)) is not None
-            }
-            own = stage(queue, GOOD)
-            assert own == max(queue.names())
+            versions = offered(restart(directory))
             after = identities(directory)
         finally:
             leave(directory)
-    assert offered == {
+    assert dict(versions) == {
         os.fsdecode(entry): thing
         for entry, thing in things.items()
         if isinstance(thing, bytes)
@@ -489,62 +481,153 @@ def test_whatever_lies_around_is_neither_sent_nor_lost(things: dict[bytes, bytes
     }
     remain = {identity[0] for identity in after.values()}
     lost = {entry for entry, identity in before.items() if identity[0] not in remain}
-    assert all(entry.startswith(".partial-") for entry in lost)
+    assert all(entry.startswith(".") and entry.endswith(".partial") for entry in lost)
 
 
-# --- names across restarts ---
+# --- what is named, and what is held in memory ---
+
+
+class NoS3(program.Bucket):
+    """A bucket that a put does not reach."""
+
+    def put(self, name: str, data: bytes) -> program.Receipt:  # noqa: ARG002 - as in the base class
+        """Refuse, for good."""
+        raise program.BackupError("cannot store", "wait")
 
 
 @pytest.fixture
-def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], None]:
-    """Return a function that sets the clock by which versions are named."""
-
-    def set_clock(offset: timedelta) -> None:
-        class Clock(datetime):
-            @classmethod
-            def now(cls, tz: tzinfo | None = None) -> Self:
-                moment = datetime.now(tz) + offset
-                return cls.fromtimestamp(moment.timestamp(), tz)
-
-        monkeypatch.setattr(program, "datetime", Clock)
-
-    return set_clock
+def daemon(lnd: Lnd, staging: Path) -> Callable[[], program.Daemon]:
+    """Return what makes a daemon that sends nothing."""
+    env = settings_at("http://127.0.0.1:9", lnd, staging) | {"RESCAN_SECONDS": "0.05"}
+    settings = program.load_settings(env, "run")
+    return lambda: program.Daemon(settings, NoS3("some-bucket", "alice/", {}))
 
 
-@pytest.mark.parametrize("sent", [False, True])
+@pytest.fixture
+def look(daemon: Callable[[], program.Daemon], staging: Path) -> Callable[[], None]:
+    """Return what looks at the file once, as `once` does, and stages what is to be staged."""
+
+    async def scenario() -> None:
+        (one := daemon()).stop.set()
+        await one.run(PATIENCE_SECONDS, 0)
+
+    def once() -> None:
+        leave(staging)
+        asyncio.run(scenario())
+
+    return once
+
+
+@pytest.mark.parametrize("known", ["staged", "receipt", "newest of the receipt"])
 def test_names_increase_when_the_clock_is_set_back(
-    queue: program.Staging,
+    known: str,
+    lnd: Lnd,
     staging: Path,
-    set_clock: Callable[[timedelta], None],
-    *,
-    sent: bool,
+    look: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Names increase across restarts with the clock set back by a day, whether or not all was sent
-    before.
+    """Names increase across restarts with the clock set back by a day, whether the highest one is
+    still staged, was sent last, or was sent before older ones.
     """
-    names = []
-    for days in range(3):
-        set_clock(timedelta(days=-days))
-        names.append(stage(queue, data := channel_backup(1)))
-        if sent:
-            queue.discard(receipt(names[-1], data))
-            assert files(staging) == {}
-        queue = restart(staging)
-    assert names == sorted(set(names))
+
+    class Yesterday(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls.fromtimestamp(datetime.now(tz).timestamp() - 86400, tz)
+
+    lnd.write()
+    look()
+    ((name, data),) = files(staging).items()
+    if known != "staged":
+        last = name if known == "receipt" else true_name(data)
+        discard(queue := restart(staging), name, data)
+        queue.acknowledge(receipt(last, data, newest=name))
+        queue.tidy()
+    monkeypatch.setattr(program, "datetime", Yesterday)
+    lnd.write()
+    look()
+    at = program.captured_at(name)
+    assert at
+    assert program.captured_at(max(files(staging))) == at + timedelta(microseconds=1)
 
 
-def test_late_receipt_of_an_older_version_is_not_remembered(
-    queue: program.Staging, staging: Path, set_clock: Callable[[timedelta], None]
+@pytest.mark.parametrize(("number", "count"), [(0, 3), (1, 2), (2, 3)])
+def test_staged_bytes_count_only_as_the_newest(
+    number: int, count: int, lnd: Lnd, staging: Path, look: Callable[[], None]
 ) -> None:
-    """The receipt that is remembered is the newest version's, since it is sent first and the older
-    ones follow.
+    """Of the staged versions only the newest one counts as the one on disk."""
+    versions = [channel_backup(1) for _ in range(3)]
+    for data, day in zip(versions[:2], ("01", "02"), strict=True):
+        (staging / true_name(data, f"202001{day}T000000.000000Z-")).write_bytes(data)
+    lnd.write(data=versions[number])
+    look()
+    assert len(files(staging)) == count
+    assert files(staging)[max(files(staging))] == versions[number]
+
+
+@pytest.mark.parametrize(
+    ("size", "level"),
+    [(45, logging.WARNING), (46, logging.WARNING), (415, logging.WARNING), (416, logging.INFO)],
+)
+def test_unusual_sizes_are_staged_with_a_warning(
+    size: int,
+    level: int,
+    lnd: Lnd,
+    staging: Path,
+    look: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A version without channels, or of a size that LND does not write today, is staged like any
+    other, and told of.
     """
-    older, newer = stage(queue, b"1" * 500), stage(queue, b"2" * 500)
-    queue.discard(receipt(newer, b"2" * 500))
-    queue.discard(receipt(older, b"1" * 500))
-    set_clock(timedelta(days=-1))
-    assert stage(restart(staging), b"3" * 500) > newer
-    assert json.loads((staging / ".receipt").read_bytes())["name"] == newer
+    data = lnd.write(data=os.urandom(size)).data
+    look()
+    assert list(files(staging).values()) == [data]
+    (entry,) = [entry for entry in caplog.records if "captured" in entry.getMessage()]
+    assert entry.levelno == level
+    assert ("no channels" in entry.getMessage()) == (size == 45)
+
+
+def test_memory_keeps_the_newest_version_alone(
+    lnd: Lnd,
+    staging: Path,
+    daemon: Callable[[], program.Daemon],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the disk refuses, the newest version is held, each older one is given up with an error
+    that names it, and what is held is staged as it is once the disk is well.
+    """
+
+    def log(pattern: str) -> list[str]:
+        return re.findall(pattern, "\n".join(errors(caplog) + caplog.messages))
+
+    async def until(is_so: Callable[[], object]) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not is_so():  # noqa: ASYNC110 - the log has no event
+                await asyncio.sleep(0.01)
+
+    async def scenario() -> list[str]:
+        running = asyncio.create_task((one := daemon()).run(0, 0))
+        with mock.patch.object(program, "write_file", side_effect=full):
+            names = []
+            for _ in range(3):
+                ending = lnd.write().sha256[-6:]
+                await until(lambda ending=ending: log(rf"captured \S+-{ending}"))  # type: ignore[misc]
+                names += log(rf"captured (\S+-{ending})")[:1]
+        await until(lambda: files(staging))
+        one.stop.set()
+        await running
+        return names
+
+    monkeypatch.setattr(program, "TROUBLE_SECONDS", 0.02)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    names = asyncio.run(scenario())
+    assert files(staging) == {names[-1]: lnd.written[-1].data}
+    lost = [message for message in errors(caplog) if any(name in message for name in names)]
+    assert [name in message for name, message in zip(names, lost, strict=False)] == [True, True]
+    assert len([message for message in errors(caplog) if "No space left" in message]) == 1
+    assert restart(staging).pending == names[-1:]
 
 
 # --- a disk that fails ---
@@ -587,7 +670,8 @@ class Disk:
             "replace",
             "unlink",
             "remove",
-            "write",
+            "fchmod",
+            "scandir",
         ):
             self._stack.enter_context(
                 mock.patch.object(os, name, self._wrap(name, getattr(os, name)))
@@ -606,8 +690,14 @@ class Disk:
 
         return call
 
-    def _open(self, descriptor: int, mode: str = "r") -> io.BufferedIOBase:
-        """Open a descriptor as open() does, with a write that can fail."""
+    def _open(
+        self,
+        file: Any,  # noqa: ANN401 - as open() takes it
+        mode: str = "r",
+        *,
+        opener: Callable[[str, int], int] | None = None,
+    ) -> io.BufferedIOBase:
+        """Open a descriptor, or a name, as open() does, with a write that can fail."""
         disk = self
 
         class Raw(io.FileIO):
@@ -615,7 +705,7 @@ class Disk:
                 disk.step("write", self.fileno())
                 return super().write(data) or 0
 
-        raw = Raw(descriptor, mode)
+        raw = Raw(file, mode, opener=opener)
         return io.BufferedWriter(raw) if "w" in mode else io.BufferedReader(raw)
 
 
@@ -629,9 +719,8 @@ def _named(target: object) -> str:
 def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging: Path) -> None:
     """The bytes are written and synced before the rename, and the directory after it."""
     with Disk() as disk:
-        queue.stage(GOOD)
-    (name,) = files(staging)
-    partial = f".partial-{name}"
+        name = stage(queue, GOOD)
+    partial = f".{name}.partial"
     assert (
         disk.index("open", partial)
         < disk.index("write", partial)
@@ -649,11 +738,11 @@ def test_receipt_is_on_disk_before_the_version_is_deleted(
     """
     name = stage(queue, GOOD)
     with Disk() as disk:
-        queue.discard(receipt(name, GOOD))
+        discard(queue, name, GOOD)
     assert (
-        disk.index("write", ".partial-.receipt")
-        < disk.index("fsync", ".partial-.receipt")
-        < disk.index("rename", ".partial-.receipt")
+        disk.index("write", "..receipt.partial")
+        < disk.index("fsync", "..receipt.partial")
+        < disk.index("rename", "..receipt.partial")
         < disk.index("fsync", staging.name)
         < disk.index("unlink", name)
     )
@@ -678,44 +767,43 @@ def each_call(act: Callable[[Disk, int], None]) -> int:
             return number - 1
 
 
-@pytest.mark.parametrize(
+each_error = pytest.mark.parametrize(
     "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror
 )
-def test_version_is_staged_or_held_when_any_call_fails(code: int, tmp_path: Path) -> None:
-    """Whichever call the disk refuses while staging, the version is offered whole, and staged once
-    the disk is well.
+
+
+@each_error
+def test_version_is_staged_at_the_next_try_when_any_call_fails(code: int, tmp_path: Path) -> None:
+    """Whichever call the disk refuses while staging, that is said, and the version is staged and
+    offered once at the next try.
     """
 
     def act(disk: Disk, number: int) -> None:
         directory = tmp_path / str(number)
-        queue = program.Staging(directory)
+        queue, version = program.Staging(directory), program.Version(true_name(GOOD), GOOD)
         disk.error, disk.failing = OSError(code, os.strerror(code)), lambda call: call == number
-        with disk:
-            queue.stage(GOOD)
-        (name,) = queue.names()
-        assert queue.load(name) == GOOD
+        with disk, contextlib.suppress(program.BackupError):
+            queue.stage(version)
         assert_whole(directory)
-        assert {entry.name for entry in directory.iterdir()} <= {".lock", name}
-        queue.settle()
-        assert queue.names() == [name]
-        assert files(directory) == {name: GOOD}
-        assert mode(directory / name) == 0o600
-        queue = restart(directory)
-        assert {entry.name for entry in directory.iterdir()} == {".lock", name}
-        assert queue.load(name) == GOOD
+        assert {entry.name for entry in directory.iterdir()} <= {".lock", version.name}
+        queue.relist()
+        queue.stage(version)
+        assert queue.pending == [version.name]
+        assert files(directory) == {version.name: GOOD}
+        assert mode(directory / version.name) == 0o600
+        assert offered(restart(directory)) == [version]
+        assert {entry.name for entry in directory.iterdir()} == {".lock", version.name}
         leave(directory)
 
     assert each_call(act) >= 5
 
 
-@pytest.mark.parametrize(
-    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror
-)
+@each_error
 def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
     code: int, tmp_path: Path
 ) -> None:
-    """Whichever call the disk refuses after a receipt, the version is not offered again, and later
-    names are higher.
+    """Whichever call the disk refuses after a receipt, the version is not offered again, is deleted
+    at the next try, and its name is remembered.
     """
 
     def act(disk: Disk, number: int) -> None:
@@ -723,13 +811,15 @@ def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
         queue = program.Staging(directory)
         name = stage(queue, GOOD)
         disk.error, disk.failing = OSError(code, os.strerror(code)), lambda call: call == number
-        with disk:
-            queue.discard(receipt(name, GOOD))
-        assert queue.names() == []
+        with disk, contextlib.suppress(program.BackupError):
+            discard(queue, name, GOOD)
         assert_whole(directory)
-        queue = restart(directory)
-        assert set(queue.names()) <= {name}
-        assert stage(queue, channel_backup(1)) > name
+        remembered = program.read_receipt(directory)
+        assert name in files(directory) or (remembered and remembered.name == name)
+        queue.relist()
+        assert queue.newest() is None
+        queue.tidy()
+        assert {entry.name for entry in directory.iterdir()} == {".lock", ".receipt"}
         leave(directory)
 
     assert each_call(act) >= 6
@@ -751,104 +841,43 @@ def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
         disk.error, disk.failing = PowerCut(), lambda call: call >= number
         with disk, contextlib.suppress(PowerCut):
             if while_discarding:
-                queue.discard(receipt(name, old))
+                discard(queue, name, old)
             else:
-                queue.stage(GOOD)
+                stage(queue, GOOD)
         queue = restart(directory)
         assert_whole(directory)
-        left = [queue.load(entry) for entry in queue.names()]
+        left = [version.data for version in offered(queue)]
         assert left in ([[], [old]] if while_discarding else [[old], [GOOD, old]])
-        assert stage(queue, channel_backup(1)) > name
-        assert not [entry for entry in directory.iterdir() if entry.name.startswith(".partial-")]
+        assert left or (queue.receipt and queue.receipt.name == name)
+        assert not list(directory.glob(".*.partial"))
         leave(directory)
 
     assert each_call(act) >= 5
 
 
-@contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """Let every write fail, and nothing else."""
-    with Disk(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) as disk:
-        disk.failing = lambda call: disk.calls[call - 1][0] in ("write", "fsync", "fdatasync")
-        yield
-
-
-def test_full_disk_is_said_and_versions_wait_in_memory(
-    queue: program.Staging, staging: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """On a full disk versions are offered from memory, with one error, and staged as they are once
-    there is room.
-    """
-    with full_disk():
-        versions = {
-            stage(queue, data): data
-            for data in (channel_backup(1), channel_backup(2), channel_backup(3))
-        }
-        assert queue.names() == sorted(versions, reverse=True)
-        assert {name: queue.load(name) for name in versions} == versions
-        assert files(staging) == {}
-        assert queue.is_newest(list(versions.values())[-1])
-    assert len([message for message in errors(caplog) if "No space left" in message]) == 1
-    queue.settle()
-    assert files(staging) == versions
-    assert restart(staging).names() == sorted(versions, reverse=True)
-
-
-def test_memory_keeps_the_newest_versions_alone(
-    queue: program.Staging, staging: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of more versions than memory may hold the oldest are given up, each with an error."""
-    count = program.HELD_COUNT_MAX + 3
-    names = []
-    with full_disk():
-        for _ in range(count):
-            queue.stage(channel_backup(1))
-            names.append(queue.names()[0])
-        assert queue.names() == names[: -program.HELD_COUNT_MAX - 1 : -1]
-    given_up = [message for message in errors(caplog) if "gave up" in message]
-    assert len(given_up) == 3
-    assert all(name in message for name, message in zip(names, given_up, strict=False))
-    queue.settle()
-    assert sorted(files(staging)) == names[3:]
-
-
-def test_version_sent_from_memory_is_not_offered_again(
+def test_version_that_was_never_on_disk_leaves_its_receipt(
     queue: program.Staging, staging: Path
 ) -> None:
-    """A version that was sent from memory, while the disk is still full, is not offered again."""
-    with full_disk():
-        name = stage(queue, GOOD)
-        queue.discard(receipt(name, GOOD))
-        assert queue.names() == []
-    queue.settle()
-    assert queue.names() == []
+    """The receipt of a version that was sent from memory is remembered like any other."""
+    discard(queue, true_name(GOOD), GOOD)
     assert files(staging) == {}
-    assert stage(queue, channel_backup(1)) > name
-
-
-def test_version_sent_from_memory_once_the_disk_is_well_leaves_its_receipt(
-    queue: program.Staging, staging: Path
-) -> None:
-    """The receipt of a version that was never on disk is remembered like any other."""
-    with full_disk():
-        name = stage(queue, GOOD)
-    queue.discard(receipt(name, GOOD))
-    assert queue.names() == []
-    assert files(staging) == {}
-    assert json.loads((staging / ".receipt").read_bytes())["name"] == name
+    assert program.read_receipt(staging) == queue.receipt
 
 
 def test_version_that_cannot_be_read_keeps_its_place(queue: program.Staging, staging: Path) -> None:
-    """A staged file that the disk does not give back is neither deleted nor called damaged."""
-    name = stage(queue, GOOD)
+    """A staged file that the disk does not give back is neither deleted nor called damaged, and
+    does not keep back the others.
+    """
+    versions = [(stage(queue, data), data) for data in (channel_backup(1), GOOD)]
     with (
         Disk(OSError(errno.EIO, os.strerror(errno.EIO)), lambda _: True),
-        pytest.raises(OSError, match="Input/output error"),
+        pytest.raises(program.BackupError, match="Input/output error"),
     ):
-        queue.load(name)
-    assert queue.names() == [name]
-    assert queue.load(name) == GOOD
-    assert files(staging) == {name: GOOD}
+        queue.newest()
+    assert queue.newest() == versions[0]
+    queue.relist()
+    assert offered(queue) == versions[::-1]
+    assert files(staging) == dict(versions)
 
 
 @pytest.fixture
@@ -877,18 +906,18 @@ def fill(directory: Path) -> Path:
     return path
 
 
-def test_disk_that_is_really_full_loses_nothing(small_disk: Path) -> None:
-    """On a file system without a byte left versions wait in memory, and are staged when there is
-    room again.
+def test_disk_that_is_really_full_leaves_nothing_half(small_disk: Path) -> None:
+    """On a file system without a byte left a version is refused and leaves nothing, and is staged
+    when there is room again.
     """
     queue = program.Staging(small_disk)
     filler = fill(small_disk)
-    versions = {stage(queue, data): data for data in (channel_backup(10), channel_backup(10))}
-    assert {name: queue.load(name) for name in queue.names()} == versions
+    with pytest.raises(program.BackupError, match="No space left"):
+        stage(queue, data := channel_backup(10))
     assert set(files(small_disk)) == {"theirs"}
     filler.unlink()
-    queue.settle()
-    assert files(small_disk) == versions
+    name = stage(queue, data)
+    assert offered(restart(small_disk)) == [(name, data)]
 
 
 def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd) -> None:
@@ -915,9 +944,9 @@ def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> No
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "file").write_bytes(b"")
     for name in ("link", "file"):
-        with pytest.raises(program.Failure) as caught:
+        with pytest.raises(program.ConfigError) as caught:
             program.Staging(tmp_path / name)
-        assert caught.value.cause.exit_code == 78
+        assert caught.value.exit_code == 78
         assert caught.value.hint
     assert list((tmp_path / "real").iterdir()) == []
 
@@ -929,6 +958,6 @@ def test_disk_that_refuses_the_lock_is_refused(code: int, staging: Path) -> None
     """A disk on which not even the lock file can be made is refused with the system's reason."""
     with (
         Disk(OSError(code, os.strerror(code)), lambda call: call == 2),
-        pytest.raises(program.Failure, match=os.strerror(code)),
+        pytest.raises(program.ConfigError, match=os.strerror(code)),
     ):
         program.Staging(staging)

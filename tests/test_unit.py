@@ -8,8 +8,10 @@ on a systemd that runs: `make test-systemd`.
 from __future__ import annotations
 
 import configparser
+import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -18,17 +20,18 @@ import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from kit import CHECKOUT, NOBODY, SCRIPT, run_script
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     Wrapper = Callable[..., subprocess.CompletedProcess[str]]
 
 UNIT = CHECKOUT / "lnd-backup.service"
+CHECK_UNIT = CHECKOUT / "systemd/lnd-backup-check@.service"
 EXPOSURE_MAX = "12"  # ten times the score
 SETTINGS = "etc/default/lnd-backup-env"
 HOME = "opt/lnd-backup"
@@ -161,6 +164,7 @@ def test_the_template_is_the_unit() -> None:
         "StateDirectory=%N",
         "RuntimeDirectory=%N",
         "Wants=%N.timer",
+        "Wants=lnd-backup-check@%N.timer",
     ):
         assert f"\n{name}\n" in text
 
@@ -175,6 +179,7 @@ def runnable_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "venv/bin/python",
         "s3_backup_lnd_channels.py",
         "remount-if-replaced",
+        "check-twice",
         "alert.py",
     ):
         (current / program).symlink_to("/bin/true")
@@ -201,7 +206,7 @@ def test_systemd_has_nothing_to_say_of_the_units(runnable_units: Path) -> None:
         for path in runnable_units.iterdir()
         if path.suffix in {".service", ".timer"} and "@." not in path.name
     ]
-    assert len(units) == 8
+    assert len(units) == 10
     told = run(
         "systemd-analyze",
         "verify",
@@ -210,6 +215,48 @@ def test_systemd_has_nothing_to_say_of_the_units(runnable_units: Path) -> None:
         env={"SYSTEMD_UNIT_PATH": f"{runnable_units}:"},
     )
     assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+
+
+def test_the_check_is_hardened_like_the_service_and_writes_nothing() -> None:
+    """Every restriction of the service's stands in the unit of its check, which may not even write
+    the staging directory; its alert hears of both ends, and 75 is no failure.
+    """
+    service, check = section(UNIT, "Service"), section(CHECK_UNIT, "Service")
+    own = {
+        "Type", "NotifyAccess", "ExecStart", "Environment", "EnvironmentFile", "StateDirectory",
+        "StateDirectoryMode", "RuntimeDirectory", "RuntimeDirectoryMode", "SyslogIdentifier",
+        "Restart", "RestartSec", "RestartPreventExitStatus", "WatchdogSec", "TimeoutStartSec",
+        "TimeoutStopSec", "NoExecPaths",
+    }  # fmt: skip
+    shared = set(service) - own
+    assert len(shared) > 35
+    assert {name: check.get(name) for name in shared} == {name: service[name] for name in shared}
+    assert check["EnvironmentFile"] == service["EnvironmentFile"].replace("%N", "%i")
+    assert "StateDirectory" not in check
+    assert check["NoExecPaths"] == "/"
+    text = CHECK_UNIT.read_text(encoding="utf-8")
+    for line in re.findall(
+        r"^(?:SystemCallFilter|Environment=AWS)\S*.*$", UNIT.read_text(), re.MULTILINE
+    ):
+        assert f"\n{line}\n" in text
+    assert "75" in check["SuccessExitStatus"].split()
+    unit = section(CHECK_UNIT, "Unit")
+    assert unit["OnFailure"] == unit["OnSuccess"] == section(UNIT, "Unit")["OnFailure"]
+
+
+def test_the_times_of_the_check_fit() -> None:
+    """It runs hourly, at a random time, not right after the start; two checks of a minute and the
+    wait between them fit into its time, and its alert into its own.
+    """
+    timer = section(CHECKOUT / "systemd/lnd-backup-check@.timer", "Timer")
+    assert seconds(timer["OnUnitInactiveSec"]) == 3600
+    assert seconds(timer["OnActiveSec"]) > 10 * 60, "until then a version may wait"
+    assert seconds(timer["RandomizedDelaySec"]) >= 300
+    again = re.search(r"^Environment=AGAIN_SECONDS=(\d+)$", CHECK_UNIT.read_text(), re.MULTILINE)
+    assert again
+    assert seconds(section(CHECK_UNIT, "Service")["TimeoutStartSec"]) > 2 * 60 + int(again[1])
+    alert = section(CHECKOUT / "systemd/lnd-backup-alert@.service", "Service")
+    assert seconds(alert["TimeoutStartSec"]) > 5 * alert_module().PATIENCE_SECONDS
 
 
 @needs_systemd_analyze
@@ -223,7 +270,7 @@ def test_the_exposure_is_low(drop_in: str, runnable_units: Path, tmp_path: Path)
         shutil.copy(CHECKOUT / "systemd" / drop_in, tmp_path / "lnd-backup.service.d")
     told = run(
         "systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_MAX}",
-        "--no-pager", unit,
+        "--no-pager", unit, runnable_units / "lnd-backup-check@alice.service",
         env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
     )  # fmt: skip
     assert told.returncode == 0, told.stdout[-2000:] + told.stderr
@@ -412,6 +459,9 @@ class TestInstall:
         modes = {
             f"{HOME}/current/s3_backup_lnd_channels.py": 0o644,
             f"{HOME}/current/remount-if-replaced": 0o755,
+            f"{HOME}/current/check-twice": 0o755,
+            f"{UNITS}/lnd-backup-check@.service": 0o644,
+            f"{UNITS}/lnd-backup-check@.timer": 0o644,
             f"{UNITS}/lnd-backup.service": 0o644,
             f"{UNITS}/lnd-backup@.service": 0o644,
             f"{UNITS}/lnd-backup.timer": 0o644,
@@ -587,6 +637,13 @@ class TestRefusals:
             ("AWS_REGIONs=b", "there is no setting AWS_REGIONs"),
             ("LND_USER=bit;coin", "LND_USER=bit;coin is no user's name"),
             ("LND_DIRECTORY=/nowhere", "/nowhere is no directory"),
+            ("NODE=a/b", "NODE=a/b is no name for a node"),
+            ("COPY_DIRECTORY=/nowhere/copies", "there is no directory /nowhere/copies"),
+            ("COPY_DIRECTORY=/home/me/copies", "the service sees no homes"),
+            ("COPY_DIRECTORY=/tmp/copies", "a /tmp of its own"),
+            ("COPY_DIRECTORY=/srv/two words", "a unit file would read differently"),
+            ("COPY_DIRECTORY=/proc", "/proc is the mount point"),
+            ("FORCE=1", "there is no setting FORCE"),
         ],
     )
     def test_variables(self, given: str, told: str, released: Package, tmp_path: Path) -> None:
@@ -715,28 +772,60 @@ class TestUninstall:
         assert left == ["etc/default/lnd-backup-alert", SETTINGS, str(staged.relative_to(root))]
         assert "kept: settings and staged versions: /etc/default/lnd-backup-env" in done.stdout
 
-    def test_purge_removes_them_and_says_what_was_not_sent(
+    @pytest.mark.parametrize("place", ["lnd-backup", "lnd-backup@alice", "elsewhere"])
+    def test_purge_refuses_while_versions_wait(
+        self, place: str, released: Package, root: Path
+    ) -> None:
+        """A version that was never sent, of whichever node and in whichever staging directory, is
+        named, and nothing is changed.
+        """
+        version = root / "var/lib" / place / "20261120T215558.123456Z-a1b2c3"
+        version.parent.mkdir(parents=True)
+        version.write_bytes(b"x")
+        other = "BACKUP_DIRECTORY=/var/lib/elsewhere\n"
+        (root / "etc/default/lnd-backup@bob-env").write_text(other, encoding="utf-8")
+        before = tree(root)
+        done = released.make("purge", root)
+        assert done.returncode != 0
+        named, told, hint, _ = done.stderr.splitlines()
+        assert named == str(version)
+        assert told.endswith("never reached the bucket; nothing has changed")
+        assert "sudo make purge FORCE=1" in hint
+        assert tree(root) == before
+
+    def test_purge_removes_everything_but_what_is_lnd_s(
         self, released: Package, root: Path
     ) -> None:
-        """Settings and staged versions are removed too, and how many of these were never sent is
-        said first.
+        """Settings, receipts and what the alerts remember are removed too; with FORCE=1 also what
+        was never sent, which is named.
         """
+        versions = []
         for name in ("lnd-backup", "lnd-backup@alice"):
             directory = root / "var/lib" / name
             directory.mkdir(parents=True)
-            (directory / "20261120T215558.123456Z-a1b2c3").write_bytes(b"x")
+            versions.append(directory / "20261120T215558.123456Z-a1b2c3")
             (directory / ".receipt").write_bytes(b"{}")
+        versions[1].write_bytes(b"x")
+        (root / "var/lib/lnd-backup-alert").mkdir()
+        (root / "etc/default/lnd-backup@alice-env").write_text("", encoding="utf-8")
         scb = root / "var/lib/lnd-scb/channel.backup"
         scb.parent.mkdir()
         scb.write_bytes(b"x")
-        done = released.make("purge", root)
+        assert released.make("purge", root, "FORCE=0").returncode != 0
+        done = released.make("purge", root, "FORCE=1")
         assert done.returncode == 0, done.stderr
         assert [path for path in root.rglob("*") if not path.is_dir()] == [scb]
-        assert (
-            "1 versions that never reached the bucket are in /var/lib/lnd-backup@alice"
-            in done.stdout
-        )
-        assert "kept, because it is LND's: /var/lib/lnd-scb" in done.stdout
+        assert f"deleting what never reached the bucket:\n{versions[1]}\n" in done.stdout
+        assert not (root / "var/lib/lnd-backup-alert").exists()
+        assert "kept, because it is LND's: " in done.stdout
+
+    def test_one_node_alone_is_refused(self, released: Package, root: Path) -> None:
+        """NODE= with uninstall or purge would remove more than it says; the lines for it are
+        named.
+        """
+        before = tree(root)
+        assert_refused(released.make("purge", root, "NODE=alice"), "disable --now lnd-backup@alice")
+        assert tree(root) == before
 
     def test_files_that_somebody_changed_stay(self, released: Package, root: Path) -> None:
         """A file that an operator changed is kept, and named."""
@@ -751,6 +840,112 @@ class TestUninstall:
         """Nothing to uninstall is no failure."""
         assert released.make("uninstall", root).returncode == 0
         assert released.make("uninstall", root).returncode == 0
+
+
+@needs_python
+def test_another_node_has_settings_of_its_own(released: Package, root: Path) -> None:
+    """NODE= makes settings of that name beside the others, which stay as they are; an upgrade holds
+    all of them against what systemd would read.
+    """
+    before = (root / SETTINGS).read_bytes()
+    done = released.make("install", root, "NODE=alice", "LND_USER=alice", "S3_BUCKET_NAME=hers")
+    assert done.returncode == 0, done.stderr
+    settings = root / "etc/default/lnd-backup@alice-env"
+    assert settings.stat().st_mode & 0o777 == 0o600
+    text = settings.read_text(encoding="utf-8")
+    assert "S3_BUCKET_NAME=hers\n" in text
+    assert "MONITOR_FILE_PATH=/var/lib/lnd-scb@alice/channel.backup\n" in text
+    assert (root / SETTINGS).read_bytes() == before
+    made = (root / "etc/tmpfiles.d/lnd-backup@alice.conf").read_text(encoding="utf-8")
+    assert re.findall(r"^(?:d|a) (\S+)", made, re.MULTILINE) == ["/var/lib/lnd-scb@alice"] * 2
+    assert " alice lnd-backup " in made
+    again = released.make("install", root)
+    assert again.returncode == 0, again.stderr
+    settings.write_text("export S3_BUCKET_NAME=hers\n", encoding="utf-8")
+    assert_refused(released.make("install", root), "lnd-backup@alice-env", "nothing has changed")
+    settings.write_text(text, encoding="utf-8")
+    assert released.make("uninstall", root).returncode == 0
+    assert list((root / "etc/tmpfiles.d").iterdir()) == []
+    assert settings.exists()
+
+
+@needs_python
+class TestCopyDirectory:
+    """`make install COPY_DIRECTORY=`, for the second place."""
+
+    @pytest.fixture
+    def place(self) -> Iterator[str]:
+        """Return a directory that the service could see."""
+        with tempfile.TemporaryDirectory(dir="/var/lib", prefix="lnd-backup-tests-") as name:
+            yield name
+
+    def test_it_is_set_and_opened(self, place: str, released: Package, root: Path) -> None:
+        """The setting is added to settings that are there, of which nothing else changes, and a
+        drop-in opens the directory; a later upgrade keeps both, and an uninstall removes the
+        drop-in.
+        """
+        before = (root / SETTINGS).read_text(encoding="utf-8")
+        done = released.make("install", root, f"COPY_DIRECTORY={place}")
+        assert done.returncode == 0, done.stderr
+        text = (root / SETTINGS).read_text(encoding="utf-8")
+        assert text == before.replace("#COPY_DIRECTORY=\n", f"COPY_DIRECTORY={place}\n")
+        assert (root / SETTINGS).stat().st_mode & 0o777 == 0o600
+        drop_in = root / UNITS / "lnd-backup.service.d/copy-directory.conf"
+        assert section(drop_in, "Service") == {"ReadWritePaths": f"-{place}"}
+        for given in ([], [f"COPY_DIRECTORY={place}"]):
+            again = released.make("install", root, *given)
+            assert again.returncode == 0, again.stderr
+            assert [line for line in again.stdout.splitlines() if line.startswith("+")] == []
+        assert drop_in.exists()
+        assert released.make("uninstall", root).returncode == 0
+        assert not drop_in.exists()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
+    def test_of_a_stick_the_mount_point_is_opened(self, released: Package, root: Path) -> None:
+        """The drop-in names the mount point: named itself, the directory would be a mount of the
+        service's own. On a disk that also holds LND's file, or is the system's, it is named itself.
+        """
+        for watched, mount_point, opened in (
+            ("/var/lib/lnd-scb", "/mnt", "/mnt"),
+            ("/mnt/lnd", "/mnt", "/mnt/copies"),
+            ("/var/lib/lnd-scb", "/srv", "/srv/copies"),
+        ):
+            text = (root / SETTINGS).read_text(encoding="utf-8")
+            text = re.sub("(?m)^#?COPY_DIRECTORY=.*$", "#COPY_DIRECTORY=", text)
+            text = re.sub("(?m)^MONITOR_FILE_PATH=.*$", f"MONITOR_FILE_PATH={watched}/x", text)
+            (root / SETTINGS).write_text(text, encoding="utf-8")
+            done = run(
+                "unshare", "--mount", "sh", "-euc",
+                'mount -t tmpfs none "$1"; mkdir "$1/copies"; '
+                'make install DESTDIR="$2" PYTHON="$3" COPY_DIRECTORY="$1/copies"',
+                "sh", mount_point, root, PYTHON,
+                cwd=released.checkout,
+                env={"PIP_NO_INDEX": "1"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            drop_in = root / UNITS / "lnd-backup.service.d/copy-directory.conf"
+            assert section(drop_in, "Service") == {"ReadWritePaths": f"-{opened}"}
+
+    def test_another_value_is_not_overwritten(
+        self, place: str, released: Package, root: Path
+    ) -> None:
+        """A directory that is set already stays, and nothing is changed."""
+        with (root / SETTINGS).open("a", encoding="utf-8") as settings:
+            settings.write("COPY_DIRECTORY=/mnt/other\n")
+        before = tree(root)
+        assert_refused(
+            released.make("install", root, f"COPY_DIRECTORY={place}"), "is never changed"
+        )
+        assert tree(root) == before
+
+    def test_another_name_of_it_is_refused(self, place: str, released: Package, root: Path) -> None:
+        """A link could lead elsewhere tomorrow; the real name is told."""
+        os.mkdir(f"{place}/real")
+        os.symlink("real", f"{place}/link")
+        assert_refused(
+            released.make("install", root, f"COPY_DIRECTORY={place}/link"),
+            f"make install COPY_DIRECTORY={place}/real",
+        )
 
 
 @needs_python
@@ -778,9 +973,16 @@ def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> 
             encoding="utf-8"
         )
         assert "left to fill in" not in done.stdout
+        check = root / UNITS / "lnd-backup-check@lnd-backup.service.d/lnd-directory.conf"
+        assert section(check, "Service") == drop_in
+        assert "Wants=" not in check.read_text(encoding="utf-8")
+        check.unlink()  # as an earlier version left it
+        check.parent.rmdir()
         assert released.make("install", root).returncode == 0
+        assert section(check, "Service") == drop_in
         assert released.make("uninstall", root).returncode == 0
         assert not (root / UNITS / "lnd-backup.service.d").exists()
+        assert not check.parent.exists()
 
 
 # --- the lnd-backup command ---
@@ -808,9 +1010,23 @@ def wrapper(tmp_path: Path) -> Wrapper:
     stubs = {
         command: text,
         programs / "id": "#!/bin/sh\necho ${TEST_UID-0}\n",
-        programs / "systemctl": '#!/bin/sh\ncase "$*" in *ProtectHome*) echo tmpfs ;; esac\n',
+        programs / "uname": "#!/bin/sh\necho box\n",
+        programs / "journalctl": '#!/bin/sh\n[ "$1" = --sync ] || echo "its log"\n',
+        programs / "systemctl": """#!/bin/sh
+case "$*" in
+*ProtectHome*) echo tmpfs ;;
+start*) exit "${TEST_START-0}" ;;
+esac
+""",
         programs / "systemd-run": '#!/bin/sh\necho systemd-run\nprintf "%s\\n" "$@"\nexit 75\n',
-        python: '#!/bin/sh\necho python\nprintf "%s\\n" "$@"\nenv | grep ^AWS_ | sort\nexit 78\n',
+        python: """#!/bin/sh
+[ "$3" != --version ] || { echo "s3_backup_lnd_channels.py 0.1.0"; exit; }
+echo python
+printf "%s\\n" "$@"
+env | grep ^AWS_ | sort
+exit 78
+""",
+        tmp_path / "opt/s3_backup_lnd_channels.py": "the program\n",
     }
     for path, content in stubs.items():
         path.write_text(content, encoding="utf-8")
@@ -929,6 +1145,350 @@ def test_what_the_wrapper_refuses(wrapper: Wrapper) -> None:
         done = wrapper(*args)
         assert (done.returncode, done.stdout) == (2, "")
     assert lines_of(wrapper("--help"))[-1] == "--help"
+    for command in ("card", "test-alert"):
+        refused = wrapper(command, env={"TEST_UID": "1000"})
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"sudo lnd-backup {command}" in refused.stderr
+
+
+def test_the_card_is_that_of_the_recovery_page_and_holds_no_secret(
+    wrapper: Wrapper, tmp_path: Path
+) -> None:
+    """Line by line it is the card of docs/recovery.md, filled in with what the settings hold."""
+    secret = "wJalrXUtnFEMI"
+    (tmp_path / "lnd-backup@alice-env").write_text(
+        "S3_BUCKET_NAME=old\nS3_BUCKET_NAME=my-bucket\nS3_BACKUP_PREFIX='node 1/'\n"
+        f"AWS_ENDPOINT_URL_S3=https://me:{secret}@s3.example.org\nAWS_REGION=eu-central-1\n"
+        f"AWS_ACCESS_KEY_ID=AKIA{secret}\nAWS_SECRET_ACCESS_KEY={secret}\n"
+        f"HEARTBEAT_URL=https://hc.example.org/{secret}\n",
+        encoding="utf-8",
+    )
+    done = wrapper("@alice", "card")
+    assert done.returncode == 0, done.stderr
+    card = done.stdout
+    assert secret not in card
+    for line in (
+        "node (name, public key)  box, alice, " + "_" * 51,
+        "bucket   my-bucket",
+        "prefix   node 1/",
+        "endpoint https://s3.example.org",
+        "region   eu-central-1",
+    ):
+        assert f"{line}\n" in card
+    assert re.search("version  0.1.0  from", card)
+    assert hashlib.sha256(b"the program\n").hexdigest() in card
+    page = (CHECKOUT / "docs/recovery.md").read_text(encoding="utf-8")
+    blank = page.partition("## Recovery card")[2].split("```")[1].removeprefix("text\n")
+    labels = re.split("_{3,}|\n", blank)
+    assert len(labels) > 15
+    for name in map(str.strip, labels):
+        assert name in card, name
+    aws = wrapper("card").stdout
+    assert "endpoint AWS\n" in aws
+    assert "node (name, public key)  box, ___" in aws
+
+
+def test_a_test_alert_says_how_it_went(wrapper: Wrapper) -> None:
+    """What the alert printed is shown, and its failure handed on."""
+    done = wrapper("test-alert")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "its log\n")
+    failed = wrapper("@alice", "test-alert", env={"TEST_START": "1"})
+    assert (failed.returncode, failed.stderr) == (1, "its log\n")
+
+
+# --- what the check says, and who hears of it ---
+
+
+def alert_module() -> Any:  # noqa: ANN401 - a script that is no package
+    """Return systemd/alert.py as a module."""
+    spec = importlib.util.spec_from_file_location("alert", CHECKOUT / "systemd/alert.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def check_twice(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return what runs a stand-in for `check` whose exit codes are given, one for each run."""
+    (tmp_path / "check").write_text(
+        """#!/bin/sh
+set -- $(cat "$RUNTIME_DIRECTORY/codes")
+echo "run with $1"
+echo "hint: of $1" >&2
+shift_by=1
+code=$1
+shift $shift_by
+echo "$*" >"$RUNTIME_DIRECTORY/codes"
+exit "$code"
+""",
+        encoding="utf-8",
+    )
+
+    def run_it(*codes: int) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "codes").write_text(" ".join(map(str, codes)), encoding="utf-8")
+        script = CHECKOUT / "systemd/check-twice"
+        env = {"RUNTIME_DIRECTORY": str(tmp_path), "INVOCATION_ID": "abc", "AGAIN_SECONDS": "0"}
+        return run("sh", script, "sh", tmp_path / "check", env=env)
+
+    return run_it
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "level"),
+    [
+        ((0,), 0, 6),
+        ((75,), 75, 5),
+        ((1, 0), 0, 6),
+        ((1, 75), 75, 5),
+        ((1, 1), 1, 3),
+        ((78, 78), 78, 3),
+    ],
+)
+def test_a_check_that_fails_is_asked_again(
+    codes: tuple[int, ...],
+    code: int,
+    level: int,
+    check_twice: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    """Only what fails twice is a failure; the last words are in the journal by their weight, and
+    kept for the alert below the id of the run.
+    """
+    done = check_twice(*codes)
+    assert done.returncode == code
+    assert done.stdout.endswith(f"<{level}>run with {code}\n<{level}>hint: of {code}\n")
+    kept = (tmp_path / "said").read_text(encoding="utf-8")
+    assert kept == f"abc\nrun with {code}\nhint: of {code}\n"
+    assert (tmp_path / "codes").read_text(encoding="utf-8") == "\n", "no more than twice"
+
+
+class Teller:
+    """alert.py with a clock, a mail and a POST that are made up."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Set up both ways."""
+        self.module, self.monkeypatch, self.directory = alert_module(), monkeypatch, directory
+        self.now, self.state = 1_800_000_000.0, "active"
+        self.mails: list[str] = []
+        self.posts: list[str] = []
+        self.broken: set[str] = set()
+        monkeypatch.setenv("STATE_DIRECTORY", str(directory))
+        monkeypatch.setenv("ALERT_MAIL", "me@example.org")
+        monkeypatch.setenv("ALERT_URL", "https://ntfy.example.org/secret")
+        monkeypatch.setattr(self.module, "SAID", directory)
+        monkeypatch.setattr(self.module, "output", lambda *_: self.state)
+        monkeypatch.setattr(self.module, "send_mail", self.send("ALERT_MAIL", self.mails))
+        monkeypatch.setattr(self.module, "post", self.send("ALERT_URL", self.posts))
+        monkeypatch.setattr("socket.gethostname", lambda: "box")
+
+    def send(self, way: str, into: list[str]) -> Callable[[str, str, str], None]:
+        """Return what keeps the subjects, or fails."""
+
+        def keep(_: str, subject: str, __: str) -> None:
+            if way in self.broken:
+                raise OSError("secret")
+            into.append(subject)
+
+        return keep
+
+    def ended(self, unit: str, status: int | str, *said: str, result: str = "exit-code") -> int:
+        """Let a unit end with this exit code, having said this, and return the alert's own."""
+        result = "success" if status in {0, 75} else result
+        for name, value in {
+            "SERVICE_RESULT": result,
+            "EXIT_STATUS": status,
+            "INVOCATION_ID": "i",
+        }.items():
+            self.monkeypatch.setenv(f"MONITOR_{name}", str(value))
+        if check := re.fullmatch("lnd-backup-check@(.+).service", unit):
+            (self.directory / check[1]).mkdir(exist_ok=True)
+            text = "".join(f"{line}\n" for line in ("i", *said))
+            (self.directory / check[1] / "said").write_text(text, encoding="utf-8")
+        code: int = self.module.main(unit, lambda: self.now)
+        return code
+
+
+CHECK = "lnd-backup-check@lnd-backup.service"
+REFUSED = "NOT BACKED UP: S3 has refused the key since 14:05 (HTTP 403)"
+FINE = "BACKED UP: s3://b/box/x holds these bytes, stored 3 s ago"
+
+
+@pytest.fixture
+def teller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Teller:
+    """Return the teller of this test."""
+    return Teller(tmp_path, monkeypatch)
+
+
+def test_a_failure_is_told_once_a_day_and_its_end_once(teller: Teller) -> None:
+    """The first failed check tells, those of the next day do not, the one after that does; a check
+    that could not ask changes nothing; the first good one tells that it is over.
+    """
+    for _ in range(23):
+        assert teller.ended(CHECK, 1, REFUSED, "hint: make a new key") == 0
+        teller.now += 3600
+    assert teller.mails == teller.posts == [f"box: lnd-backup: {REFUSED}"]
+    assert teller.ended(CHECK, 75, "UNKNOWN: S3 is out of reach") == 0
+    teller.now += 3300  # the timer's delay is random: a little early
+    teller.ended(CHECK, 1, REFUSED)
+    assert teller.mails == teller.posts == [f"box: lnd-backup: {REFUSED}"] * 2
+    for _ in range(2):
+        teller.now += 3600
+        assert teller.ended(CHECK, 0, FINE) == 0
+    again = "box: lnd-backup: BACKED UP again: s3://b/box/x holds these bytes, stored 3 s ago"
+    assert teller.mails == teller.posts == [f"box: lnd-backup: {REFUSED}"] * 2 + [again]
+    teller.now += 3600
+    teller.ended(CHECK, 1, REFUSED)
+    assert len(teller.mails) == len(teller.posts) == 4
+
+
+def test_nobody_hears_of_what_is_well_or_passes(teller: Teller) -> None:
+    """Neither a good check nor one that could not ask is told, however often."""
+    for said, status in ((FINE, 0), ("UNKNOWN: S3 is out of reach", 75)) * 3:
+        assert teller.ended(CHECK, status, said) == 0
+    assert teller.mails == teller.posts == []
+
+
+def test_each_way_is_told_by_itself(teller: Teller, capsys: pytest.CaptureFixture[str]) -> None:
+    """A way that fails is tried again after the next check, the other is not bothered again; so it
+    is with the end. No secret is printed.
+    """
+    teller.broken = {"ALERT_URL"}
+    assert teller.ended(CHECK, 1, REFUSED) == 1
+    teller.broken = set()
+    assert teller.ended(CHECK, 1, REFUSED) == 0
+    assert len(teller.mails) == len(teller.posts) == 1
+    teller.broken = {"ALERT_MAIL"}
+    assert teller.ended(CHECK, 0, FINE) == 1
+    teller.broken = set()
+    assert teller.ended(CHECK, 0, FINE) == 0
+    assert len(teller.mails) == len(teller.posts) == 2
+    printed = capsys.readouterr().out
+    assert "<3>the message could not be sent: ALERT_URL: OSError" in printed
+    assert "secret" not in printed
+    assert f"<2>box: lnd-backup: {REFUSED}" in printed
+
+
+def test_each_node_is_told_of_by_its_name(teller: Teller) -> None:
+    """The check of one node says nothing of another."""
+    teller.ended(CHECK, 1, REFUSED)
+    teller.ended("lnd-backup-check@lnd-backup@alice.service", 1, "NOT BACKED UP: no bucket")
+    teller.ended("lnd-backup-check@lnd-backup@alice.service", 0, FINE)
+    assert [mail.split(": ")[1:3] for mail in teller.mails] == [
+        ["lnd-backup", "NOT BACKED UP"],
+        ["lnd-backup@alice", "NOT BACKED UP"],
+        ["lnd-backup@alice", "BACKED UP again"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "result", "words"),
+    [
+        (78, "exit-code", "its settings are wrong"),
+        (1, "start-limit-hit", "it failed again and again"),
+        (1, "watchdog", "it did not look at channel.backup for three minutes"),
+        (226, "exit-code", "a directory that a drop-in names is missing"),
+        (1, "exit-code", "it ended with exit code 1"),
+        ("", "exit-code", "it did not start"),
+        ("SEGV", "signal", "it was ended by SEGV"),
+    ],
+)
+def test_a_service_that_stopped_is_told_in_words(
+    status: int | str, result: str, words: str, teller: Teller
+) -> None:
+    """Its failure is told at once, and that it is over only when a check is good and it runs."""
+    teller.ended("lnd-backup.service", status, result=result)
+    told = f"box: lnd-backup has stopped: {words}; new versions of channel.backup are not stored"
+    assert teller.mails == [told]
+    teller.state = "failed"
+    teller.ended(CHECK, 0, FINE)
+    assert teller.mails == [told]
+    teller.state = "active"
+    teller.ended(CHECK, 0, FINE)
+    assert len(teller.mails) == 2
+    assert teller.mails[1].startswith("box: lnd-backup: BACKED UP again: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (["2026-11-28 14:04:00 using x", "NOT BACKED UP: a"], "NOT BACKED UP: a"),
+        (["2026-11-28 14:05:00 error: cannot store: b", "hint: c", "UNKNOWN: d"], "UNKNOWN: d"),
+        (["NOT BACKED UP: \x1b[2Je"], "NOT BACKED UP: ?[2Je"),
+        (["2026-11-28 14:04:00 using x", "hint: h",
+          "2026-11-28 14:05:00 error: configuration: X=: is not set"],
+         "UNKNOWN: the check could not ask: configuration: X=: is not set"),
+        ([], "UNKNOWN: the check itself could not run: its settings are wrong"),
+    ],
+)  # fmt: skip
+def test_the_sentence_is_what_the_check_said(
+    said: list[str], sentence: str, teller: Teller
+) -> None:
+    """The verdict is the subject; without one it is what went wrong, in one line."""
+    teller.ended(CHECK, 78, *said)
+    assert teller.mails == [f"box: lnd-backup: {sentence}"]
+
+
+def test_what_an_earlier_check_said_counts_no_more(teller: Teller) -> None:
+    """A check that did not come to speak is not told in the words of the one before."""
+    teller.ended(CHECK, 0, FINE)
+    said = teller.directory / "lnd-backup/said"
+    kept = said.read_text(encoding="utf-8").replace("i\n", "another\n", 1)
+    teller.monkeypatch.setattr(teller.module, "what_it_said", teller.module.what_it_said)
+    said.write_text(kept, encoding="utf-8")
+    assert teller.module.what_it_said("lnd-backup", "i") == []
+    assert teller.module.what_it_said("lnd-backup", "another") == [FINE]
+
+
+@pytest.mark.parametrize("kept", ["", "[]", '{"journal": "x"}', '{"journal": null}', "\x00"])
+def test_a_state_that_cannot_be_read_is_none(kept: str, teller: Teller) -> None:
+    """Rather told twice than not at all."""
+    (teller.directory / f"{CHECK}.json").write_text(kept, encoding="utf-8")
+    assert teller.ended(CHECK, 1, REFUSED) == 0
+    assert len(teller.mails) == 1
+
+
+def test_a_clock_that_was_set_back_does_not_silence(teller: Teller) -> None:
+    """A time of telling in the future proves nothing."""
+    teller.ended(CHECK, 1, REFUSED)
+    teller.now -= 400 * 86400
+    teller.ended(CHECK, 1, REFUSED)
+    assert len(teller.mails) == 2
+
+
+def test_a_test_goes_out_by_every_way(
+    teller: Teller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent by each way, and says so; a way that fails, and no way at all, is a failure."""
+    assert teller.module.main("test-alert") == 0
+    assert len(teller.mails) == len(teller.posts) == 1
+    assert "<5>sent: ALERT_MAIL\n<5>sent: ALERT_URL\n" in capsys.readouterr().out
+    assert not list(teller.directory.iterdir()), "it is no incident"
+    teller.broken = {"ALERT_MAIL"}
+    assert teller.module.main("test-alert") == 1
+    monkeypatch.delenv("ALERT_MAIL")
+    monkeypatch.delenv("ALERT_URL")
+    capsys.readouterr()
+    assert teller.module.main("test-alert") == 1
+    assert "hint: sudoedit /etc/default/lnd-backup-alert" in capsys.readouterr().out
+
+
+def test_a_message_is_posted_whole_and_not_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body is UTF-8, begins with the sentence, and is cut between two characters."""
+    module, bodies = alert_module(), list[bytes]()
+
+    class Opener:
+        def open(self, request: Any, **_: object) -> contextlib.AbstractContextManager[None]:  # noqa: ANN401
+            bodies.append(request.data)
+            return contextlib.nullcontext()
+
+    monkeypatch.setattr("urllib.request.build_opener", lambda *_: Opener())
+    module.post("https://ntfy.example.org/x", "NOT BACKED UP: ü", "ü" * 5000)
+    assert bodies[0].decode().startswith("NOT BACKED UP: ü\n\nüü")
+    assert 3400 < len(bodies[0]) <= 3500
+    with pytest.raises(ValueError, match="not http"):
+        module.post("file:///etc/passwd", "x", "y")
 
 
 # --- the settings ---

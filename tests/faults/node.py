@@ -77,8 +77,8 @@ def small_disk(staging: Path) -> Iterator[Path]:
 def test_staging_disk_is_full(
     env: dict[str, str], lnd: Lnd, fake: FakeS3, small_disk: Path, check: Callable[..., None]
 ) -> None:
-    """While the disk is full versions go out from memory; what was not sent is staged when there is
-    room again.
+    """While the disk is full versions go out from memory; the newest, if it was not sent, is staged
+    when there is room again.
     """
     filler = small_disk / ".filler"
     with Daemon(env | {"RESCAN_SECONDS": "0.2"}) as daemon:
@@ -88,12 +88,13 @@ def test_staging_disk_is_full(
                 pass
         for _ in range(5):
             daemon.wait_for_stored(lnd.write())
-        daemon.wait_for_log("error: cannot stage: ")
+        daemon.wait_for_log("error: cannot stage")
         fake.hold()
-        for _ in range(4):
-            daemon.wait_for_captured(lnd.write())
+        daemon.wait_for_captured(lnd.write())
         filler.unlink()
         daemon.wait_for_log("staging works again")
+        for _ in range(3):
+            daemon.wait_for_captured(lnd.write())
         daemon.wait_for_looks()
         daemon.signal(signal.SIGKILL)
         daemon.wait()
@@ -102,7 +103,7 @@ def test_staging_disk_is_full(
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0
     assert {path.name for path in small_disk.iterdir()} == {".lock", ".receipt"}
-    check()
+    check(refreshes=1)  # after the drain the newest goes out once more
 
 
 def test_staging_disk_becomes_read_only(
@@ -125,9 +126,7 @@ def test_staging_disk_becomes_read_only(
         subprocess.run(["mount", "-o", "remount,abort", str(disk)], check=True)  # noqa: S607 - as an error on disk does
         for _ in range(5):
             daemon.wait_for_stored(lnd.write())
-        daemon.wait_for_log(
-            "error: cannot (stage|remember|tidy up): .*Read-only"
-        )  # whichever meets it first
+        daemon.wait_for_log("error: cannot .*Read-only")  # whichever meets it first
         assert daemon.stop() == 0
     subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
     # A copy, since another test's mount namespace may hold the file system, and would hand it out
@@ -204,7 +203,8 @@ def test_clock_jumps(
             daemon.wait()
     names = names_in(fake)
     assert max(names)[:8] > f"{time.gmtime().tm_year + 1}", "the clock was not moved"
-    check(refreshes=1, replaced_ok=False)
+    # A receipt from the future, or one that the jump made too old, proves nothing.
+    check(refreshes=8, replaced_ok=False)
 
 
 @pytest.mark.once
@@ -228,8 +228,9 @@ def test_suspended_for_a_minute(
             daemon.wait_for_stored(version)
         assert last is version
         assert daemon.stop() == 0
-    assert len(set(names_in(fake))) == 2
-    check()
+    for ending, most in ((lnd.written[0].sha256[-6:], 1), (last.sha256[-6:], 2)):
+        assert len({name for name in names_in(fake) if name.endswith(ending)}) <= most
+    check(refreshes=1)  # the last one, if the first had to be sent after it
 
 
 # --- processes ---
@@ -321,7 +322,9 @@ def test_killed_in_each_state(
         assert daemon.stop() == 0
     assert set(waiting) <= set(names_in(fake))
     assert {path.name for path in staging.iterdir()} == {".lock", ".receipt"}
-    check(refreshes=int(state in ("starting", "idle")), replaced_ok=state == "starting")
+    # A start puts the version on disk, and a drain of several the newest, once more.
+    restarts = int(state in ("starting", "idle"))
+    check(refreshes=1 + restarts, replaced_ok=state == "starting")
 
 
 # --- very many ---
@@ -351,7 +354,7 @@ def test_a_hundred_thousand_updates(
     with Script(env, "once") as rest:  # what did not fit into the grace period
         assert rest.wait(timeout=300) == 0
     record_property("injected", UPDATES)
-    check(replaced_ok=True, refreshes=1)
+    check(replaced_ok=True, refreshes=None)
     assert Counter(names_in(fake)).most_common(1)[0][1] <= 2, "a version was sent again and again"
 
 
@@ -387,9 +390,10 @@ def test_a_month_away(
         assert _memory(daemon.pid) < 1.2 * before
         assert daemon.stop() == 0
     assert names_in(fake)[0].endswith(last.sha256[-6:])
-    assert names_in(fake)[1:] == waiting[::-1]
+    assert names_in(fake)[1:-1] == waiting[::-1]
+    assert names_in(fake)[-1].endswith(last.sha256[-6:])  # once more
     record_property("injected", 1)
-    check()
+    check(refreshes=1)
 
 
 def _memory(pid: int) -> int:

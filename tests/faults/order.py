@@ -30,13 +30,13 @@ def order_of(calls: Iterable[Call], name: str, staging: str) -> list[str]:
     """Return what happened to the version of this name, up to its deletion."""
     version, directory = re.escape(name), re.escape(staging)
     patterns = {
-        rf"fsync\(\d+<{directory}/\.partial-{version}>": "the version is synced",
-        rf'(rename|link)\w*\(.*"\.partial-{version}", .*"{version}"': "the version gets its name",
+        rf"fsync\(\d+<{directory}/\.{version}\.partial>": "the version is synced",
+        rf'(rename|link)\w*\(.*"\.{version}\.partial", .*"{version}"': "the version gets its name",
         rf"fsync\(\d+<{directory}>": "the directory is synced",
         rf"send\w+\(.*PUT /\S*/{version} HTTP": "the version is sent",
         r"recv\w+\(.*HTTP/1\.1 200 ": "S3 acknowledges it",
-        rf"fsync\(\d+<{directory}/\.partial-\.receipt>": "the receipt is synced",
-        r'(rename|link)\w*\(.*"\.partial-\.receipt", .*"\.receipt"': "the receipt gets its name",
+        rf"fsync\(\d+<{directory}/\.\.receipt\.partial>": "the receipt is synced",
+        r'(rename|link)\w*\(.*"\.\.receipt\.partial", .*"\.receipt"': "the receipt gets its name",
         rf'unlink\w*\(.*"{version}"': DELETED,
     }
     found = [

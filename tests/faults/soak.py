@@ -216,7 +216,7 @@ class Round:
         self.starts += 1
         assert done.returncode == 0, done.stderr
         assert {path.name for path in self.staging.iterdir()} == {".lock", ".receipt"}
-        # Each start puts the version on disk once more, unless it is still to be sent.
+        # Each start, and each drain of several versions, puts the version on disk once more.
         assert_nothing_lost(
             self.lnd,
             self.server,
@@ -224,8 +224,10 @@ class Round:
             self.prefix,
             self.staging,
             replaced_ok=True,
-            refreshes=self.starts - 1,
+            refreshes=None,
         )
+        stored = self.server.objects(self.bucket, self.prefix)
+        assert stored[max(stored)].data == last.data
 
 
 def main() -> int:

@@ -13,9 +13,10 @@ from .invariant import (
     find_problems,
     normalised_prefix,
 )
-from .lnd import Lnd, Written, channel_backup
+from .lnd import Lnd, Written, channel_backup, version_name
 from .nobody import NOBODY, as_nobody
 from .proxy import Counts, FaultProxy, Mode
+from .raw_s3 import RawS3
 from .s3 import (
     CHECKOUT,
     PATIENCE_SECONDS,
@@ -32,6 +33,7 @@ from .script import (
     Daemon,
     NotifySocket,
     Script,
+    hurried,
     reader_settings,
     run_script,
     script_environment,
@@ -60,6 +62,7 @@ __all__ = [
     "Mode",
     "NotifySocket",
     "Problems",
+    "RawS3",
     "Request",
     "S3Server",
     "Script",
@@ -71,6 +74,7 @@ __all__ = [
     "channel_backup",
     "find_problems",
     "foreign_settings",
+    "hurried",
     "install",
     "make_client",
     "normalised_prefix",
@@ -80,4 +84,5 @@ __all__ = [
     "settings_at",
     "settings_for",
     "unlistable_while",
+    "version_name",
 ]

@@ -32,6 +32,11 @@ def channel_backup(channels: int) -> bytes:
     return os.urandom(EMPTY_SIZE + CHANNEL_SIZE * channels)
 
 
+def version_name(data: bytes, at: datetime) -> str:
+    """Return the name of a version that was captured at this time."""
+    return f"{at:%Y%m%dT%H%M%S.%f}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
+
+
 @dataclass(frozen=True, repr=False)
 class Written:
     """One version that LND completed; both times were taken just before it appeared under its

@@ -5,6 +5,7 @@ address.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import itertools
 import json
@@ -261,6 +262,12 @@ class S3Server:
         self.admin.create_bucket(Bucket=bucket, **kwargs)
         self._buckets[bucket] = kwargs
         return bucket
+
+    def put_version(self, bucket: str, key: str, data: bytes) -> str:
+        """Store a version with its digest, as the program does, and return its key."""
+        metadata = {"sha256": hashlib.sha256(data).hexdigest()}
+        self.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
+        return key
 
     def user(self, *statements: dict[str, Any], name: str | None = None) -> Credentials:
         """Create a user with these IAM statements and nothing else, and return its key."""

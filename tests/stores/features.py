@@ -216,7 +216,7 @@ def wrong_key(bench: Bench) -> str:
             accepted.append(what)
             continue
         assert done.returncode == 1, done.stderr
-        assert "access key" in done.stderr or "policy of this key" in done.stderr, done.stderr
+        assert re.search("access key|the key's policy|provider", done.stderr), done.stderr
     return f"accepts a wrong {' and '.join(accepted)}" if accepted else "refused"
 
 
@@ -257,7 +257,7 @@ def in_region(bench: Bench, **region: str) -> str:
 
 def put_only(bench: Bench) -> str:
     """With a key that may put below the prefix and nothing else `once` and `check` work, and `list`
-    says what lacks.
+    names the reader's key.
     """
     bucket, elsewhere = bench.bucket(), "bob/x"
     node = bench.store.put_only(bucket, PREFIX)
@@ -271,7 +271,7 @@ def put_only(bench: Bench) -> str:
     except sdk.ClientError as error:
         assert code_of(error) == "AccessDenied", error  # noqa: PT017 - its code counts
         hidden = ", and the bucket's owner may not"
-    run(env, "list", code=1, says='"Action": "s3:ListBucket"')
+    run(env, "list", code=1, says="reader")
     calls: dict[str, Callable[[], Any]] = {
         "get": lambda: client.get_object(Bucket=bucket, Key=key),
         "put elsewhere": lambda: client.put_object(Bucket=bucket, Key=elsewhere, Body=b"x"),

@@ -1,6 +1,6 @@
 #!/bin/bash
 # A real systemd as PID 1 of a container, on a host whose own PID 1 may be something else. Needs root.
-#   box.sh check                     say what is missing on this machine, and fail if something is
+#   box.sh check                     install what is missing on this machine, and fail if something still is
 #   box.sh build SUITE DIRECTORY     make DIRECTORY, a minimal Debian of this suite, unless it is there
 #   box.sh up DIRECTORY [ARG...]     boot it, with more arguments for systemd-nspawn, and return when it is up;
 #                                    what the box changes stays in $BOX/changes for its next boot, never in DIRECTORY
@@ -12,18 +12,30 @@ set -euo pipefail
 
 packages=systemd,systemd-sysv,dbus,libnss-systemd,python3,python3-venv,ca-certificates,procps,util-linux,acl,make
 
-check() {
+# Sets missing: the packages of what is not there.
+look_for_commands() {
     missing=()
     for need in systemd-nspawn:systemd-container mmdebstrap:mmdebstrap promtool:prometheus nsenter:util-linux \
-        unshare:util-linux pgrep:procps; do
+        unshare:util-linux pgrep:procps mkfs.ext4:e2fsprogs losetup:mount; do
         command -v "${need%:*}" >/dev/null || missing+=("${need#*:}")
     done
+}
+
+check() {
     if [ "$(id -u)" != 0 ]; then
         echo "cannot test on a real systemd: only root can start one in a container: sudo make test-systemd" >&2
         exit 1
     fi
+    look_for_commands
+    if [ "${#missing[@]}" -gt 0 ] && command -v apt-get >/dev/null; then
+        echo "installing ${missing[*]}" >&2
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq >/dev/null || :
+        apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null || :
+        look_for_commands
+    fi
     if [ "${#missing[@]}" -gt 0 ]; then
-        echo "cannot test on a real systemd: missing: apt install --no-install-recommends ${missing[*]}" >&2
+        echo "cannot test on a real systemd: missing: install ${missing[*]}" >&2
         exit 1
     fi
     unshare --mount --propagation private mount -t cgroup2 cgroup2 /mnt || {

@@ -7,6 +7,9 @@ settings, an empty staging directory and a fresh bucket.
 
 from __future__ import annotations
 
+import email
+import email.policy
+import hashlib
 import http.server
 import json
 import os
@@ -119,6 +122,10 @@ class Box:
         """Write a file."""
         self.run("sh", "-euc", 'mkdir -p "$(dirname "$1")"; cat >"$1"', "sh", path, stdin=text)
 
+    def name(self) -> str:
+        """Return its name as a host."""
+        return self.sh("uname -n").strip()
+
     def show(self, unit: str, name: str) -> str:
         """Return a property of a unit."""
         return self.run("systemctl", "show", f"--property={name}", "--value", unit).stdout.strip()
@@ -153,8 +160,11 @@ class Node:
         self.key = s3.put_only_user(self.bucket, "box/")
         box.sh(
             "systemctl stop lnd lnd-backup 'lnd-backup@*' 'lnd-backup*.timer' 2>/dev/null || :; "
-            "rm -rf /run/systemd/system/*.d /run/lnd-backup-alert /run/healed "
-            "/etc/credstore/aws-credentials; "
+            "systemctl stop 'lnd-backup-check@*' 'lnd-backup-alert@*' 2>/dev/null || :; "
+            "systemctl --quiet disable lnd-backup@alice lnd-backup@second; "
+            "rm -rf /run/systemd/system/*.d /var/lib/lnd-backup-alert /run/lnd-backup-check "
+            "/run/healed /etc/credstore/aws-credentials /etc/default/lnd-backup-alert "
+            "/etc/default/lnd-backup@* /var/lib/lnd-backup@*; "
             f"rm -rf {STAGING} {SCB}/* {SCB}/.[!.]*; systemctl daemon-reload; systemctl "
             f"reset-failed"
         )
@@ -237,6 +247,49 @@ class Node:
     def has_ticked(self, timer: str, since: str) -> bool:
         """Tell whether a timer has started its unit since."""
         return self.box.show(timer, "LastTriggerUSecMonotonic") != since
+
+    def fill_in(self, settings: str, key: Credentials) -> None:
+        """Write a key into settings that the installer made."""
+        edit = (
+            f"s|^AWS_ACCESS_KEY_ID=.*|&{key.access_key}|; "
+            f"s|^AWS_SECRET_ACCESS_KEY=.*|&{key.secret_key}|"
+        )
+        self.box.run("sed", "-i", edit, settings)
+
+    def check_often(self, service: str = "lnd-backup", again_seconds: int = 1) -> None:
+        """Let the check of a service run every second, and believe a failure sooner."""
+        ticks = "[Timer]\nOnActiveSec=\nOnActiveSec=1\nOnUnitInactiveSec=1\n"
+        ticks += "RandomizedDelaySec=0\nAccuracySec=100ms\n"
+        check = f"lnd-backup-check@{service}"
+        self.box.drop_in(f"{check}.timer", ticks)
+        self.box.drop_in(
+            f"{check}.service", f"[Service]\nEnvironment=AGAIN_SECONDS={again_seconds}\n"
+        )
+
+    def wait_for_checks(self, number: int, service: str = "lnd-backup") -> None:
+        """Wait until the timer has begun and ended this many checks more, and each was told of."""
+        check = f"lnd-backup-check@{service}.service"
+        for _ in range(number + 1):  # the first may have begun before
+            until("a check has ended", partial(self.has_ended, check, self.ended(check)), 90)
+        alert = f"lnd-backup-alert@{check}.service"
+        until(
+            "the alert has ended",
+            lambda: self.box.show(alert, "ActiveState") in {"inactive", "failed"},
+        )
+
+    def ended(self, unit: str) -> str:
+        """Return when a unit ended last."""
+        return self.box.show(unit, "InactiveEnterTimestampMonotonic")
+
+    def has_ended(self, unit: str, since: str) -> bool:
+        """Tell whether a unit has ended since."""
+        return self.ended(unit) not in {since, "0"}
+
+    def revoke(self, status: str = "Inactive") -> None:
+        """Let S3 refuse the node's key, or take it again (Active)."""
+        iam = self.s3.client(service="iam")
+        name = iam.get_access_key_last_used(AccessKeyId=self.key.access_key)["UserName"]
+        iam.update_access_key(UserName=name, AccessKeyId=self.key.access_key, Status=status)
 
 
 class Listener:
@@ -337,6 +390,58 @@ def listener() -> Iterator[Listener]:
     listener.close()
 
 
+class Alerts:
+    """What somebody was told, by mail and by POST."""
+
+    def __init__(self, box: Box, listener: Listener) -> None:
+        """Set up both ways; the mail goes to a stand-in for sendmail."""
+        self.box, self.listener = box, listener
+        box.write(
+            "/etc/default/lnd-backup-alert",
+            f"ALERT_URL={listener.url}\nALERT_MAIL=me@example.org\n",
+        )
+        box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/srv/mail/$(date +%s%N)\n")
+        box.sh(
+            "chmod 0755 /usr/sbin/sendmail; rm -rf /srv/mail; "
+            "install -d -o lnd-backup -m 0755 /srv/mail"
+        )
+
+    def mails(self) -> list[email.message.EmailMessage]:
+        """Return the mails, oldest first."""
+        names = self.box.sh("ls /srv/mail").split()
+        texts = [self.box.sh(f"cat /srv/mail/{name}") for name in names]
+        return [email.message_from_string(text, policy=email.policy.default) for text in texts]
+
+    def subjects(self) -> list[str]:
+        """Return the subjects of the mails, and hold them against what was posted."""
+        subjects = [str(mail["Subject"]) for mail in self.mails()]
+        assert all(mail["To"] == "me@example.org" for mail in self.mails())
+        until(
+            "what was mailed was posted as well",
+            lambda: len(self.listener.bodies) >= len(subjects),
+        )
+        assert [body.splitlines()[0] for body in self.listener.bodies] == subjects
+        return subjects
+
+    def wait_for(self, number: int) -> list[str]:
+        """Wait until this many messages came by each way, and return their subjects."""
+        until(
+            f"{number} messages came",
+            lambda: len(self.mails()) >= number and len(self.listener.bodies) >= number,
+            90,
+        )
+        subjects = self.subjects()
+        assert len(subjects) == number
+        return subjects
+
+
+@pytest.fixture
+def alerts(node: Node, listener: Listener) -> Alerts:
+    """Return the alerts of a node that has both ways set up, and whose check runs often."""
+    node.check_often()
+    return Alerts(node.box, listener)
+
+
 # --- before anything is installed ---
 
 
@@ -421,10 +526,12 @@ def test_systemd_understands_what_was_installed(installed: Box) -> None:
         "lnd-backup-alert@a.service",
         "lnd-backup-mounts@a.service",
         "lnd-backup-mounts@a.timer",
+        "lnd-backup-check@a.service",
+        "lnd-backup-check@a.timer",
     ]
     told = installed.run("systemd-analyze", "verify", "--man=no", *units)
     assert (told.stdout, told.stderr) == ("", "")
-    for unit in ("lnd-backup.service", "lnd-backup@a.service"):
+    for unit in ("lnd-backup.service", "lnd-backup@a.service", "lnd-backup-check@a.service"):
         installed.run("systemd-analyze", "security", "--offline=true", "--threshold=12", unit)
     steps = "/etc/systemd/system/lnd-backup.service.d/restart-steps.conf"
     missing = installed.run("test", "-e", steps, check=False).returncode
@@ -558,34 +665,184 @@ def test_a_wrong_configuration_does_not_loop(node: Node, listener: Listener) -> 
         "0",
     ]
     (body,) = listener.bodies
-    assert "lnd-backup.service failed (exit-code, status 78: the configuration is wrong)" in body
+    sentence = "lnd-backup has stopped: its settings are wrong; new versions of channel.backup"
+    assert body.startswith(f"{node.box.name()}: {sentence}")
     assert "S3_BUCKET_NAME=: is not set" in body
     assert node.box.show("lnd-backup.timer", "ActiveState") == "active"
 
 
-def test_alerts_come_once_an_hour_by_each_way(node: Node, listener: Listener) -> None:
-    """The next failure within the hour is in the journal alone; a redirect is a failure; a mail
-    says the same.
+def test_a_service_that_fails_is_told_once_a_day_by_each_way(alerts: Alerts, node: Node) -> None:
+    """The next failure within the day is in the journal alone; a redirect is a failure, and only
+    what failed is sent again.
     """
-    node.box.write(
-        "/etc/default/lnd-backup-alert", f"ALERT_URL={listener.url}\nALERT_MAIL=me@example.org\n"
-    )
-    node.box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/var/tmp/mail.$(id -un)\n")
-    node.box.sh("chmod 0755 /usr/sbin/sendmail; chmod 1777 /var/tmp; rm -f /var/tmp/mail.*")
+    listener = alerts.listener
     alert = "lnd-backup-alert@lnd-backup.service.service"
     listener.redirect = f"{listener.url}/elsewhere"
     assert node.systemctl("start", alert, check=False).returncode != 0
+    assert (len(alerts.mails()), len(listener.bodies)) == (1, 1)
     listener.redirect = ""
     node.systemctl("start", alert)
-    assert len(listener.bodies) == 2
+    assert (len(alerts.mails()), len(listener.bodies)) == (1, 2)
     assert "a redirect was followed" not in listener.bodies
     node.systemctl("start", alert)
-    assert len(listener.bodies) == 2
+    assert (len(alerts.mails()), len(listener.bodies)) == (1, 2)
     log = node.box.run("journalctl", "--no-pager", "--output=cat", f"--unit={alert}").stdout
-    assert "the alert could not be sent: ALERT_URL" in log
-    assert "not sent: there was an alert within the hour" in log
+    assert "the message could not be sent: ALERT_URL" in log
+    assert "not sent: it was told within the day" in log
     assert "secret-topic" not in log
-    assert node.is_active("lnd-backup-alert@lnd-backup.service.service") is False
+    assert node.is_active(alert) is False
+
+
+def test_a_refused_key_is_told_once_and_its_end_as_well(alerts: Alerts, node: Node) -> None:
+    """The service stays up; the check makes one mail and one POST, however often it runs, and one
+    of each when it is over.
+    """
+    node.systemctl("start", "lnd", "lnd-backup")
+    node.wait_for_stored()
+    node.wait_for_checks(1)
+    assert alerts.subjects() == []
+    node.revoke()
+    node.lnd_writes()
+    (subject,) = alerts.wait_for(1)
+    assert re.match(f"{node.box.name()}: lnd-backup: (NOT BACKED UP|UNKNOWN): .*S3", subject)
+    assert "status" not in subject
+    body = alerts.mails()[0].get_content()
+    assert body.startswith(subject)
+    assert "\nhint: " in body
+    assert "operations.md" in body
+    assert node.is_active()
+    node.wait_for_checks(2)
+    assert len(alerts.subjects()) == 1
+    node.revoke("Active")
+    node.wait_for_stored()
+    subjects = alerts.wait_for(2)
+    assert subjects[1].startswith(f"{node.box.name()}: lnd-backup: BACKED UP again: ")
+    node.wait_for_checks(2)
+    assert len(alerts.subjects()) == 2
+    assert node.box.sh("ls /var/lib/lnd-backup-alert") == ""
+
+
+def test_a_deleted_bucket_is_told_and_an_outage_changes_nothing(alerts: Alerts, node: Node) -> None:
+    """A bucket that is gone is told; that S3 is away then is neither an alert nor the end of one;
+    a bucket that is back is. The key may list, so that S3 says it; else the receipt does, later.
+    """
+    node.key = node.s3.read_write_user(node.bucket)
+    node.set_up()
+    node.systemctl("start", "lnd", "lnd-backup")
+    node.wait_for_stored()
+    for key in node.s3.objects(node.bucket):
+        node.s3.admin.delete_object(Bucket=node.bucket, Key=key)
+    node.s3.admin.delete_bucket(Bucket=node.bucket)
+    node.lnd_writes()
+    (subject,) = alerts.wait_for(1)
+    assert re.match(f"{node.box.name()}: lnd-backup: (NOT BACKED UP|UNKNOWN): .*bucket", subject)
+    node.s3.stop()
+    try:
+        node.wait_for_checks(1)
+        status = node.box.show("lnd-backup-check@lnd-backup.service", "ExecMainStatus")
+    finally:
+        node.s3.start()  # which makes the bucket again
+    assert status == "75"
+    node.wait_for_stored()
+    subjects = alerts.wait_for(2)
+    assert subjects[1].startswith(f"{node.box.name()}: lnd-backup: BACKED UP again: ")
+
+
+def test_s3_that_is_away_is_no_alert(alerts: Alerts, node: Node) -> None:
+    """What `check` calls 75 is no failure of its unit, and nobody is woken for it."""
+    node.systemctl("start", "lnd", "lnd-backup")
+    node.wait_for_stored()
+    node.s3.stop()
+    try:
+        node.lnd_writes()
+        node.wait_for_checks(2)
+        check = "lnd-backup-check@lnd-backup.service"
+        assert node.box.show(check, "ExecMainStatus") == "75"
+        assert node.box.show(check, "Result") == "success"
+    finally:
+        node.s3.start()
+    node.wait_for_stored()
+    node.wait_for_checks(1)
+    assert alerts.subjects() == []
+
+
+def test_neither_a_start_nor_a_burst_nor_an_upgrade_is_an_alert(alerts: Alerts, node: Node) -> None:
+    """While LND writes again and again, and a new version takes the place of the old one, no check
+    fails twice in a row.
+    """
+    node.check_often(again_seconds=8)
+    node.systemctl("start", "lnd", "lnd-backup")
+    source = copy_of_the_checkout(node.box, "# newer still")
+    for _ in range(20):
+        node.lnd_writes()
+    before = node.pid()
+    node.box.make("install", source=source)
+    assert node.pid() != before
+    for _ in range(10):
+        node.lnd_writes()
+    node.wait_for_stored()
+    node.wait_for_checks(2)
+    assert alerts.subjects() == []
+    assert node.box.show("lnd-backup-check@lnd-backup.service", "Result") == "success"
+    node.box.make("install")
+
+
+def test_the_check_sees_what_the_service_sees_and_writes_nothing(
+    alerts: Alerts, node: Node
+) -> None:
+    """It runs as the service's user with its credentials; a check that cannot even start is told
+    in words.
+    """
+    profile = (
+        f"[default]\naws_access_key_id = "
+        f"{node.key.access_key}\naws_secret_access_key = {node.key.secret_key}\n"
+    )
+    node.box.write("/etc/credstore/aws-credentials", profile)
+    node.set_up(AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
+    node.systemctl("start", "lnd", "lnd-backup")
+    node.wait_for_stored()
+    node.wait_for_checks(1)
+    assert node.box.show("lnd-backup-check@lnd-backup.service", "ExecMainStatus") == "0"
+    said = node.box.sh(
+        "cat /run/lnd-backup-check/lnd-backup/said; stat -c %U:%a /run/lnd-backup-check/*"
+    )
+    assert "BACKED UP: " in said
+    assert "lnd-backup:700" in said
+    used = [
+        int(node.box.show(f"lnd-backup-{unit}.service", "CPUUsageNSec")) / 1e9
+        for unit in ("check@lnd-backup", "alert@lnd-backup-check@lnd-backup.service")
+    ]
+    with (BOXES / f"figures-{node.box.suite}").open("a", encoding="utf-8") as figures:
+        figures.write(f"CPU: a check {used[0]:.2f} s, its alert {used[1]:.2f} s\n")
+    node.box.run("mv", SETTINGS, f"{SETTINGS}.away")
+    (subject,) = alerts.wait_for(1)
+    node.box.run("mv", f"{SETTINGS}.away", SETTINGS)
+    assert subject == (
+        f"{node.box.name()}: lnd-backup: UNKNOWN: the check itself could not run: "
+        "systemd could not prepare its start"
+    )
+    assert alerts.wait_for(2)[1].startswith(f"{node.box.name()}: lnd-backup: BACKED UP again: ")
+
+
+def test_a_test_alert_goes_out_by_every_way(alerts: Alerts, node: Node) -> None:
+    """`lnd-backup test-alert` sends a message by mail and by POST, and says so; one that cannot be
+    sent, and no way at all, is a failure with a hint.
+    """
+    done = node.box.run("lnd-backup", "test-alert")
+    assert "sent: ALERT_MAIL" in done.stderr
+    assert "sent: ALERT_URL" in done.stderr
+    (subject,) = alerts.wait_for(1)
+    assert "a test of lnd-backup's alerts" in subject
+    node.box.sh("rm /usr/sbin/sendmail")
+    failed = node.box.run("lnd-backup", "test-alert", check=False)
+    assert failed.returncode == 1
+    assert "the message could not be sent: ALERT_MAIL" in failed.stderr
+    assert "secret-topic" not in failed.stderr
+    node.box.write("/etc/default/lnd-backup-alert", "")
+    nobody = node.box.run("lnd-backup", "test-alert", check=False)
+    assert nobody.returncode == 1
+    assert "neither ALERT_MAIL nor ALERT_URL is set" in nobody.stderr
+    assert "hint: sudoedit /etc/default/lnd-backup-alert" in nobody.stderr
 
 
 def test_after_the_start_limit_the_timer_tries_again(node: Node, listener: Listener) -> None:
@@ -602,7 +859,7 @@ def test_after_the_start_limit_the_timer_tries_again(node: Node, listener: Liste
     node.box.drop_in("lnd-backup.timer", ticks)
     node.systemctl("start", "--no-block", "lnd-backup")
     until("the alert came", lambda: listener.bodies)
-    assert "lnd-backup.service failed" in listener.bodies[0]
+    assert listener.bodies[0].startswith(f"{node.box.name()}: lnd-backup has stopped: ")
     assert node.box.show("lnd-backup", "NRestarts") in {"7", "8"}
     until("a tick came too early", lambda: "repeated too quickly" in node.box.log())
     node.box.run("touch", "/run/healed")
@@ -690,24 +947,240 @@ def test_the_command_runs_as_the_service_and_as_the_caller(node: Node) -> None:
     node.box.run("env", *key, "lnd-backup", "restore", "--output", "/root/out/scb")
     assert node.current("/root/out/scb") in node.stored()
     assert node.box.sh("stat -c '%U %a' /root/out/scb") == "root 600\n"
+    card = node.box.run("lnd-backup", "card").stdout
+    assert f"bucket   {node.bucket}\nprefix   box/\nendpoint {node.s3.endpoint}\n" in card
+    assert hashlib.sha256(SCRIPT.read_bytes()).hexdigest() in card
+    assert node.key.secret_key not in card
 
 
-def test_another_node_on_the_same_host(node: Node) -> None:
-    """An instance has its own settings, staging directory and prefix, and the same command."""
-    node.box.sh(
-        f"sed 's,^S3_BACKUP_PREFIX=.*,S3_BACKUP_PREFIX=box/alice/,' {SETTINGS} "
-        f">/etc/default/lnd-backup@alice-env"
-    )
-    node.systemctl("start", "lnd-backup@alice", "lnd")
+def test_another_node_on_the_same_host(alerts: Alerts, node: Node) -> None:
+    """NODE= makes an instance with settings, a staging directory, a prefix and a check of its own,
+    beside the first one; the same command and the same alerts serve it.
+    """
+    node.systemctl("start", "lnd", "lnd-backup")
+    key = node.s3.put_only_user(node.bucket, "alice/")
+    told = node.box.make(
+        "install",
+        "NODE=alice",
+        "LND_USER=bitcoin",
+        f"S3_BUCKET_NAME={node.bucket}",
+        "S3_BACKUP_PREFIX=alice/",
+        f"AWS_ENDPOINT_URL_S3={node.s3.endpoint}",
+        "AWS_REGION=us-east-1",
+    ).stdout
+    assert "left to fill in" not in told
+    assert "sudo lnd-backup @alice check" in told
+    settings = "/etc/default/lnd-backup@alice-env"
+    node.fill_in(settings, key)
+    assert node.box.sh(f"stat -c '%U %a' {settings} {SCB}@alice") == "root 600\nbitcoin 2750\n"
+    assert node.box.show("lnd-backup@alice", "UnitFileState") == "enabled"
+    node.check_often("lnd-backup@alice")
+    node.box.sh(f"cp {SCB}/channel.backup {SCB}@alice/; chmod 0640 {SCB}@alice/channel.backup")
+    node.systemctl("start", "lnd-backup@alice")
     until(
         "it is stored",
-        lambda: any(key.startswith("box/alice/") for key in node.s3.objects(node.bucket)),
+        lambda: any(key.startswith("alice/") for key in node.s3.objects(node.bucket)),
     )
-    assert node.is_active("lnd-backup@alice.timer")
+    for timer in ("lnd-backup@alice.timer", "lnd-backup-check@lnd-backup@alice.timer"):
+        assert node.is_active(timer)
     assert node.box.run("lnd-backup", "@alice", "check").returncode == 0
     assert "lnd-backup" in node.box.sh("stat -c %U /var/lib/lnd-backup@alice")
+    card = node.box.run("lnd-backup", "@alice", "card").stdout
+    assert f"node (name, public key)  {node.box.name()}, alice, __" in card
     node.systemctl("stop", "lnd-backup@alice")
-    node.box.sh("rm -rf /etc/default/lnd-backup@alice-env /var/lib/lnd-backup@alice")
+    node.box.run("rm", f"{SCB}@alice/channel.backup")
+    (subject,) = alerts.wait_for(1)
+    assert subject.startswith(f"{node.box.name()}: lnd-backup@alice: ")
+    node.systemctl("--quiet", "disable", "lnd-backup@alice")
+
+
+def test_a_second_bucket_is_a_second_instance_on_the_same_file(node: Node) -> None:
+    """Each version reaches both buckets, and one bucket that is gone does not hold up the other."""
+    second = node.s3.create_bucket()
+    key = node.s3.put_only_user(second, "box/")
+    told = node.box.make(
+        "install",
+        "NODE=second",
+        f"MONITOR_FILE_PATH={SCB}/channel.backup",
+        f"S3_BUCKET_NAME={second}",
+        "S3_BACKUP_PREFIX=box/",
+        f"AWS_ENDPOINT_URL_S3={node.s3.endpoint}",
+    ).stdout
+    assert "left to fill in" not in told
+    node.fill_in("/etc/default/lnd-backup@second-env", key)
+    node.systemctl("start", "lnd", "lnd-backup", "lnd-backup@second")
+    for _ in range(2):
+        data = node.lnd_writes()
+        node.wait_for_stored(data)
+        until("the second bucket holds it", partial(is_in, node.s3, second, data))
+    node.revoke()
+    data = node.lnd_writes()
+    until("the second bucket holds it", partial(is_in, node.s3, second, data))
+    node.systemctl("stop", "lnd-backup@second")
+    node.systemctl("--quiet", "disable", "lnd-backup@second")
+
+
+def is_in(s3: S3Server, bucket: str, data: bytes) -> bool:
+    """Tell whether a bucket holds a version."""
+    return data in [each.data for each in s3.objects(bucket).values()]
+
+
+# --- a second place ---
+
+
+class Stick:
+    """A file system on a loop device, which the box mounts and unmounts as one does a stick."""
+
+    mount_point = "/mnt/stick"
+    directory = "/mnt/stick/lnd-backup"
+
+    def __init__(self, box: Box, directory: Path) -> None:
+        """Make the file system and the device, in the box too."""
+        self.box = box
+        image = directory / "stick.img"
+        with image.open("wb") as file:
+            file.truncate(8 << 20)
+        host_run("mkfs.ext4", "-q", "-F", str(image))
+        self.device = host_run("losetup", "--find", "--show", str(image)).strip()
+        number = os.stat(self.device).st_rdev
+        box.sh(
+            f"rm -f /root/stick; mknod /root/stick b {os.major(number)} {os.minor(number)}; "
+            f"mkdir -p {self.mount_point}"
+        )
+
+    def put_in(self) -> None:
+        """Mount it."""
+        self.box.run("mount", "/root/stick", self.mount_point)
+
+    def pull_out(self) -> None:
+        """Unmount it; fails if somebody still has it open."""
+        self.box.run("umount", self.mount_point)
+
+    def content(self) -> list[bytes]:
+        """Return the files of the second place."""
+        names = self.box.sh(f"ls {self.directory}").split()
+        return [
+            bytes.fromhex(self.box.sh(f"od -An -v -tx1 {self.directory}/{name}").replace("\n", ""))
+            for name in names
+        ]
+
+    def in_use(self) -> bool:
+        """Tell whether any process of the box still sees it mounted."""
+        return "/root/stick" in self.box.sh("cat /proc/[0-9]*/mountinfo 2>/dev/null || :")
+
+    def throw_away(self) -> None:
+        """Let go of the device."""
+        self.box.sh(f"umount -l {self.mount_point} 2>/dev/null || :; rm -f /root/stick")
+        host_run("losetup", "--detach", self.device)
+
+
+def host_run(*command: str) -> str:
+    """Run a command on the machine that the boxes run on."""
+    return subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", timeout=60
+    ).stdout
+
+
+@pytest.fixture
+def stick(node: Node, tmp_path: Path) -> Iterator[Stick]:
+    """Return a stick that is not put in."""
+    stick = Stick(node.box, tmp_path)
+    yield stick
+    node.systemctl("stop", "lnd-backup")
+    node.box.sh("rm -rf /etc/systemd/system/lnd-backup.service.d/copy-directory.conf")
+    stick.throw_away()
+
+
+def test_a_stick_may_be_written_to_pulled_out_and_put_back(node: Node, stick: Stick) -> None:
+    """COPY_DIRECTORY= opens the stick for the service: also if it is put in after the start, and
+    again after it was pulled out; nothing of the service's keeps it busy, and nothing else is open.
+    """
+    stick.put_in()
+    node.box.run("mkdir", stick.directory)
+    told = node.box.make("install", f"COPY_DIRECTORY={stick.directory}").stdout
+    assert f"chown lnd-backup:lnd-backup {stick.directory}" in told
+    assert "left to do: the user lnd-backup may not write" not in told
+    assert f"COPY_DIRECTORY={stick.directory}\n" in node.box.sh(f"cat {SETTINGS}")
+    for started_with_it in (True, False):
+        if not started_with_it:
+            stick.pull_out()
+        node.systemctl("restart", "lnd-backup")
+        inside = as_the_service_in(node)
+        write = f"echo x >{stick.directory}/.probe && rm {stick.directory}/.probe"
+        if not started_with_it:
+            stick.put_in()
+        for _ in range(2):
+            node.box.run(*inside, write)
+            stick.pull_out()
+            assert node.box.run(*inside, write, check=False).returncode != 0
+            assert not stick.in_use()
+            stick.put_in()
+        node.box.run(*inside, write)
+        assert node.box.run(*inside, "touch /mnt/probe", check=False).returncode != 0
+
+
+def test_every_version_is_on_the_stick_as_well(node: Node, stick: Stick) -> None:
+    """What LND writes is in the bucket and on the stick; without the stick it is in the bucket, and
+    when the stick is back, the version on disk is on it.
+    """
+    stick.put_in()
+    node.box.run("mkdir", stick.directory)
+    node.box.make("install", f"COPY_DIRECTORY={stick.directory}")
+    node.systemctl("start", "lnd", "lnd-backup")
+    data = node.lnd_writes()
+    node.wait_for_stored(data)
+    until("the stick holds it", lambda: data in stick.content())
+    stick.pull_out()
+    assert not stick.in_use()
+    data = node.lnd_writes()
+    node.wait_for_stored(data)
+    until("the status says so", lambda: "copy" in node.box.show("lnd-backup", "StatusText"))
+    stick.put_in()
+    until("the stick holds it", lambda: data in stick.content(), 90)
+    name = node.box.sh(f"ls {stick.directory} | tail -n 1").strip()
+    assert re.fullmatch(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6}", name)
+    node.systemctl("stop", "lnd-backup")
+    data = node.lnd_writes()
+    node.box.run("lnd-backup", "once")
+    assert data in stick.content()
+
+
+def test_a_folder_that_another_user_carries_away(node: Node) -> None:
+    """Of a directory made as docs/second-copy.md says, the other user's program can read each copy,
+    and nobody else can.
+    """
+    folder = "/srv/lnd-copies"
+    page = (CHECKOUT / "docs/second-copy.md").read_text(encoding="utf-8")
+    lines = re.findall(rf"^    sudo ((?:install|setfacl) .*{folder})", page, re.MULTILINE)
+    assert len(lines) == 2
+    node.box.sh("; ".join(lines).replace("-g me", "-g bitcoin").replace("g:me:", "g:bitcoin:"))
+    node.box.make("install", f"COPY_DIRECTORY={folder}")
+    node.systemctl("start", "lnd", "lnd-backup")
+    data = node.lnd_writes()
+    node.wait_for_stored(data)
+    until("the copy is there", lambda: node.box.sh(f"ls {folder}"))
+    drop_in = "/etc/systemd/system/lnd-backup.service.d/copy-directory.conf"
+    assert f"ReadWritePaths=-{folder}\n" in node.box.sh(f"cat {drop_in}; rm {drop_in}")
+    read = f"cat {folder}/2* >/dev/null"
+    node.box.run(
+        "setpriv", "--reuid=bitcoin", "--regid=bitcoin", "--clear-groups", "sh", "-c", read
+    )
+    other = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "sh", "-c", read]
+    assert node.box.run(*other, check=False).returncode != 0
+
+
+def as_the_service_in(node: Node) -> list[str]:
+    """Return what runs a shell's line as the service's user in its mounts."""
+    return [
+        "nsenter",
+        f"--mount=/proc/{node.pid()}/ns/mnt",
+        "setpriv",
+        "--reuid=lnd-backup",
+        "--regid=lnd-backup",
+        "--clear-groups",
+        "sh",
+        "-c",
+    ]
 
 
 # --- a file left in LND's directory ---
@@ -756,11 +1229,13 @@ def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
     until("it was restarted", lambda: node.is_active() and node.pid() not in {before, "0"})
     node.systemctl("start", "lnd")
     node.wait_for_stored(node.lnd_writes())
+    node.systemctl("start", "lnd-backup-check@lnd-backup.service")
+    assert node.box.show("lnd-backup-check@lnd-backup.service", "ExecMainStatus") == "0"
     settled = node.pid()
     node.wait_for_tick("lnd-backup-mounts@lnd-backup.timer")
     assert node.pid() == settled
     node.systemctl("stop", "lnd", "lnd-backup")
-    node.box.sh("rm /etc/systemd/system/lnd-backup.service.d/lnd-directory.conf")
+    node.box.sh("rm /etc/systemd/system/lnd-backup*.service.d/lnd-directory.conf")
     node.systemctl("stop", "lnd-backup-mounts@lnd-backup.timer")
 
 
@@ -842,6 +1317,7 @@ def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
         "it runs again",
         lambda: node.is_active() and node.is_active("lnd") and node.is_active("lnd-backup.timer"),
     )
+    assert node.is_active("lnd-backup-check@lnd-backup.timer")
     until("LND has written", lambda: node.current() not in {last, b""})
     node.wait_for_stored()
     node.systemctl("--quiet", "disable", "lnd")
@@ -849,7 +1325,7 @@ def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
 
 def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Server) -> None:
     """`make uninstall` leaves what cannot be had again; another installation sends it; `make purge`
-    leaves nothing.
+    refuses while something waits, and then leaves nothing.
     """
     node.systemctl("start", "lnd-backup", "lnd")
     until("a version is staged", node.staged)
@@ -862,12 +1338,23 @@ def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Se
     )
     assert node.box.show("lnd-backup", "LoadState") == "not-found"
     assert node.staged()
+    refused = node.box.make("purge", check=False)
+    assert refused.returncode != 0
+    assert "never reached the bucket; nothing has changed" in refused.stderr
+    assert "make purge FORCE=1" in refused.stderr
+    assert node.staged()
     hanging_s3.resume()
     node.box.make("install")
     node.systemctl("start", "lnd-backup")
     node.wait_for_stored(data)
-    told = node.box.make("purge").stdout
-    assert "versions that never reached the bucket" in told
+    until("nothing is staged", lambda: not node.staged())
+    node.s3.suspend()
+    node.lnd_writes()
+    until("a version is staged", node.staged)
+    node.box.run("sh", "-c", "make -C /src purge && exit 1 || exit 0")
+    assert node.is_active(), "nothing was stopped"
+    told = node.box.make("purge", "FORCE=1").stdout
+    assert "deleting what never reached the bucket:" in told
     left = node.box.sh(
         "find / -xdev -name '*lnd-backup*' ! -path '/src/*' ! -path '/proc/*' ! -path "
         "'/root/newer/*'"

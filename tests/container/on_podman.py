@@ -1,0 +1,371 @@
+"""The image, run by podman as docs/containers.md says: another user, no capabilities, a read-only
+root and named volumes; against the kit's S3 server on loopback. See `make test-container`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import resource
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+from container.prepare import CACHE, IMAGE, PODMAN
+from kit import Lnd, S3Server, StoredObject
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PREFIX = "alice/"
+STUCK_SECONDS = 90.0
+HEALTHY, UNHEALTHY = 0, 1
+OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+_numbers = itertools.count(1)
+
+
+def podman(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run podman to its end."""
+    done = subprocess.run(
+        [*PODMAN, *arguments],
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=STUCK_SECONDS,
+    )
+    assert not check or done.returncode == 0, f"podman {arguments[0]}: {done.stderr}"
+    return done
+
+
+class Sidecar:
+    """How the image is run: the settings, the volumes and the options of container/compose.yaml."""
+
+    def __init__(self, server: S3Server, lnd: Lnd) -> None:
+        """Make a bucket, a put-only key and a new named volume; LND's directory is as LND's uid
+        left it.
+        """
+        self.server, self.lnd, self.bucket = server, lnd, server.create_bucket()
+        self.volume = f"staging-{os.getpid()}-{next(_numbers)}"
+        self.staging: str | Path = self.volume
+        self.user = "10001:10001"
+        self.more: list[str] = []
+        key = server.put_only_user(self.bucket, PREFIX)
+        self.settings = {
+            "S3_BUCKET_NAME": self.bucket,
+            "S3_BACKUP_PREFIX": PREFIX,
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL_S3": server.endpoint,
+            "AWS_ACCESS_KEY_ID": key.access_key,
+            "AWS_SECRET_ACCESS_KEY": key.secret_key,
+        }
+        podman("volume", "create", self.volume)
+
+    def options(self) -> list[str]:
+        """Return the options of a run."""
+        return [
+            *("--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"),
+            *("--network=host", "--cgroups=disabled", f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}"),
+            *("--ulimit=nproc=4096:4096", f"--user={self.user}"),
+            f"--volume={self.lnd.directory}:/lnd-scb:ro",
+            f"--volume={self.staging}:/staging",
+            *(f"--env={name}={value}" for name, value in self.settings.items()),
+            *self.more,
+        ]
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run one command of the program in a container of its own."""
+        return podman("run", "--rm", *self.options(), IMAGE, *arguments, check=False)
+
+    def staged_below(self) -> Path:
+        """Return the host's path of the named volume."""
+        return CACHE / "store" / "volumes" / self.volume / "_data"
+
+    def objects(self) -> dict[str, StoredObject]:
+        """Return what the bucket holds."""
+        return self.server.objects(self.bucket)
+
+
+class Running:
+    """The daemon in a container; leaving the `with` block removes it."""
+
+    def __init__(self, sidecar: Sidecar) -> None:
+        """Start it as compose does, without a command of its own."""
+        self.name = f"{sidecar.volume}-{next(_numbers)}"
+        podman("run", "--detach", f"--name={self.name}", *sidecar.options(), IMAGE)
+
+    def __enter__(self) -> Self:
+        """Return it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove it, running or not."""
+        podman("rm", "--force", "--time=0", self.name)
+
+    def log(self) -> str:
+        """Return what it said until now."""
+        return podman("logs", self.name).stderr
+
+    def wait_for_log(self, pattern: str) -> None:
+        """Block until the pattern is in the log."""
+        deadline = time.monotonic() + STUCK_SECONDS / 3
+        while not re.search(pattern, self.log()):
+            assert time.monotonic() < deadline, f"{pattern!r} did not come:\n{self.log()}"
+            time.sleep(0.1)
+
+    def health(self) -> int:
+        """Run the image's health check once, as the engine would, and return its verdict."""
+        return podman("healthcheck", "run", self.name, check=False).returncode
+
+    def exit_code(self) -> int:
+        """Return the exit code of the daemon, which has ended."""
+        return int(podman("wait", self.name).stdout)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Return a server of this file's own, because it is suspended."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+@pytest.fixture
+def sidecar(server: S3Server, tmp_path: Path) -> Iterator[Sidecar]:
+    """Return a sidecar with everything new, beside an LND that keeps the file in a directory of its
+    own.
+    """
+    lnd = Lnd(tmp_path / "lnd-scb")
+    lnd.directory.chmod(0o755)  # a volume is, and LND makes no directory there but its archive
+    made = Sidecar(server, lnd)
+    yield made
+    podman("volume", "rm", "--force", made.volume)
+
+
+def config() -> dict[str, Any]:
+    """Return the image's configuration."""
+    shown: list[dict[str, Any]] = json.loads(podman("image", "inspect", IMAGE).stdout)
+    return shown[0]
+
+
+def test_the_image_runs_as_nobody_and_checks_its_health_seldom() -> None:
+    """The user is a number other than 0, and the health check comes every five minutes at most."""
+    image = config()
+    assert image["Config"]["User"] == "10001:10001"
+    assert image["Config"]["Entrypoint"] == ["lnd-backup"]
+    assert image["Healthcheck"]["Interval"] >= 300 * 10**9
+    assert image["Healthcheck"]["Timeout"] > 60 * 10**9  # check gives up within a minute
+
+
+def test_the_byte_code_is_in_the_image_and_pip_is_not(sidecar: Sidecar) -> None:
+    """Nothing is compiled at a start, and nothing that installs packages is left."""
+    sidecar.more = ["--entrypoint=/opt/lnd-backup/venv/bin/python"]
+    told = sidecar.command("-I", "-v", "-m", "s3_backup_lnd_channels", "once").stderr
+    ours = re.findall(r"^# code object from '?(/opt/\S+)", told, re.MULTILINE)
+    assert any("s3_backup_lnd_channels" in name for name in ours)
+    assert [name for name in ours if not name.rstrip("'").endswith(".pyc")] == []
+    assert sidecar.command("-I", "-m", "pip", "--version").returncode == 1
+
+
+@pytest.mark.parametrize("user", ["10001:10001", "1000:1000", "0:0"])
+def test_a_new_volume_works_for_every_user(sidecar: Sidecar, user: str) -> None:
+    """`once` and `check` succeed with a new volume, whoever the container runs as: the staging
+    directory is the program's own, and LND's directory is not touched.
+    """
+    sidecar.user = user
+    written = sidecar.lnd.write(3)
+    before = sidecar.lnd.fingerprint()
+    done = sidecar.command("once")
+    assert done.returncode == 0, done.stderr
+    assert [entry.data for entry in sidecar.objects().values()] == [written.data]
+    staging = (sidecar.staged_below() / "lnd-backup").stat()
+    assert f"{staging.st_uid}:{staging.st_gid}" == user
+    assert staging.st_mode & 0o777 == 0o700
+    assert sidecar.command("check").returncode == 0
+    assert sidecar.lnd.fingerprint() == before
+
+
+def test_a_reader_lists_and_restores(sidecar: Sidecar, tmp_path: Path) -> None:
+    """With the reader's key and a directory to write to, the image is all that a recovery needs."""
+    written = sidecar.lnd.write(3)
+    assert sidecar.command("once").returncode == 0
+    reader = sidecar.server.reader_user(sidecar.bucket)
+    sidecar.settings |= {
+        "AWS_ACCESS_KEY_ID": reader.access_key,
+        "AWS_SECRET_ACCESS_KEY": reader.secret_key,
+    }
+    out = tmp_path / "recovery"
+    out.mkdir()
+    os.chown(out, 10001, 10001)
+    sidecar.more = [f"--volume={out}:/recovery"]
+    assert sidecar.command("list").stdout.count(PREFIX) == 1
+    done = sidecar.command("restore", "--output", "/recovery/channel.backup")
+    assert done.returncode == 0, done.stderr
+    assert (out / "channel.backup").read_bytes() == written.data
+
+
+def test_it_stops_after_lnd_in_order(sidecar: Sidecar) -> None:
+    """The daemon, process 1 of its container, stores each version and the one that LND writes last,
+    and leaves with exit code 0 within the grace period.
+    """
+    with Running(sidecar) as daemon:
+        for channels in (1, 2, 3):
+            version = sidecar.lnd.write(channels)
+            daemon.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b")
+        sidecar.lnd.write(4)
+        began = time.monotonic()
+        podman("stop", "--time=30", daemon.name)
+        assert time.monotonic() - began < 12
+        assert daemon.exit_code() == 0
+    assert {entry.data for entry in sidecar.objects().values()} == {
+        version.data for version in sidecar.lnd.written
+    }
+
+
+def test_a_second_signal_ends_process_1_at_once(sidecar: Sidecar) -> None:
+    """The kernel spares process 1 what it does not handle; a second signal ends it all the same."""
+    with Running(sidecar) as daemon:
+        version = sidecar.lnd.write(1)
+        daemon.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b")
+        with suspended(sidecar.server):
+            sidecar.lnd.write(2)
+            daemon.wait_for_log(r"captured[^\n]*\n(.*\n)*.*captured")
+            podman("kill", "--signal=TERM", daemon.name)
+            daemon.wait_for_log(r"(?i)stop")
+            podman("kill", "--signal=TERM", daemon.name)
+            assert daemon.exit_code() == 143
+
+
+def test_what_waits_outlives_the_container(sidecar: Sidecar) -> None:
+    """Versions captured while S3 is away lie on the volume, and the next container sends them."""
+    with Running(sidecar) as daemon:
+        first = sidecar.lnd.write(1)
+        daemon.wait_for_log(rf"stored s3://\S+-{first.sha256[-6:]}\b")
+        with gone(sidecar.server):
+            last = sidecar.lnd.write(2)
+            daemon.wait_for_log(rf"captured \S+-{last.sha256[-6:]}\b")
+            podman("kill", "--signal=KILL", daemon.name)
+    assert last.data not in {entry.data for entry in sidecar.objects().values()}
+    assert sidecar.command("once").returncode == 0
+    assert last.data in {entry.data for entry in sidecar.objects().values()}
+
+
+def test_the_health_check_tells_a_refused_backup_from_an_absent_s3(sidecar: Sidecar) -> None:
+    """Healthy: the bucket holds the version, or S3 cannot be asked (75). Unhealthy: it does not."""
+    with Running(sidecar) as daemon:
+        assert daemon.health() == UNHEALTHY  # LND has written nothing yet
+        version = sidecar.lnd.write(1)
+        daemon.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b")
+        assert daemon.health() == HEALTHY
+        with gone(sidecar.server):
+            assert podman("exec", daemon.name, "lnd-backup", "check", check=False).returncode == 75
+            assert daemon.health() == HEALTHY
+        sidecar.server.admin.put_bucket_policy(
+            Bucket=sidecar.bucket, Policy=json.dumps(denying(sidecar.bucket))
+        )
+        refused = sidecar.lnd.write(2)
+        daemon.wait_for_log(rf"captured \S+-{refused.sha256[-6:]}\b")
+        assert daemon.health() == UNHEALTHY
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "directory", "code"),
+    [
+        # A volume whose top the program may write to: it makes a directory of its own.
+        pytest.param((0, 2000), 0o2775, "/staging/lnd-backup", 0, id="fsGroup"),
+        pytest.param((1000, 1000), 0o755, "/staging/lnd-backup", 0, id="chowned"),
+        pytest.param((1000, 1000), 0o700, "/staging", 0, id="chowned-itself"),
+        pytest.param((1000, 1000), 0o755, "/staging", 0, id="chowned-itself-open"),
+        # And one that it refuses.
+        pytest.param((0, 2000), 0o2775, "/staging", 78, id="fsGroup-itself"),
+        pytest.param((0, 0), 0o755, "/staging/lnd-backup", 78, id="root"),
+    ],
+)
+def test_who_may_own_the_staging_volume(
+    sidecar: Sidecar,
+    tmp_path: Path,
+    owner: tuple[int, int],
+    mode: int,
+    directory: str,
+    code: int,
+) -> None:
+    """The table in docs/containers.md: which owners of the volume work, and which do not."""
+    own_volume(sidecar, tmp_path / "volume", owner, mode)
+    sidecar.settings["BACKUP_DIRECTORY"] = directory
+    sidecar.lnd.write(1)
+    done = sidecar.command("once")
+    assert done.returncode == code, done.stderr
+    assert code == 0 or "BACKUP_DIRECTORY" in done.stderr
+
+
+@pytest.mark.parametrize("user", ["10001:10001", "0:0"])
+def test_a_new_volume_is_no_staging_directory_itself(sidecar: Sidecar, user: str) -> None:
+    """Others may write to the top of a new volume, so it is refused, also when root runs it."""
+    sidecar.user = user
+    sidecar.settings["BACKUP_DIRECTORY"] = "/staging"
+    sidecar.lnd.write(1)
+    assert sidecar.command("once").returncode == 78
+
+
+def test_fsgroup_applied_again_takes_the_staging_directory_away(
+    sidecar: Sidecar, tmp_path: Path
+) -> None:
+    """Kubernetes lets the group write to all that is in the volume, at each start of a pod unless
+    fsGroupChangePolicy is OnRootMismatch. A directory that others may write to is refused.
+    """
+    own_volume(sidecar, tmp_path / "volume", (0, 2000), 0o2775)
+    sidecar.lnd.write(1)
+    assert sidecar.command("once").returncode == 0
+    staging = tmp_path / "volume" / "lnd-backup"
+    staging.chmod(staging.stat().st_mode | 0o2770)  # what the kubelet does
+    assert sidecar.command("once").returncode == 78
+
+
+def own_volume(sidecar: Sidecar, directory: Path, owner: tuple[int, int], mode: int) -> None:
+    """Use somebody's directory of the host for the volume, and run as user 1000 with its group. It
+    is mounted as it is, by Docker and Kubernetes alike.
+    """
+    directory.mkdir()
+    os.chown(directory, *owner)
+    directory.chmod(mode)
+    sidecar.staging = directory
+    sidecar.user = "1000:1000"
+    sidecar.more = [f"--group-add={owner[1]}"]
+
+
+@contextlib.contextmanager
+def suspended(server: S3Server) -> Iterator[None]:
+    """Let the server answer nobody for a while."""
+    server.suspend()
+    try:
+        yield
+    finally:
+        server.resume()
+
+
+@contextlib.contextmanager
+def gone(server: S3Server) -> Iterator[None]:
+    """Take the server away for a while."""
+    server.stop()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+def denying(bucket: str) -> dict[str, Any]:
+    """Return a bucket policy that refuses every put."""
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            {
+                "Effect": "Deny",
+                "Principal": "*",
+                "Action": "s3:PutObject",
+                "Resource": f"arn:aws:s3:::{bucket}/*",
+            }
+        ],
+    }

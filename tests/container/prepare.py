@@ -1,0 +1,108 @@
+"""Makes the image for `make test-container`: a minimal Debian by mmdebstrap for the base, wheels at
+hand, and podman's build without a daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+CACHE = CHECKOUT / ".cache" / "container"
+BASE, IMAGE = "localhost/lnd-backup-base", "localhost/lnd-backup"
+
+# What is needed, by the Debian package that brings it.
+NEEDED = {"podman": "podman", "crun": "crun", "mmdebstrap": "mmdebstrap"}
+# Podman's own store below the checkout. No daemon, no systemd, and no control groups of its own.
+PODMAN = [
+    "podman",
+    f"--root={CACHE / 'store'}",
+    f"--runroot={CACHE / 'run'}",
+    f"--storage-driver={os.environ.get('STORAGE_DRIVER', 'overlay')}",
+    "--cgroup-manager=cgroupfs",
+    "--events-backend=none",
+]
+
+
+def main() -> int:
+    """Install the tools, or make the base and the image of a suite; return the exit code."""
+    match sys.argv[1:]:
+        case ["tools"]:
+            missing = install()
+            print(missing, end="", file=sys.stderr)
+            return 1 if missing else 0
+        case ["image", suite]:
+            build(suite)
+            return 0
+    return 2
+
+
+def build(suite: str) -> None:
+    """Make the base, unless it is there, and the image."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    base, partial = CACHE / f"{suite}.tar", CACHE / f"{suite}-partial.tar"
+    if not base.exists():
+        print(f"making a minimal Debian {suite}", flush=True)
+        run("mmdebstrap", "--quiet", "--variant=minbase", suite, str(partial))
+        partial.rename(base)
+    print(f"building {IMAGE} from it", flush=True)
+    run(*PODMAN, "import", "--quiet", str(base), BASE)
+    run(
+        *PODMAN,
+        *("build", "--quiet", "--isolation=chroot", "--format=docker", f"--build-arg=BASE={BASE}"),
+        *(*wheels_at_hand(), f"--tag={IMAGE}"),
+        *(f"--file={CHECKOUT / 'container' / 'Containerfile'}", str(CHECKOUT)),
+    )
+    run(*PODMAN, "image", "prune", "--force")
+
+
+def install() -> str:
+    """Install the missing tools by apt where that is possible, and return what is wrong."""
+    if os.geteuid() != 0:
+        return "cannot build and run containers: only root can: sudo make test-container\n"
+    missing = [package for command, package in NEEDED.items() if not shutil.which(command)]
+    if missing and shutil.which("apt-get"):
+        print(f"installing {' '.join(missing)}")
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
+        subprocess.run([*apt, "update"], check=False, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*apt, "install", "-y", "--no-install-recommends", *missing],
+            check=False,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+    left = [package for command, package in NEEDED.items() if not shutil.which(command)]
+    return (
+        f"cannot build and run containers: missing: apt install {' '.join(left)}\n" if left else ""
+    )
+
+
+def wheels_at_hand() -> list[str]:
+    """Fetch the wheels with this machine's pip, and return the options that let the build use these
+    alone: what this machine needs to reach an index is nothing for the image.
+    """
+    wheels, settings = CACHE / "wheels", CACHE / "pip.conf"
+    run(
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+        *("--only-binary", ":all:", "--require-hashes", "--dest", str(wheels)),
+        *("-r", str(CHECKOUT / "requirements.txt")),
+    )
+    settings.write_text("[global]\nno-index = true\nfind-links = /wheels\n", encoding="utf-8")
+    return [f"--volume={wheels}:/wheels:ro", f"--volume={settings}:/etc/pip.conf:ro"]
+
+
+def run(*command: str) -> None:
+    """Run a command that must succeed; of its output only what it says when it fails is shown."""
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
+    if done.returncode:
+        sys.exit(f"{done.stdout[-4000:]}\nfailed: {' '.join(command)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

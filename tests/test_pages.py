@@ -1,0 +1,337 @@
+"""What the pages tell people to type, to set and to look at is there: commands and options, exit
+codes, settings, files, make's targets, metrics and links. The container's files keep its promises.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shlex
+import subprocess
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import yaml
+from kit import CHECKOUT, SCRIPT, Lnd, Script, run_script, settings_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+CONTAINER = CHECKOUT / "container"
+EXIT_CODES = {0, 1, 2, 75, 78, 128, 130}
+# What others read: make's own, the SDK's, a shell's, and the platforms'.
+OTHERS = (
+    r"AWS_\w+|(HTTPS?|ALL|NO)_PROXY|LND_(USER|DIRECTORY)|PYTHON(PATH)?|DESTDIR|SECONDS|SEED|QUICK"
+    r"|NODE|FORCE|LABEL|NAME|SUITE|BASE|ALERT_(MAIL|URL)|MALLOC_\w+|STATUS|READY|COMPOSE_FILE|BTCPAYGEN_\w+"
+)
+# How the installer and the units write where things are.
+INSTALLED = {
+    "$units": "/etc/systemd/system",
+    "$current": "/opt/lnd-backup/current",
+    "$service": "lnd-backup",
+    "%S": "/var/lib",
+    "%N": "lnd-backup",
+}
+OURS_BY_LOOK = r"(S3|MONITOR|BACKUP|RESCAN|REFRESH|SHUTDOWN|HEARTBEAT|METRICS|COPY)_[A-Z_]+"
+
+
+def by_page(pattern: str = r".*") -> pytest.MarkDecorator:
+    """Run a test once for each page whose name matches."""
+    pages = [page for page in PAGES if re.fullmatch(pattern, page.name)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+
+
+def text_of(page: Path) -> str:
+    """Return a page's text."""
+    return page.read_text(encoding="utf-8")
+
+
+class Block(NamedTuple):
+    """A block to copy: its language, sh where it says none, and its text."""
+
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Return the page's fenced and indented blocks."""
+    text = text_of(page)
+    fenced = r"^( *)```(\w*)\n(.*?)^\1```$"
+    for found in re.finditer(fenced, text, re.MULTILINE | re.DOTALL):
+        yield Block(found[2] or "text", re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
+    rest = re.sub(fenced, "", text, flags=re.MULTILINE | re.DOTALL)
+    for found in re.finditer(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)", rest):
+        yield Block("sh", re.sub(r"^ {4}", "", found[1], flags=re.MULTILINE))
+
+
+def code(page: Path) -> str:
+    """Return all that the page shows as code: its blocks, and what stands in backticks."""
+    inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", text_of(page))
+    return "\n".join([*(block.text for block in blocks(page)), *inline])
+
+
+@functools.cache
+def help_of(*command: str) -> str:
+    """Return what --help says."""
+    done = run_script({}, *command, "--help", measured=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commands() -> set[str]:
+    """Return the program's commands, by its --help."""
+    return set(re.findall(r"^ {4}([a-z]+) ", help_of(), re.MULTILINE))
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@by_page()
+def test_links_lead_somewhere(page: Path) -> None:
+    """Each link to a file of the repository, or to a heading, resolves."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"\s+", " ", text_of(page))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in slugs(file), target
+
+
+@by_page()
+def test_commands_and_options_exist(page: Path) -> None:
+    """Each command line of the program has a command and options that --help knows."""
+    known = commands() | {"card", "test-alert"}  # of `sudo lnd-backup` alone
+    assert {"run", "once", "check", "list", "restore"} <= known
+    joined = code(page).replace("\\\n", " ")
+    lines = re.findall(
+        r"(?:lnd_channels\.py|\blnd-backup lnd-backup|sudo lnd-backup) +([^\n|;&#]*)", joined
+    )
+    for line in lines:
+        words = shlex.split(line.replace("…", "X"), comments=True)
+        while words and words[0].startswith(("-", "[", "@")):  # --env-file FILE, @NODE
+            words = words[2:] if words[0] == "--env-file" else words[1:]
+        if not words or not re.fullmatch(r"[a-z]+", words[0]):
+            continue
+        assert words[0] in known, line
+        options = [re.match(r"--[a-z-]+", word) for word in words[1:]]
+        for option in filter(None, options):
+            assert option[0] in help_of(words[0]), line
+
+
+@by_page("recovery.md|containers.md|operations.md")
+def test_there_are_command_lines_to_look_at(page: Path) -> None:
+    """The test above has something to read on the pages that it is for."""
+    assert re.search(r"lnd_channels\.py +list|lnd-backup +check", code(page))
+
+
+@by_page()
+def test_exit_codes_are_those_of_the_interface(page: Path) -> None:
+    """No page promises an exit code that the README's table does not have."""
+    told = re.findall(r"[Ee]xit(?:s with| codes?|s)? (\d+)|\((?:exit code )?(7\d)\)", text_of(page))
+    assert {int(one or other) for one, other in told} <= EXIT_CODES
+
+
+def test_the_exit_codes_are_in_the_readme() -> None:
+    """The table and the constant of this file agree, but for what a signal adds."""
+    rows = re.findall(r"^\| (\d+) \|", text_of(CHECKOUT / "README.md"), re.MULTILINE)
+    assert {int(row) for row in rows} == EXIT_CODES - {128, 130}
+
+
+@by_page()
+def test_settings_exist(page: Path) -> None:
+    """What looks like a setting of ours is in the README's table, the example and the program."""
+    readme = text_of(CHECKOUT / "README.md")
+    example = text_of(CHECKOUT / "lnd-backup-env.example")
+    program = text_of(SCRIPT)
+    for name in {found[0] for found in re.finditer(rf"\b{OURS_BY_LOOK}\b", code(page))}:
+        assert re.search(rf"^\| `{name}` \|", readme, re.MULTILINE), name
+        assert re.search(rf"^#?{name}=", example, re.MULTILINE), name
+        assert f'"{name}"' in program, name
+
+
+@by_page()
+def test_nothing_else_is_set(page: Path) -> None:
+    """Whatever is assigned in code is a setting of ours or has a reader that is known."""
+    assigned = re.findall(r"(?:^|[\s`(])([A-Z][A-Z0-9_]{2,})=(?!=)", code(page), re.MULTILINE)
+    assert [name for name in assigned if not re.fullmatch(f"{OURS_BY_LOOK}|{OTHERS}", name)] == []
+
+
+@by_page()
+def test_targets_of_make_exist(page: Path) -> None:
+    """Each `make WORD` in code is a target with a line in `make help`."""
+    targets = re.findall(r"^([a-z-]+):.*##", text_of(CHECKOUT / "Makefile"), re.MULTILINE)
+    for target in re.findall(r"\bmake ([a-z][a-z-]+)", code(page)):
+        if target != "python":  # apt install make python3-venv
+            assert target in targets
+
+
+@by_page()
+def test_files_exist(page: Path) -> None:
+    """Each path into the repository exists; each path of the installation is the installer's."""
+    shown = code(page)
+    for path in re.findall(
+        r"(?<![\w/.-])((?:container|docs|systemd|tests|bench)/[\w.@/-]+)", shown
+    ):
+        assert list(CHECKOUT.glob(path.rstrip("/.") + "*")), path
+    installed = "".join(
+        text_of(file)
+        for file in (*(CHECKOUT / "systemd").iterdir(), *CHECKOUT.glob("lnd-backup*"))
+        if file.is_file()
+    )
+    for variable, value in INSTALLED.items():
+        installed = installed.replace(variable, value)
+    names = r"/(?:etc|opt|run|var/lib)/(?!prometheus)[\w./-]*lnd-(?:backup|scb)[\w-]*"
+    for path in set(re.findall(names, shown)) - {"/etc/lnd-backup-env"}:  # BTCPay's, made by hand
+        assert path in installed, path
+
+
+def test_metrics_exist(tmp_path: Path) -> None:
+    """Each metric on a page, and in the alerts, is one that the daemon writes."""
+    metrics, lnd = tmp_path / "metrics.prom", Lnd(tmp_path / "lnd")
+    lnd.write(1)
+    settings = settings_at("http://127.0.0.1:9", lnd, tmp_path / "staging")
+    with Script(settings | {"METRICS_FILE": str(metrics)}) as daemon:
+        daemon.wait_for_log("captured")
+        assert daemon.stop() == 0
+    written = set(re.findall(r"^(lnd_backup_\w+)", metrics.read_text(), re.MULTILINE))
+    for page in (*PAGES, CHECKOUT / "docs" / "alerts.yml"):
+        assert set(re.findall(r"\blnd_backup_[a-z_]+", text_of(page))) <= written, page.name
+
+
+@by_page()
+def test_blocks_are_well_formed(page: Path) -> None:
+    """Shell blocks parse, YAML and JSON load."""
+    for language, text in blocks(page):
+        if language == "sh":
+            known = text.replace("…", "X")
+            done = subprocess.run(
+                ["/usr/bin/env", "bash", "-n"],
+                input=known,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, f"{text}\n{done.stderr}"
+        elif language == "yaml":
+            assert yaml.safe_load(text)
+        elif language == "json":
+            assert json.loads(text)
+
+
+@by_page("access.md|containers.md|README.md")
+def test_install_lines_name_the_prefix(page: Path) -> None:
+    """Who copies an install line gets a prefix, the one that the key may write below."""
+    lines = re.findall(r"make install[^\n]*S3_BUCKET_NAME[^\n]*", text_of(page))
+    assert [line for line in lines if "S3_BACKUP_PREFIX=" not in line] == []
+
+
+def test_the_recovery_page_restores_every_file() -> None:
+    """Steps 10 and 11 name all that `restore` writes, and the card has its fields."""
+    page = text_of(CHECKOUT / "docs" / "recovery.md")
+    for verb in ("verifychanbackup", "restorechanbackup"):
+        for file in ("channel.backup", *(f"channel.backup.{number}" for number in (2, 3, 4))):
+            assert f"lncli {verb} --multi_file ~/recovery/{file}\n" in page
+    card = page[page.index("## Recovery card") :]
+    for field in (
+        "bucket",
+        "prefix",
+        "endpoint",
+        "region",
+        "node",
+        "version",
+        "SHA-256",
+        "the seed is",
+    ):
+        assert re.search(rf"\b{field}\b[^_\n]*_{{8}}", card), field
+
+
+# --- The container's files ---
+
+
+def instructions(word: str) -> list[str]:
+    """Return the arguments of each such instruction in the Containerfile."""
+    joined = re.sub(r"\\\n\s*", " ", text_of(CONTAINER / "Containerfile"))
+    return re.findall(rf"^{word} (.+)$", joined, re.MULTILINE)
+
+
+def seconds(text: str) -> float:
+    """Return a duration such as 5m or 30s."""
+    return float(text[:-1]) * {"s": 1, "m": 60}[text[-1]]
+
+
+def grace_seconds() -> float:
+    """Return the default of SHUTDOWN_GRACE_SECONDS, by the README."""
+    found = re.search(r"`SHUTDOWN_GRACE_SECONDS` \| (\d+)", text_of(CHECKOUT / "README.md"))
+    assert found
+    return float(found[1])
+
+
+def test_the_image_keeps_its_promises() -> None:
+    """Debian slim, hashes, a number other than 0 for a user, and a health check that is rare, gives
+    `check` its minute, and takes 75 for "unknown".
+    """
+    assert re.search(r"debian:\w+-slim$", instructions("ARG")[0])
+    assert set(instructions("FROM")) == {"${BASE} AS build", "${BASE}"}
+    assert any("--require-hashes" in run and "--only-binary" in run for run in instructions("RUN"))
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", instructions("USER")[-1])
+    (health,) = instructions("HEALTHCHECK")
+    options = dict(re.findall(r"--([a-z-]+)=(\S+)", health))
+    assert seconds(options["interval"]) >= 300
+    assert seconds(options["timeout"]) > 60
+    assert health.endswith('lnd-backup check || [ "$?" -eq 75 ]')
+
+
+def sidecars() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return the sidecar of compose.yaml, and that of BTCPay's fragment on the page."""
+    yield "compose.yaml", yaml.safe_load(text_of(CONTAINER / "compose.yaml"))
+    for block in blocks(CHECKOUT / "docs" / "containers.md"):
+        if block.language == "yaml" and "services" in (loaded := yaml.safe_load(block.text)):
+            yield "BTCPay", loaded
+
+
+@pytest.mark.parametrize(("where", "compose"), list(sidecars()), ids=["compose.yaml", "BTCPay"])
+def test_the_sidecar_is_confined_and_stops_last(where: str, compose: dict[str, Any]) -> None:
+    """It sees a directory, read-only; nothing else of the root is writable but the staging volume;
+    it may do nothing; and LND stops before it.
+    """
+    services, sidecar = compose["services"], compose["services"]["lnd-backup"]
+    lnd = services["lnd" if where == "compose.yaml" else "lnd_bitcoin"]
+    mounts = {
+        target: (source, mode) for source, target, *mode in map(split_volume, sidecar["volumes"])
+    }
+    scb, mode = mounts["/lnd-scb"]
+    assert mode == ["ro"]
+    assert {scb, mounts["/staging"][0]} <= set(compose["volumes"])  # named: directories by nature
+    assert f"{scb}:/lnd-scb" in lnd["volumes"]
+    assert sidecar["environment"]["BACKUP_DIRECTORY"] == "/staging/lnd-backup"
+    assert sidecar["environment"]["MONITOR_FILE_PATH"] == "/lnd-scb/channel.backup"
+    assert (sidecar["read_only"], sidecar["cap_drop"]) == (True, ["ALL"])
+    assert sidecar["security_opt"] == ["no-new-privileges:true"]
+    assert seconds(sidecar["stop_grace_period"]) > grace_seconds() + 1
+    assert lnd["depends_on"] in (["lnd-backup"], {"lnd-backup": {"condition": "service_started"}})
+
+
+def split_volume(text: str) -> list[str]:
+    """Return the parts of a volume's line."""
+    return text.split(":")
+
+
+def test_the_native_sidecar_of_kubernetes() -> None:
+    """It starts before LND and stops after it, and its staging directory survives fsGroup."""
+    page = CHECKOUT / "docs" / "containers.md"
+    pod = next(yaml.safe_load(text) for language, text in blocks(page) if "initContainers" in text)
+    (sidecar,) = pod["spec"]["initContainers"]
+    assert sidecar["restartPolicy"] == "Always"
+    assert pod["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+    assert sidecar["securityContext"]["readOnlyRootFilesystem"] is True
+    assert sidecar["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in sidecar["volumeMounts"]}
+    assert mounts == {"/lnd-scb": True, "/staging": False}
+    assert pod["spec"]["terminationGracePeriodSeconds"] > grace_seconds() + 1

@@ -1,0 +1,78 @@
+"""COPY_DIRECTORY keeps every version in a second place, and its absence is a problem, no more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import VERSION_NAME, Daemon, FakeS3, run_script
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kit import Lnd
+
+
+@pytest.fixture
+def copies(tmp_path: Path, fake_env: dict[str, str]) -> Path:
+    """Return the second place, which is set and there."""
+    directory = tmp_path / "stick"
+    directory.mkdir()
+    fake_env |= {"COPY_DIRECTORY": str(directory), "RESCAN_SECONDS": "0.1"}
+    return directory
+
+
+def kept(copies: Path) -> set[bytes]:
+    """Return the versions in the second place, and expect nothing but versions there."""
+    files = list(copies.iterdir())
+    assert all(VERSION_NAME.fullmatch(file.name) for file in files), files
+    return {file.read_bytes() for file in files}
+
+
+def test_once_copies_and_a_second_time_adds_nothing(
+    fake_env: dict[str, str], lnd: Lnd, copies: Path
+) -> None:
+    """`once` keeps the version in the second place; the same bytes are not kept again."""
+    version = lnd.write()
+    for _ in range(2):
+        done = run_script(fake_env, "once")
+        assert done.returncode == 0, done.stderr
+        assert kept(copies) == {version.data}
+        assert len(list(copies.iterdir())) == 1
+    (file,) = copies.iterdir()
+    assert file.stat().st_mode & 0o137 == 0
+
+
+def test_a_stick_that_is_missing_is_told_and_nothing_is_made(
+    fake_env: dict[str, str], lnd: Lnd, fake: FakeS3, copies: Path
+) -> None:
+    """Without the directory S3 still stores, the problem is told, and the copy follows later."""
+    copies.rmdir()
+    version = lnd.write()
+    with Daemon(fake_env) as daemon:
+        daemon.wait_for_stored(version)
+        daemon.wait_for_log("error: cannot copy to COPY_DIRECTORY: .*No such file")
+        assert not copies.exists()
+        copies.mkdir()
+        daemon.wait_for_log("COPY_DIRECTORY keeps versions again")
+        assert kept(copies) == {version.data}
+        newer = lnd.write()
+        daemon.wait_for_stored(newer)
+        assert daemon.stop() == 0
+    assert kept(copies) == {version.data, newer.data}
+    assert len(fake.requests) == 2
+
+
+def test_a_directory_of_lnds_is_refused(
+    fake_env: dict[str, str], lnd: Lnd, copies: Path, staging: Path
+) -> None:
+    """LND's directory and the staging directory cannot be the second place."""
+    lnd.write()
+    for wrong in (lnd.directory, lnd.directory / "below", staging):
+        done = run_script(fake_env | {"COPY_DIRECTORY": str(wrong)}, "once")
+        assert done.returncode == 78
+        assert f"COPY_DIRECTORY={wrong}" in done.stderr
+    (copies / "wallet.db").touch()
+    done = run_script(fake_env, "once")
+    assert "cannot copy to COPY_DIRECTORY" in done.stderr
+    assert [file.name for file in copies.iterdir()] == ["wallet.db"]

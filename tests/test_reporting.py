@@ -153,6 +153,10 @@ def metrics(path: Path) -> dict[str, int]:
     """Return the samples of a metrics file by name and label, and expect it to be whole and nothing
     else in it.
     """
+    give_up_at = time.monotonic() + PATIENCE_SECONDS
+    while not path.exists():  # it is written in a thread, beside the status
+        assert time.monotonic() < give_up_at
+        threading.Event().wait(0.02)
     text = path.read_text(encoding="ascii")
     families = list(FAMILY.finditer(text))
     assert "".join(family[0] for family in families) == text

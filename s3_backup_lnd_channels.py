@@ -4,18 +4,18 @@
 LND replaces channel.backup (the static channel backup, SCB) by a rename whenever a channel opens or
 closes. This program copies each version into a staging directory, puts it into the bucket, and
 deletes the staged copy only after S3 has acknowledged those very bytes. After a crash the next
-start goes on with what lies in the staging directory.
+start continues with what lies in the staging directory.
 
     channel.backup --capture--> version --stage--> staging directory --put, newest first--> bucket
                                                           ^                                    |
                                                           '--- delete, only on a receipt <-----'
 
-`Daemon.run` is one loop of twenty lines: begin there. Whatever wakes it (a rename, an answer of S3,
+`Daemon.run` is one loop of thirty lines: begin there. Whatever wakes it (a rename, an answer of S3,
 a signal, the time), each pass asks the same questions and takes the steps that it finds missing.
 Sections 1 to 4 are all that ever touches the node's file and the versions.
 
 reads     MONITOR_FILE_PATH, the file of --env-file, the AWS SDK's own files; nothing else unasked
-writes    BACKUP_DIRECTORY, METRICS_FILE; `restore` writes one new file; nothing in LND's directory
+writes    BACKUP_DIRECTORY, COPY_DIRECTORY, METRICS_FILE, what `restore` fetches; nothing of LND's
 connects  to the S3 endpoint, the SDK's source of credentials, HEARTBEAT_URL; nowhere else
 """
 
@@ -32,10 +32,8 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -49,14 +47,11 @@ import sys
 import threading
 import time
 import urllib.request
-from bisect import insort
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 try:
@@ -68,7 +63,6 @@ try:
     from asyncinotify import InitFlags, Inotify, Mask, Watch
     from botocore.config import Config
     from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES
-    from botocore.parsers import ResponseParserError
     from dotenv import dotenv_values
 
     MISSING = ""
@@ -78,23 +72,15 @@ except ImportError as missing:  # --help and --version work all the same
 __version__ = "0.1.0"
 Result = TypeVar("Result")
 
+FOREVER = float("inf")
 EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_CONFIG = 0, 1, 75, 78  # 2, wrong usage, is argparse's
 EMPTY_BYTES = 45  # no channels: nonce 24, version 1, count 4, tag 16 (LND 0.21 chanbackup/multi.go)
 ONE_CHANNEL_BYTES = 416  # the smallest file with a channel (LND 0.21 chanbackup/single.go)
 LARGEST_BYTES = 16 << 20  # some 24,000 channels; the service stays below its MemoryMax= with it
+DROP_BYTES = 300  # a file smaller by so much lacks a channel: each takes 378 or more (LND 0.21)
 LND_FILES = ("channel.db", "wallet.db", "*.macaroon", "chan-backup-archives", "lnd.conf")
 # Never to be restored from a copy (a stale channel.db loses money), or never to leave the node.
-FORBIDDEN = (
-    "channel.db",
-    "wallet.db",
-    "*.sqlite*",
-    "*.macaroon",
-    "hsm_secret",
-    "walletunlock.json",
-)
-DROP = "a channel less than before: restore both"
-DROP_BYTES = 300  # a file smaller by so much lacks a channel: each takes 378 or more (LND 0.21)
-FIRST_YEAR, LAST_YEAR = 1970, 9999  # between them a time can be counted with
+FORBIDDEN = "channel.db wallet.db *.sqlite* *.macaroon hsm_secret walletunlock.json"
 PAGES_MAX = 1000  # of a thousand keys each: a list that is longer never ends
 LATE_SECONDS = 600.0  # a put that began so long after the capture does not prove today's order
 TROUBLE_SECONDS = 1.0  # how often to look at a file that is absent, unreadable or unwatched
@@ -106,8 +92,6 @@ IDLE_SECONDS = 5.0  # then the connection is closed: a NAT drops it, and the nex
 ONE_SHOT_SECONDS = 45.0  # the one-shots give up; what they tell at the end may take some more
 TELLING_SECONDS = 10.0
 LAST_SECONDS = 0.5  # of a stop, to tell what came last
-LAST_RESORT_SECONDS = 5.0  # of a restore, for each version before a drop
-SECRET_CHARACTERS = 8  # of a secret that is masked: a shorter one would mask words
 ALARM_SECONDS = 600.0  # a problem that lasts so long is told to the heartbeat
 REMINDER_SECONDS = 3600.0  # how often a lasting problem is logged again
 
@@ -131,10 +115,8 @@ def sha256_of(data: bytes) -> str:
 
 def captured_at(name: str) -> datetime | None:
     """Return the time of capture (UTC) in a version's name; None if it is no version's name."""
-    if not re.fullmatch(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{6}", name):
-        return None
-    with contextlib.suppress(ValueError):
-        if not name.startswith("9999"):  # there must be a later name
+    if re.fullmatch(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{6}", name) and name < "9999":
+        with contextlib.suppress(ValueError):
             return datetime.fromisoformat(name[:23])
     return None
 
@@ -146,7 +128,8 @@ def age_seconds(at: datetime) -> float:
 
 def new_name(sha256: str, newest: str) -> str:
     """Return the name of a version captured now: above the newest name, whatever the clock says."""
-    now, last = datetime.now(UTC), captured_at(newest)
+    now = datetime.now(UTC)
+    last = captured_at(newest)
     if last is not None and now <= last:
         now = last + timedelta(microseconds=1)
     return f"{now:%Y%m%dT%H%M%S.%f}Z-{sha256[-6:]}"
@@ -154,24 +137,28 @@ def new_name(sha256: str, newest: str) -> str:
 
 def is_forbidden(path: str) -> bool:
     """Tell whether a path names something that must never be copied."""
-    return any(fnmatch(os.path.basename(path).lower(), pattern) for pattern in FORBIDDEN)
+    name = os.path.basename(path).lower()
+    return any(fnmatch(name, pattern) for pattern in FORBIDDEN.split())
 
 
-def open_file(path: Path | str, directory: int | None = None) -> BinaryIO:
-    """Open a file to read it: no link is followed, and no pipe waited for. Raises OSError."""
+def read_file(path: Path | str, directory: int | None = None) -> tuple[bytes, os.stat_result]:
+    """Return the bytes of a file, cut above 16 MiB, and its status after the reading.
+
+    No link is followed, and no pipe waited for. Raises OSError.
+    """
     more = os.O_NOFOLLOW | os.O_NONBLOCK
-    opener = lambda name, flags: os.open(name, flags | more, dir_fd=directory)  # noqa: E731
-    return open(path, "rb", opener=opener)
-
-
-def read_file(path: Path | str, directory: int | None = None) -> bytes:
-    """Return the bytes of a file, cut above 16 MiB; raises OSError."""
-    with open_file(path, directory) as file:
-        return file.read(min(os.fstat(file.fileno()).st_size, LARGEST_BYTES) + 1)
+    opener = functools.partial(os.open, dir_fd=directory)
+    with open(path, "rb", opener=lambda name, flags: opener(name, flags | more)) as file:
+        before = os.fstat(file.fileno())
+        data = file.read(min(before.st_size, LARGEST_BYTES) + 1)
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise OSError(errno.EAGAIN, "it changed while it was read")
+    return data, after
 
 
 def read_channel_backup(path: Path) -> bytes:
-    """Return the version at this path now; raises BackupError, NotYetError if it may come.
+    """Return the version at this path now; raises BackupError.
 
     Read through one descriptor: LND's rename (0.21 chanbackup/backupfile.go) cannot mix two
     versions. A link is followed, and where it leads is judged at each read: it may be switched.
@@ -179,27 +166,18 @@ def read_channel_backup(path: Path) -> bytes:
     what = f"cannot read channel.backup: {path}"
     try:
         target = os.path.realpath(path, strict=True)
-        with open_file(target) as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode) or is_forbidden(target):
-                why = f"{target} is no regular file, or must never be copied"
-                raise BackupError(f"{what}: {why}", "set MONITOR_FILE_PATH to LND's file")
-            data = file.read(min(before.st_size, LARGEST_BYTES) + 1)
-            after = os.fstat(file.fileno())
-        is_deleted = after.st_nlink == 0 and os.path.samestat(after, os.stat(target))
+        if is_forbidden(target) or not os.path.isfile(target):
+            why = f"{target} is no regular file, or must never be copied"
+            raise BackupError(f"{what}: {why}", "set MONITOR_FILE_PATH to LND's file")
+        data, status = read_file(target)
+        is_deleted = status.st_nlink == 0 and os.path.samestat(status, os.stat(target))
     except OSError as error:
         raise node_error(what, error) from None
-    if is_deleted:
-        hint = (
-            "bind the directory into the container, not the file, which shows old content for ever"
-        )
+    if is_deleted:  # a single file bound into a container shows its old content for ever
+        hint = "bind the directory into the container, not the file"
         raise BackupError(f"{what}: the path shows a deleted file", hint)
-    same_size = before.st_size == after.st_size == len(data)
-    is_changing = not same_size or before.st_mtime_ns != after.st_mtime_ns
-    if is_changing and after.st_size <= LARGEST_BYTES:
-        raise NotYetError(f"{what}: it changed while it was read", "it is read again in a moment")
-    if not EMPTY_BYTES <= after.st_size <= LARGEST_BYTES:
-        why = f"{after.st_size} bytes cannot be a channel backup ({EMPTY_BYTES} to {LARGEST_BYTES})"
+    if not EMPTY_BYTES <= status.st_size <= LARGEST_BYTES:
+        why = f"{status.st_size} bytes cannot be a channel backup (45 to {LARGEST_BYTES})"
         raise BackupError(f"{what}: {why}", "LND did not write this; the last good version counts")
     return data
 
@@ -217,10 +195,10 @@ def write_file(
     `directory` is an open descriptor, so that all steps happen in one and the same directory.
     """
     partial = f".{name}.partial"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial, dir_fd=directory)  # cut short by a crash, or planted by somebody
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(partial, flags, mode, dir_fd=directory), "wb") as file:
             with contextlib.suppress(OSError):  # exFAT and SMB have no modes
                 os.fchmod(file.fileno(), mode)  # whatever the umask
@@ -246,8 +224,7 @@ def write_file(
             os.unlink(partial, dir_fd=directory)
 
 
-@dataclass(frozen=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What S3 acknowledged: the licence to delete the staged copy. The last one is .receipt."""
 
     name: str
@@ -264,25 +241,25 @@ class Receipt:
         Not if it comes from the future, is older than the refresh (0: none), or if the put began
         long after the time in the name: S3 was away, or a clock was wrong.
         """
-        put_at, captured = datetime.fromisoformat(self.stored_at), captured_at(self.name)
+        put_at = datetime.fromisoformat(self.stored_at)
+        captured = captured_at(self.name)
         is_late = captured is None or (put_at - captured).total_seconds() > LATE_SECONDS
-        return not is_late and 0 <= age_seconds(put_at) < (refresh_seconds or math.inf)
+        return not is_late and 0 <= age_seconds(put_at) < (refresh_seconds or FOREVER)
 
 
 def read_receipt(directory: Path) -> Receipt | None:
     """Return the last receipt in a staging directory; one that makes no sense is logged."""
+    path = directory / ".receipt"
     try:
-        receipt = Receipt(**json.loads(read_file(directory / ".receipt")))
-        receipt.is_proof(0)  # raises if the name or the time makes no sense
-        if captured_at(receipt.name) is None or captured_at(receipt.newest or receipt.name) is None:
+        receipt = Receipt(**json.loads(read_file(path)[0]))
+        receipt.is_proof(0)  # raises if the time makes no sense
+        if not captured_at(receipt.name) or not captured_at(receipt.newest or receipt.name):
             raise ValueError("a wrong name")
-        return replace(receipt, size_bytes=int(receipt.size_bytes))
+        return receipt._replace(size_bytes=int(receipt.size_bytes))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        log.warning(
-            "ignored: the last receipt makes no sense: %s: %s", directory / ".receipt", error
-        )
+        log.warning("ignored: the last receipt makes no sense: %s: %s", path, error)
         return None
 
 
@@ -290,7 +267,8 @@ class Staging:
     """The staging directory, locked until the process ends; used by the loop alone.
 
     Beside versions: .lock, .receipt, .*.partial (cut short by a crash), .damaged-*. All goes
-    through one descriptor: replacing the directory cannot split the queue.
+    through one descriptor: replacing the directory cannot split the queue. Its methods raise
+    OSError.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -303,71 +281,58 @@ class Staging:
             directory.mkdir(mode=0o700, exist_ok=True)
             self.fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            fcntl.flock(
-                os.open(".lock", flags, 0o600, dir_fd=self.fd), fcntl.LOCK_EX | fcntl.LOCK_NB
-            )
+            lock = os.open(".lock", flags, 0o600, dir_fd=self.fd)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in os.listdir(self.fd):
                 if fnmatch(name, ".*.partial"):
                     with contextlib.suppress(IsADirectoryError):
                         os.unlink(name, dir_fd=self.fd)
         except BlockingIOError:
+            message = f"cannot start: {directory}: another copy holds it"
             hint = "if it is the service, it backs up by itself: see its log"
-            raise TransientError(
-                f"cannot start: {directory}: another copy holds it", hint
-            ) from None
+            raise TransientError(message, hint) from None
         except OSError as error:
-            hint = "check its owner, its mode, and that its file system is writable and not full"
             message = f"cannot use BACKUP_DIRECTORY: {directory}: {error.strerror}"
+            hint = "check its owner, its mode, and that its file system is writable and not full"
             raise ConfigError(message, hint) from None
         self.receipt = self.written = read_receipt(directory)
 
-    @contextlib.contextmanager
-    def explained(self, what: str) -> Iterator[None]:
-        """Turn an OSError into a BackupError."""
-        try:
-            yield
-        except OSError as error:
-            hint = "free or repair the disk; meanwhile the newest version is sent from memory"
-            message = f"cannot {what}: {self.directory}: {error.strerror}"
-            raise BackupError(message, hint) from None
-
     def relist(self) -> None:
-        """See what waits on disk: others may add, mend or remove a version; raises BackupError."""
-        with self.explained("list"), os.scandir(self.fd) as entries:
+        """See what waits on disk: others may add, mend or remove a version."""
+        with os.scandir(self.fd) as entries:
             files = [entry for entry in entries if captured_at(entry.name)]
             names = {entry.name for entry in files if entry.is_file(follow_symlinks=False)}
         self.pending = sorted(names - self.acknowledged)
         self.unreadable &= names
 
     def newest(self) -> Version | None:
-        """Return the newest version that waits; raises BackupError if the disk does not give it.
+        """Return the newest version that waits.
 
-        Such a one waits for the next listing, so that others can go. A damaged one is put aside.
+        One that the disk does not give waits for the next listing, so that others can go. A damaged
+        one is put aside.
         """
         while self.pending:
             name = self.pending.pop()
             self.unreadable.add(name)
-            with self.explained(f"read {name}"):
-                try:
-                    data = read_file(name, self.fd)
-                except OSError:  # what passes at once, as EMFILE may, makes no second capture
-                    data = read_file(name, self.fd)
-                self.unreadable.discard(name)
-                is_possible = EMPTY_BYTES <= len(data) <= LARGEST_BYTES
-                if is_possible and sha256_of(data).endswith(name[-6:]):
-                    self.pending.append(name)
-                    return Version(name, data)
-                os.rename(name, f".damaged-{name}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            try:
+                data, _ = read_file(name, self.fd)
+            except OSError:  # what passes at once, as EMFILE may, makes no second capture
+                data, _ = read_file(name, self.fd)
+            self.unreadable.discard(name)
+            is_possible = EMPTY_BYTES <= len(data) <= LARGEST_BYTES
+            if is_possible and sha256_of(data).endswith(name[-6:]):
+                self.pending.append(name)
+                return Version(name, data)
+            os.rename(name, f".damaged-{name}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
             hint = "somebody edited it, or the disk is failing; it is kept as .damaged-* for a look"
             BackupError(f"damaged, and not sent: {self.directory / name}", hint).log()
         return None
 
     def stage(self, version: Version) -> None:
-        """Put a version on disk, synced; raises BackupError."""
-        with self.explained("stage"):
-            write_file(self.fd, *version)
+        """Put a version on disk, synced."""
+        write_file(self.fd, *version)
         if self.pending[-1:] != [version.name]:  # listed already, if only the sync failed
-            insort(self.pending, version.name)
+            self.pending.append(version.name)
 
     def acknowledge(self, receipt: Receipt) -> None:
         """Take a version off the queue; `tidy` deletes it, while the next one is on its way."""
@@ -377,21 +342,19 @@ class Staging:
         self.receipt = receipt
 
     def tidy(self) -> None:
-        """Write the last receipt down, then delete what is acknowledged; raises BackupError."""
-        with contextlib.suppress(BackupError):  # on a full disk it fits after the deletion
+        """Write the last receipt down, then delete what is acknowledged."""
+        with contextlib.suppress(OSError):  # on a full disk it fits after the deletion
             self.write_receipt()
-        with self.explained("tidy up"):
-            for name in sorted(self.acknowledged):
-                with contextlib.suppress(FileNotFoundError):  # it was sent from memory
-                    os.unlink(name, dir_fd=self.fd)
-                self.acknowledged.discard(name)
+        for name in sorted(self.acknowledged):
+            with contextlib.suppress(FileNotFoundError):  # it was sent from memory
+                os.unlink(name, dir_fd=self.fd)
+            self.acknowledged.discard(name)
         self.write_receipt()
 
     def write_receipt(self) -> None:
-        """Write the last receipt down, unless it is on disk already; raises BackupError."""
+        """Write the last receipt down, unless it is on disk already."""
         if self.receipt is not None and self.receipt is not self.written:
-            with self.explained("write .receipt"):
-                write_file(self.fd, ".receipt", json.dumps(asdict(self.receipt)).encode())
+            write_file(self.fd, ".receipt", json.dumps(self.receipt._asdict()).encode())
             self.written = self.receipt
 
 
@@ -405,14 +368,14 @@ class Bucket:
 
     def __init__(self, name: str, prefix: str, put_arguments: Mapping[str, str]) -> None:
         """Name the bucket, the prefix of its keys, and more arguments of a put; connect nothing."""
+        self.name, self.prefix = name, prefix
         self.put_arguments = put_arguments
-        self.name, self.prefix, self.place, self.in_use = name, prefix, "", ""
-        self.session: Any = None
+        self.place = ""
         self.client: Any = None
 
     def forget(self) -> None:
         """Let the next call read the AWS SDK's settings and credentials anew."""
-        self.session = self.client = None
+        self.client = None
         new_session.cache_clear()
 
     def connect(self) -> Any:
@@ -421,24 +384,21 @@ class Bucket:
         It asks the SDK's source of credentials, which may take its time, and logs what is in use.
         """
         with explained("cannot use the AWS settings"):
-            self.session = self.session or new_session()
-        with explained(f"cannot get credentials{credential_source(self.session)}", CREDENTIALS):
-            credentials = self.session.get_credentials()
+            session = new_session()
+            source = f"profile {session.profile_name}: {', '.join(scoped_config(session))}"
+        with explained(f"cannot get credentials ({source})", CREDENTIALS):
+            credentials = session.get_credentials()
             if credentials is None:
                 raise sdk.NoCredentialsError
             keys = credentials.get_frozen_credentials()
             keep_secret(keys.secret_key, keys.token)
-        with explained("cannot use the AWS settings"):
-            self.client = self.client or new_client(self.session)
-        meta = self.client.meta
-        self.place = f"{urlsplit(meta.endpoint_url).hostname}/{self.name}"
-        url, proxies = urlsplit(meta.endpoint_url), urllib.request.getproxies()
-        in_use = f"endpoint {url.geturl()}, region {meta.region_name}"
-        if url.scheme in proxies and not urllib.request.proxy_bypass(str(url.hostname)):
-            in_use += f", proxy: {proxies[url.scheme]}"
-        if in_use != self.in_use:
-            log.info("using %s, credentials: %s", in_use, credentials.method)
-            self.in_use = in_use
+        if self.client is None:
+            with explained("cannot use the AWS settings"):
+                self.client = new_client(session)
+            url, region = self.client.meta.endpoint_url, self.client.meta.region_name
+            self.place = f"{urlsplit(url).hostname}/{self.name}"
+            told = "using endpoint %s, region %s, credentials: %s"
+            log.info(told, url, region, credentials.method)
         return self.client
 
     def put(self, name: str, data: bytes) -> Receipt:
@@ -446,7 +406,8 @@ class Bucket:
 
         The same version twice is the same object. The thread that calls this may be abandoned.
         """
-        client, key, sha256 = self.connect(), self.prefix + name, sha256_of(data)
+        client = self.connect()
+        key, sha256 = self.prefix + name, sha256_of(data)
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         check = {"ChecksumSHA256": checksum, "ChecksumAlgorithm": "SHA256"}
         if not self.place.split("/")[0].endswith((".amazonaws.com", ".amazonaws.com.cn")):
@@ -454,14 +415,15 @@ class Bucket:
             md5 = hashlib.md5(data, usedforsecurity=False).digest()
             check = {"ContentMD5": base64.b64encode(md5).decode()}
         body = io.BytesIO(data)  # is sent in blocks, each with a time-out of its own
-        what, put_at = f"cannot store: s3://{self.name}/{key}", datetime.now(UTC).isoformat()
+        what = f"cannot store: s3://{self.name}/{key}"
+        put_at = datetime.now(UTC).isoformat()
         objects = f"arn:{client.meta.partition}:s3:::{self.name}/{self.prefix}*"
         if self.name.startswith("arn:"):  # an access point
             objects = f"{self.name}/object/{self.prefix}*"
         allow = {"Effect": "Allow", "Action": "s3:PutObject", "Resource": objects}
         with explained(what, json.dumps(allow)):
-            arguments = {"Metadata": {"sha256": sha256}, **check, **self.put_arguments}
-            answer = client.put_object(Bucket=self.name, Key=key, Body=body, **arguments)
+            own = {"Bucket": self.name, "Key": key, "Body": body, "Metadata": {"sha256": sha256}}
+            answer = client.put_object(**{**self.put_arguments, **own, **check})
         echoed = answer.get("ChecksumSHA256", checksum)
         if not answer.get("ETag") or answer["AnswerBody"] or echoed != checksum:
             raise TransientError(f"{what}: the answer is no receipt", SOMETHING_BETWEEN)
@@ -478,12 +440,11 @@ class Daemon:
 
     def __init__(self, settings: Settings, bucket: Bucket) -> None:
         """Lock the staging directory; raises BackupError. `stop` asks `run` to come to an end."""
-        self.settings, self.bucket, self.stop = settings, bucket, asyncio.Event()
+        self.settings, self.bucket = settings, bucket
+        self.stop = asyncio.Event()
         self.staging = Staging(settings.staging)
         receipt = self.staging.receipt
-        self.newest = (
-            max(receipt.name, receipt.newest) if receipt else ""
-        )  # highest name ever given
+        self.newest = max(receipt.name, receipt.newest) if receipt else ""  # highest name given
         self.newest_sha256 = ""
         self.newest_receipt: Receipt | None = None  # both of this run: an older one proves nothing
         self.last_receipt: Receipt | None = None
@@ -495,55 +456,69 @@ class Daemon:
         self.watch: Watch | None = None
         self.list_at = self.retry_at = self.used_at = 0.0  # by time.monotonic, as all times here
         self.failures = 0
-        self.errands = Errands()
         self.reading = Problem("reading", "channel.backup is read")
         self.disk = Problem("staging", "staging works")
         self.storing = Problem("storing", "S3 stores versions")
         self.watching = Problem("watching", "the directory is watched")
-        self.telling = Problem("telling", "METRICS_FILE and HEARTBEAT_URL work")
-        self.copying = Problem("copying", "COPY_DIRECTORY keeps versions")
+        self.copy = Errand("copying", "COPY_DIRECTORY keeps versions")
+        self.heartbeat = Errand("heartbeat", "HEARTBEAT_URL answers")
+        self.metrics = Errand("metrics", "METRICS_FILE is written")
 
-    async def run(self, grace_seconds: float, last_seconds: float) -> None:
-        """Back up until stopped, then send what is left for at most so many seconds.
+    async def run(self) -> None:
+        """Back up until stopped, then send what is left, for at most the grace period.
 
-        `once` is this, stopped before it began. May be cancelled; a version in flight stays staged.
-        Raises only on a fault of this program.
+        `once` is this, stopped before it began: it goes on for as long as the backlog shrinks. May
+        be cancelled; a version in flight stays staged. Raises only on a fault of this program.
         """
+        grace, last, is_once = self.settings.grace_seconds, LAST_SECONDS, self.stop.is_set()
+        if is_once:
+            grace, last = ONE_SHOT_SECONDS, TELLING_SECONDS
         install_signal_handlers(self.stop)
-        stopped, deadline = asyncio.create_task(self.stop.wait()), math.inf
+        stopped, deadline, fewest = asyncio.create_task(self.stop.wait()), FOREVER, FOREVER
         self.watch_directory()
         notify_systemd("READY=1")
         while True:
-            if self.stop.is_set() and deadline == math.inf:
-                deadline, self.retry_at = time.monotonic() + grace_seconds, 0.0
-                notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(grace_seconds + 5) * 1e6:.0f}")
+            if self.stop.is_set() and deadline == FOREVER:
+                deadline, self.retry_at = time.monotonic() + grace, 0.0
             self.watch_directory()
             self.list_staging()
             self.capture()
             self.start_upload()
-            self.tidy_staging()
-            self.report()
+            with self.using_disk():
+                self.staging.tidy()  # while the next version is on its way
+            self.report(deadline)
             if self.stop.is_set() and (self.is_finished() or time.monotonic() >= deadline):
                 break
-            tasks = (self.event, stopped, self.upload, *self.errands.tasks.values())
-            await first_of(self.pause(deadline), *tasks)
+            tasks = [stopped, self.event, self.upload, *self.telling()]
+            tasks.append(asyncio.create_task(asyncio.sleep(self.pause(deadline))))
+            running = [task for task in tasks if task and not task.done()]
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            running[-1].cancel()
             self.finish_upload()
+            if is_once and len(self.staging.pending) < fewest:
+                deadline, fewest = time.monotonic() + grace, len(self.staging.pending)
         self.list_at = 0.0
         self.list_staging()
         if self.unstaged:
             log.error("lost with memory: %s: neither the disk nor S3 took it", self.unstaged.name)
         for _ in range(2):  # what is being told, and then what came since
-            if any(not task.done() for task in self.errands.tasks.values()):
-                await asyncio.wait(self.errands.tasks.values(), timeout=last_seconds / 2)
+            if telling := self.telling():
+                await asyncio.wait(telling, timeout=last / 2)
             self.finish_upload()
-            self.tidy_staging()
-            self.report()
+            with self.using_disk():
+                self.staging.tidy()  # while the next version is on its way
+            self.report(deadline)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what is left may fail
+
+    def telling(self) -> list[asyncio.Task[None]]:
+        """Return the errands that are under way."""
+        tasks = [errand.task for errand in (self.copy, self.heartbeat, self.metrics)]
+        return [task for task in tasks if task and not task.done()]
 
     def pause(self, deadline: float) -> float:
         """Return for how many seconds nothing is to be done, unless something happens."""
         now, settings = time.monotonic(), self.settings
-        pauses = [deadline - now, settings.rescan_seconds, settings.refresh_seconds or math.inf]
+        pauses = [deadline - now, settings.rescan_seconds, settings.refresh_seconds or FOREVER]
         pauses.append(float(os.environ.get("WATCHDOG_USEC") or "inf") / 3e6)
         if self.reading.error or self.watching.error or self.unstaged:
             pauses.append(TROUBLE_SECONDS)
@@ -596,6 +571,17 @@ class Daemon:
         if self.inotify and not self.event:
             self.event = asyncio.create_task(next_event(self.inotify, file.name))
 
+    @contextlib.contextmanager
+    def using_disk(self) -> Iterator[None]:
+        """Report what the staging disk refuses; the loop goes on."""
+        try:
+            yield
+        except OSError as error:
+            what = f"{error.filename or ''} {error.strerror}".strip()
+            message = f"cannot use BACKUP_DIRECTORY: {self.staging.directory}: {what}"
+            hint = "free or repair the disk; meanwhile the newest version is sent from memory"
+            self.disk.report(BackupError(message, hint))
+
     def list_staging(self) -> None:
         """Every RESCAN_SECONDS see what waits: others may add, edit or remove a version.
 
@@ -603,7 +589,7 @@ class Daemon:
         """
         if time.monotonic() < self.list_at:
             return
-        try:
+        with self.using_disk():
             self.staging.relist()
             self.list_at = time.monotonic() + self.settings.rescan_seconds
             version = self.staging.newest()
@@ -612,8 +598,6 @@ class Daemon:
                 self.newest_receipt = None
             if not (self.unstaged or self.staging.acknowledged or self.staging.unreadable):
                 self.disk.resolve()
-        except BackupError as error:
-            self.disk.report(error)
 
     def capture(self) -> None:
         """Name and stage what is on disk, unless it is backed up; hold it if the disk refuses."""
@@ -631,14 +615,17 @@ class Daemon:
                 self.newest = new_name(self.newest_sha256, self.newest)
                 captured = self.on_disk = self.unstaged = Version(self.newest, data)
                 self.retry_at, self.failures = 0.0, 0  # a new version resets the back-off
-        try:
+        with self.using_disk():
             if self.unstaged:
                 self.staging.stage(self.unstaged)
                 self.unstaged = None
-        except BackupError as error:
-            self.disk.report(error)
         if captured:
-            log_captured(captured)
+            log.info("captured %s: %d bytes", captured.name, len(captured.data))
+        if captured and len(captured.data) < ONE_CHANNEL_BYTES:
+            odd = "no channels: a new node, or LND in a recovery"
+            if len(captured.data) > EMPTY_BYTES:
+                odd = "a size that no known LND writes; backed up anyway"
+            log.warning("%s: %s", captured.name, odd)
 
     def is_backed_up(self, sha256: str) -> bool:
         """Tell whether the bytes on disk wait to be sent, or were the last ones put and prove it.
@@ -663,19 +650,16 @@ class Daemon:
         now = time.monotonic()
         if not self.wants_upload() or now < self.retry_at:
             return
-        try:
+        with self.using_disk():
             version = self.unstaged or self.staging.newest()
-        except BackupError as error:
-            self.disk.report(error)
-            return
-        if self.bucket.client and now > self.used_at + IDLE_SECONDS:
-            self.bucket.client.close()  # a NAT drops what is idle, and a put on it would hang
-        if version:
-            seconds = ATTEMPT_SECONDS + len(version.data) / SLOWEST_BYTES_PER_SECOND
-            call = in_daemon_thread(seconds, "cannot store", self.bucket.put, *version)
-        else:
-            call = in_daemon_thread(ATTEMPT_SECONDS, "cannot connect", self.bucket.connect)
-        self.upload = asyncio.create_task(call)
+            if self.bucket.client and now > self.used_at + IDLE_SECONDS:
+                self.bucket.client.close()  # a NAT drops what is idle, and a put on it would hang
+            if version:
+                seconds = ATTEMPT_SECONDS + len(version.data) / SLOWEST_BYTES_PER_SECOND
+                call = in_daemon_thread(seconds, "cannot store", self.bucket.put, *version)
+            else:
+                call = in_daemon_thread(ATTEMPT_SECONDS, "cannot connect", self.bucket.connect)
+            self.upload = asyncio.create_task(call)
 
     def finish_upload(self) -> None:
         """Take what came of the upload: a receipt, or a failure and when to try again."""
@@ -696,67 +680,37 @@ class Daemon:
         self.failures, self.retry_at, self.used_at = 0, 0.0, time.monotonic()
         if isinstance(result, Receipt):
             log.info("stored s3://%s/%s: %d bytes", self.bucket.name, result.key, result.size_bytes)
-            self.last_receipt = replace(result, newest=self.newest)
+            self.last_receipt = result._replace(newest=self.newest)
             if result.name == self.newest:
                 self.newest_receipt, self.unstaged = self.last_receipt, None
             self.staging.acknowledge(self.last_receipt)
 
-    def tidy_staging(self) -> None:
-        """Delete what S3 acknowledged, while the next version is on its way."""
-        try:
-            self.staging.tidy()
-        except BackupError as error:
-            self.disk.report(error)
-
-    def report(self) -> None:
-        """Tell systemd, METRICS_FILE and HEARTBEAT_URL how it goes; none can hold this up."""
-        receipt, settings, beat = self.staging.receipt, self.settings, ""
+    def report(self, deadline: float) -> None:
+        """Tell systemd and the rest how it goes, and keep the copy; none can hold this up."""
+        settings, receipt = self.settings, self.staging.receipt
         waiting = self.staging.pending + ([self.unstaged.name] if self.unstaged else [])
-        problems = [self.reading, self.disk, self.storing, self.watching]  # worst first
-        wrong = [problem for problem in problems if problem.error]
+        problems = [self.reading, self.disk, self.storing, self.watching, self.copy.problem]
+        wrong = [problem for problem in problems if problem.error]  # worst first
         lasting = [str(each.error) for each in wrong if each.seconds() >= ALARM_SECONDS]
-        if lasting:
-            beat = "fail"
-        elif self.newest_receipt and not wrong and not waiting:
-            beat = self.newest
-        problems += [self.copying, self.telling]
+        problems += [self.heartbeat.problem, self.metrics.problem]
         status = status_line(receipt, len(waiting), problems)
+        if deadline < FOREVER:
+            seconds = deadline - time.monotonic() + TELLING_SECONDS
+            status += f"\nSTOPPING=1\nEXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}"
         notify_systemd(f"WATCHDOG=1\nSTATUS={status}")
-        period = self.list_at  # metrics and copy are seen to again at each listing
+        period = self.list_at  # what failed is tried again after each listing
         if settings.copy_directory and self.on_disk:
-            news = (self.newest_sha256, period)
             copy = (copy_version, settings.copy_directory, self.on_disk)
-            self.errands.run(self.copying, news, period, *copy)
+            self.copy.run((self.on_disk.name, period), period, *copy)
         if settings.metrics_file:
             text = metrics_text(receipt, self.newest, waiting, problems)
             write = (write_metrics, settings.metrics_file, text)
-            self.errands.run(self.telling, (text, period), period, *write)
-        if settings.heartbeat_url and beat:
+            self.metrics.run((text, period), period, *write)
+        is_good = self.newest_receipt and not wrong and not waiting
+        if settings.heartbeat_url and (lasting or is_good):
+            beat = "" if lasting else self.newest
             request = (request_heartbeat, settings.heartbeat_url, "; ".join(lasting))
-            self.errands.run(self.telling, beat, period, *request)
-
-
-def copy_version(copy_directory: str, version: Version) -> None:
-    """Keep a version in COPY_DIRECTORY too, unless the newest file there holds it.
-
-    Nothing there is overwritten or deleted, and the directory is not made: that is how a stick is
-    missed that is not mounted. Raises BackupError. May hang as long as the mount does.
-    """
-    try:
-        if is_lnd_directory(Path(copy_directory), Path(copy_directory)):
-            raise OSError(errno.EPERM, "it is a directory of LND's")
-        directory = os.open(copy_directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            newest = max(filter(captured_at, os.listdir(directory)), default="")
-            if not newest or read_file(newest, directory) != version.data:
-                write_file(directory, *version, mode=0o640, new=True)
-        finally:
-            os.close(directory)
-    except FileExistsError:
-        pass  # it is there, below one with a later name
-    except OSError as error:
-        what = f"cannot copy to COPY_DIRECTORY: {copy_directory}: {error.strerror}"
-        raise BackupError(what, "is it mounted, writable, and not full?") from None
+            self.heartbeat.run(beat, period, *request)
 
 
 # --- 5. Threads and signals, and the SDK held to limits -------------------------------------------
@@ -771,25 +725,15 @@ async def next_event(inotify: Inotify, name: str) -> None:
             return
 
 
-async def first_of(seconds: float, *tasks: asyncio.Task[Any] | None) -> None:
-    """Return when one of the tasks that still run is done, or the time is over; cancels nothing."""
-    running = [task for task in tasks if task and not task.done()]
-    if running:
-        await asyncio.wait(running, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    else:
-        await asyncio.sleep(seconds)
+class Errand:
+    """A call in a thread, one at a time: what must not hold up the loop."""
 
+    def __init__(self, kind: str, over: str) -> None:
+        self.problem = Problem(kind, over)
+        self.done: object = self
+        self.task: asyncio.Task[None] | None = None
 
-class Errands:
-    """Calls of functions in threads, one of each at a time: what must not hold up the loop."""
-
-    def __init__(self) -> None:
-        self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.done: dict[str, object] = {}
-
-    def run(
-        self, problem: Problem, news: object, period: float, call: Callable[..., None], *args: Any
-    ) -> None:
+    def run(self, news: object, period: float, call: Callable[..., None], *args: Any) -> None:
         """Make a call, unless it was made for this news, or an earlier one is still at work.
 
         What failed is tried again in the next period.
@@ -797,16 +741,16 @@ class Errands:
 
         async def make() -> None:
             try:
-                await in_daemon_thread(2 * TELLING_SECONDS, f"cannot {name}", call, *args)
-                problem.resolve()
+                what = f"cannot {call.__name__.replace('_', ' ')}"
+                await in_daemon_thread(2 * TELLING_SECONDS, what, call, *args)
+                self.problem.resolve()
             except BackupError as error:
-                problem.report(error)
-                self.done[name] = failed
+                self.problem.report(error)
+                self.done = (news, period)
 
-        name, failed = call.__name__.replace("_", " "), (news, period)
-        is_busy = name in self.tasks and not self.tasks[name].done()
-        if not is_busy and self.done.get(name) not in (news, failed):
-            self.done[name], self.tasks[name] = news, asyncio.create_task(make())
+        is_busy = self.task and not self.task.done()
+        if not is_busy and self.done not in (news, (news, period)):
+            self.done, self.task = news, asyncio.create_task(make())
 
 
 async def in_daemon_thread(
@@ -835,11 +779,10 @@ async def in_daemon_thread(
     if not call.done():
         # An answer that drips, or never ends, outlasts every time-out of its socket. This ends the
         # thread between two of its steps (CPython's C API: PyThreadState_SetAsyncExc).
-        ident, ending = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ending)
-        raise TransientError(
-            f"{what}: given up after {seconds:.0f} s", "it hangs; it is tried again"
-        )
+        ident = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
+        why = f"{what}: given up after {seconds:.0f} s"
+        raise TransientError(why, "it hangs; it is tried again")
     return call.result()
 
 
@@ -859,8 +802,7 @@ def install_signal_handlers(stop: asyncio.Event) -> None:
         stop.set()
 
     def on_fault(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        fault = context.get("exception")
-        log.critical("%s: %s", FAULT, context["message"], exc_info=fault)
+        log.critical("%s: %s", FAULT, context["message"], exc_info=context.get("exception"))
         os._exit(EXIT_FAILED)
 
     loop = asyncio.get_running_loop()
@@ -875,14 +817,19 @@ def new_session() -> Any:
     return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)  # the SDK ignores it
 
 
+def scoped_config(session: Any) -> dict[str, str]:
+    """Return what the SDK's files say for the profile in use."""
+    return {name: value for name, value in session._session.get_scoped_config().items() if value}
+
+
 def new_client(session: Any, **credentials: str) -> Any:
     """Return an S3 client with limits; what the user chose is left alone. Raises what the SDK does.
 
     Beyond boto3's interface it uses two things of botocore's (1.44): `_session`, to see what the
     user chose in a profile, and `_endpoint`, to read no answer further than it can be good.
     """
-    chosen = {name for name, value in session._session.get_scoped_config().items() if value}
-    chosen |= {name[4:].lower() for name in os.environ if name.startswith("AWS_")}
+    chosen = {name[4:].lower() for name in os.environ if name.startswith("AWS_")}
+    chosen.update(scoped_config(session))
     limits: dict[str, Any] = {"connect_timeout": SILENCE_SECONDS, "read_timeout": SILENCE_SECONDS}
     for checksums in {"request_checksum_calculation", "response_checksum_validation"} - chosen:
         limits[checksums] = "when_required"  # else trailers, which break many stores (boto3#4392)
@@ -912,21 +859,6 @@ def new_client(session: Any, **credentials: str) -> Any:
     return client
 
 
-def credential_source(session: Any) -> str:
-    """Return what the SDK's settings name as the source of credentials, for an error."""
-    names = (
-        "credential_process",
-        "role_arn",
-        "web_identity_token_file",
-        "sso_session",
-        "mfa_serial",
-    )
-    config = session._session.get_scoped_config()
-    found = [f"{name} of profile {session.profile_name}" for name in names if name in config]
-    found += [name for name in os.environ if "TOKEN_FILE" in name or "CONTAINER_CRED" in name]
-    return f" from {', '.join(found)}" if found else ""
-
-
 class AnswerBody(io.BytesIO):
     """An answer that has been read, as botocore reads it once more."""
 
@@ -935,32 +867,22 @@ class AnswerBody(io.BytesIO):
         yield self.read()
 
 
-class CredentialProgram(subprocess.Popen):  # type: ignore[type-arg]
-    """The SDK's credential_process: without a terminal, and ended with its children if it hangs."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        options |= {"stdin": subprocess.DEVNULL, "start_new_session": True}
-        super().__init__(*arguments, **options)
-
-    def communicate(self, *_: Any, **__: Any) -> tuple[bytes, bytes]:
-        """Return its output; raises CredentialRetrievalError."""
-        try:
-            return super().communicate(timeout=SILENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.pid, signal.SIGKILL)
-            why = f"no answer in {SILENCE_SECONDS:.0f} s"
-            raise sdk.CredentialRetrievalError(provider="custom-process", error_msg=why) from None
+def start_program(command: list[str], **options: Any) -> Any:
+    """Start the SDK's credential_process without a terminal, and end it if it hangs (coreutils)."""
+    limit = ["timeout", "--kill-after=1", f"{SILENCE_SECONDS}"]
+    return subprocess.Popen(  # noqa: S603 - what the user configured for the SDK
+        [*limit, *command], stdin=subprocess.DEVNULL, **options
+    )
 
 
 def no_prompt(_: str) -> str:
     """Refuse the SDK's question for a one-time code: nobody sits at a daemon's terminal."""
-    why = "the role wants a one-time code (mfa_serial), and nobody is here to type it"
-    raise sdk.CredentialRetrievalError(provider="assume-role", error_msg=why)
+    raise sdk.CredentialRetrievalError(provider="role", error_msg="it wants a code (mfa_serial)")
 
 
-# --- 6. Telling: systemd, METRICS_FILE, HEARTBEAT_URL ---------------------------------------------
+# --- 6. Telling: systemd, METRICS_FILE, HEARTBEAT_URL, COPY_DIRECTORY -----------------------------
 # Those who watch over the service are told what is stored, what waits and what is wrong. None of
-# them can delay a backup.
+# them can delay a backup, and neither can the copy.
 
 
 def notify_systemd(state: str) -> None:
@@ -971,17 +893,6 @@ def notify_systemd(state: str) -> None:
     kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as notify:
         notify.sendto(state.encode(), address)
-
-
-def log_captured(version: Version) -> None:
-    """Log that a version was captured, and what is odd about its size."""
-    size_bytes, odd = len(version.data), ""
-    if size_bytes == EMPTY_BYTES:
-        odd = ", no channels: a new node, or LND in a recovery"
-    elif size_bytes < ONE_CHANNEL_BYTES:
-        odd = ", a size that no known LND writes; backed up anyway"
-    level = logging.WARNING if odd else logging.INFO
-    log.log(level, "captured %s: %d bytes%s", version.name, size_bytes, odd)
 
 
 def status_line(receipt: Receipt | None, waiting: int, problems: list[Problem]) -> str:
@@ -997,40 +908,47 @@ def metrics_text(
     receipt: Receipt | None, newest: str, waiting: list[str], problems: list[Problem]
 ) -> str:
     """Return the metrics as Prometheus reads them; times are seconds since 1970, 0 for none."""
+    stored = datetime.fromisoformat(receipt.stored_at) if receipt else None
     times = {
-        "last_stored": datetime.fromisoformat(receipt.stored_at) if receipt else None,
+        "last_stored": stored,
         "last_seen": captured_at(newest),
         "oldest_staged": captured_at(min(waiting, default="")),
     }
-    lines = []
-    for name, at in times.items():
-        lines.append(f"# TYPE lnd_backup_{name}_timestamp_seconds gauge")
-        lines.append(f"lnd_backup_{name}_timestamp_seconds {at.timestamp() if at else 0:.0f}")
-    size_bytes = receipt.size_bytes if receipt else 0
-    lines += ["# TYPE lnd_backup_staged gauge", f"lnd_backup_staged {len(waiting)}"]
-    lines += ["# TYPE lnd_backup_last_size_bytes gauge", f"lnd_backup_last_size_bytes {size_bytes}"]
-    lines.append("# TYPE lnd_backup_problem gauge")
+    values = {
+        f"{name}_timestamp_seconds": at.timestamp() if at else 0 for name, at in times.items()
+    }
+    values["staged"] = len(waiting)
+    values["last_size_bytes"] = receipt.size_bytes if receipt else 0
+    gauge = "# TYPE lnd_backup_{0} gauge\nlnd_backup_{0} {1:.0f}\n"
+    text = "".join(gauge.format(*pair) for pair in values.items())
+    text += "# TYPE lnd_backup_problem gauge\n"
     for problem in problems:
-        is_on = int(problem.error is not None)
-        lines.append(f'lnd_backup_problem{{kind="{problem.kind}"}} {is_on}')
-    return "\n".join(lines) + "\n"
+        text += f'lnd_backup_problem{{kind="{problem.kind}"}} {problem.error is not None:d}\n'
+    return text
 
 
 def write_metrics(file: str, text: str) -> None:
     """Write METRICS_FILE, readable by others, unless it says so already; raises BackupError."""
     path = Path(file)
     with contextlib.suppress(OSError):
-        if read_file(path) == text.encode():
+        if read_file(path)[0] == text.encode():
             return
     try:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        with opened(path.parent) as directory:
             write_file(directory, path.name, text.encode(), mode=0o644)
-        finally:
-            os.close(directory)
     except OSError as error:
         hint = "check its directory, and that the disk is not full"
         raise BackupError(f"cannot write METRICS_FILE: {path}: {error.strerror}", hint) from None
+
+
+@contextlib.contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    """Open a directory for `write_file`; raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -1044,14 +962,13 @@ def request_heartbeat(url: str, why: str) -> None:
     """Request HEARTBEAT_URL, or URL/fail with the reason; raises TransientError."""
     try:
         parts, body = urlsplit(url), None
-        if why:
-            parts = parts._replace(path=parts.path.rstrip("/") + "/fail")
-            body = printable(why).encode()
+        why = printable(why)
         if "/api/push/" in parts.path:  # Uptime Kuma takes it in the query
-            query = urlencode(
-                {"status": "down", "msg": printable(why)[:200]} if why else {"status": "up"}
-            )
-            parts, body = parts._replace(path=parts.path.removesuffix("/fail"), query=query), None
+            told = {"status": "down", "msg": why[:200]} if why else {"status": "up"}
+            parts = parts._replace(query=urlencode(told))
+        elif why:
+            parts = parts._replace(path=parts.path.rstrip("/") + "/fail")
+            body = why.encode()
         headers = {"User-Agent": f"lnd-backup/{__version__}"}
         request = urllib.request.Request(parts.geturl(), body, headers)
         urllib.request.build_opener(NoRedirect).open(request, timeout=TELLING_SECONDS).close()
@@ -1060,9 +977,31 @@ def request_heartbeat(url: str, why: str) -> None:
         raise TransientError(f"cannot reach HEARTBEAT_URL: {reason(error)}", hint) from None
 
 
+def copy_version(copy_directory: str, version: Version) -> None:
+    """Keep a version in COPY_DIRECTORY too, unless the newest file there holds it.
+
+    Nothing there is overwritten or deleted, and the directory is not made: that is how a stick is
+    missed that is not mounted. Raises BackupError. May hang as long as the mount does.
+    """
+    try:
+        if is_lnds(Path(copy_directory), Path()):
+            raise OSError(errno.EPERM, "it is a directory of LND's")
+        with opened(Path(copy_directory)) as directory:
+            newest = max(filter(captured_at, os.listdir(directory)), default="")
+            if not newest or read_file(newest, directory)[0] != version.data:
+                write_file(directory, *version, mode=0o640, new=True)
+    except FileExistsError:
+        pass  # it is there, below one with a later name
+    except OSError as error:
+        what = f"cannot copy to COPY_DIRECTORY: {copy_directory}: {error.strerror}"
+        raise BackupError(what, "is it mounted, writable, and not full?") from None
+
+
 # --- 7. Reading the bucket: list and get ----------------------------------------------------------
 # For `check`, `list` and `restore`, with a key that may read. Newest is decided by the earlier of
 # the time in the name and S3's own: no clock that ran ahead, and no thief, names a version newest.
+
+DROP = "a channel less than before: restore both"
 
 
 class StoredVersion(NamedTuple):
@@ -1073,14 +1012,15 @@ class StoredVersion(NamedTuple):
     size_bytes: int
     captured_at: datetime
     stored_at: datetime
+    marks: tuple[str, ...] = ()  # what deserves a look
 
     def counts_from(self) -> datetime:
         """Return the earlier of capture and storing; S3 cuts its times to the second."""
         is_ahead = self.captured_at >= self.stored_at + timedelta(seconds=1)
         return self.stored_at if is_ahead else self.captured_at
 
-    def marks(self, older: StoredVersion | None) -> list[str]:
-        """Return what deserves a look, beside the version before it."""
+    def marked(self, older: StoredVersion | None) -> StoredVersion:
+        """Return it with its marks, beside the version before it."""
         marks = []
         if self.size_bytes == EMPTY_BYTES:
             marks.append("no channels")
@@ -1088,61 +1028,54 @@ class StoredVersion(NamedTuple):
             marks.append(DROP)
         if self.captured_at > self.counts_from() + timedelta(minutes=1):
             marks.append("named later than stored")
-        return marks
+        return self._replace(marks=tuple(marks))
 
 
-def list_versions(bucket: Bucket) -> tuple[list[Row], int, list[str]]:
-    """Return the versions right under the prefix, newest first, each with its marks.
+def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
+    """Return the versions right under the prefix, newest first; raises BackupError.
 
-    And the number of other keys, and the folders. What is unusable is logged. Raises BackupError.
+    And the number of other keys, and the folders. What is unusable is logged.
     """
-    what, client = f"cannot list: s3://{bucket.name}/{bucket.prefix}", bucket.connect()
-    entries, folders = list_entries(what, client, bucket)
-    versions, unusable, others = [], 0, len(folders)
-    for entry in entries:
-        key, stored_at, size_bytes = (
-            entry.get("Key", ""),
-            entry.get("LastModified"),
-            entry.get("Size"),
-        )
-        name = key.removeprefix(bucket.prefix)
-        captured = captured_at(name)
-        if captured is None:
-            others += 1
-        elif size_bytes is None or not stored_at or not FIRST_YEAR < stored_at.year < LAST_YEAR:
-            unusable += 1
-        else:
-            at = stored_at.astimezone(UTC)
-            versions.append(StoredVersion(name, key, size_bytes, captured, at))
+    versions, unusable, others, folders = [], 0, 0, []
+    for page in list_pages(bucket):
+        folders += [str(each.get("Prefix")) for each in page.get("CommonPrefixes", [])]
+        for entry in page.get("Contents", []):
+            key = str(entry.get("Key"))
+            name = key.removeprefix(bucket.prefix)
+            captured = captured_at(name)
+            try:
+                if captured:
+                    at = entry["LastModified"].astimezone(UTC)
+                    version = StoredVersion(name, key, int(entry["Size"]), captured, at)
+                    versions.append((version.counts_from(), version))
+                else:
+                    others += 1
+            except (KeyError, OverflowError):  # no such field, or no time to count with
+                unusable += 1
     if unusable:
         log.warning("left out, S3 gave no size or no possible time: versions: %d", unusable)
-    versions.sort(key=lambda version: (version.counts_from(), version.name), reverse=True)
-    pairs = itertools.zip_longest(versions, versions[1:])
-    return [(version, version.marks(older)) for version, older in pairs], others, folders
+    ordered = [version for _, version in sorted(versions, reverse=True)]
+    pairs = zip(ordered, [*ordered[1:], None], strict=False)
+    return [version.marked(older) for version, older in pairs], others + len(folders), folders
 
 
-Row = tuple[StoredVersion, list[str]]
-
-
-def list_entries(what: str, client: Any, bucket: Bucket) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return all keys under the prefix as S3 tells of them, and the folders; raises BackupError."""
-    page = {"Bucket": bucket.name, "Prefix": bucket.prefix, "Delimiter": "/"}
-    entries, folders, tokens = [], [], {""}
-    while len(tokens) <= PAGES_MAX:
+def list_pages(bucket: Bucket) -> Iterator[dict[str, Any]]:
+    """Yield what S3 tells of the keys under the prefix, page by page; raises BackupError."""
+    what, client = f"cannot list: s3://{bucket.name}/{bucket.prefix}", bucket.connect()
+    request = {"Bucket": bucket.name, "Prefix": bucket.prefix, "Delimiter": "/"}
+    for _ in range(PAGES_MAX):
         with explained(what):
-            answer = client.list_objects_v2(**page)
-        if "IsTruncated" not in answer:
+            page = client.list_objects_v2(**request)
+        if "IsTruncated" not in page:
             raise TransientError(f"{what}: the answer is not S3's", SOMETHING_BETWEEN)
-        entries += answer.get("Contents", [])
-        folders += [str(each.get("Prefix")) for each in answer.get("CommonPrefixes", [])]
-        if not answer["IsTruncated"]:
-            return entries, folders
-        page["ContinuationToken"] = token = answer.get("NextContinuationToken", "")
-        if token in tokens:
-            log.warning("%s: it ends in the middle: S3 names no further page", what)
-            return entries, folders
-        tokens.add(token)
-    raise BackupError(f"{what}: it does not end after {PAGES_MAX} pages", "check the prefix")
+        yield page
+        if not page["IsTruncated"]:
+            return
+        last, token = request.get("ContinuationToken"), page.get("NextContinuationToken")
+        if token in (None, "", last):
+            break
+        request["ContinuationToken"] = token
+    log.warning("%s: S3 names no further page after %d: what it named is used", what, _ + 1)
 
 
 def get_version(bucket: Bucket, key: str) -> bytes:
@@ -1158,7 +1091,8 @@ def get_version(bucket: Bucket, key: str) -> bytes:
         raise TransientError(f"{what}: the answer is not S3's", SOMETHING_BETWEEN)
     metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
     sha256, wanted = sha256_of(data), metadata.get("sha256")  # some stores write Sha256
-    if len(data) < EMPTY_BYTES or wanted not in (None, sha256) or key[-6:] != sha256[-6:]:
+    is_whole = len(data) >= EMPTY_BYTES and key.endswith(sha256[-6:])
+    if not is_whole or wanted not in (None, sha256):
         raise DamagedError(f"{what}: damaged: its bytes are not those of its name and metadata")
     if wanted is None:
         log.warning("no SHA-256 in the metadata, only the six digits were checked: %s", key)
@@ -1181,7 +1115,7 @@ def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> in
     if settings.heartbeat_url and not settings.refresh_seconds:
         log.warning("REFRESH_SECONDS=0: there is no heartbeat while no channel changes")
     daemon = Daemon(settings, bucket)
-    asyncio.run(daemon.run(settings.grace_seconds, LAST_SECONDS))
+    asyncio.run(daemon.run())
     log.info("stopped; staged for the next start: %d", len(daemon.staging.pending))
     return EXIT_DONE
 
@@ -1190,7 +1124,7 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
     """Back up what is on disk and what is staged."""
     daemon = Daemon(settings, bucket)
     daemon.stop.set()
-    asyncio.run(daemon.run(ONE_SHOT_SECONDS, TELLING_SECONDS))
+    asyncio.run(daemon.run())
     error = daemon.reading.error
     if daemon.list_at == 0.0 or daemon.staging.unreadable:  # what waits there was not all sent
         error = error or daemon.disk.error
@@ -1224,11 +1158,17 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+VERDICTS = {
+    True: ("BACKED UP", EXIT_DONE),
+    False: ("NOT BACKED UP", EXIT_FAILED),
+    None: ("UNKNOWN", EXIT_TRY_AGAIN),
+}
+
+
 class Verdict(NamedTuple):
     """What `check` found out. `current`: None if nobody could tell. `proof`: bucket or receipt."""
 
     current: bool | None
-    exit_code: int
     proof: str
     version: StoredVersion | Receipt | None
     reason: str
@@ -1236,7 +1176,7 @@ class Verdict(NamedTuple):
 
 def check_bucket(bucket: Bucket, data: bytes) -> Verdict:
     """Judge by the objects whether the bucket holds these bytes; raises BackupError."""
-    versions = [version for version, _ in list_versions(bucket)[0]]
+    versions = list_versions(bucket)[0]
     why = "the bucket does not hold the version on disk"
     for version in versions:
         try:
@@ -1244,95 +1184,94 @@ def check_bucket(bucket: Bucket, data: bytes) -> Verdict:
             if is_candidate and get_version(bucket, version.key) == data:
                 newer = f", but {versions[0].key} is newer" if version != versions[0] else ""
                 why = f"the bucket holds the version on disk{newer}"
-                return Verdict(True, EXIT_DONE, "bucket", version, why)
+                return Verdict(True, "bucket", version, why)
         except DamagedError as error:
             why = str(error)
-    return Verdict(False, EXIT_FAILED, "bucket", next(iter(versions), None), why)
+    return Verdict(False, "bucket", versions[0] if versions else None, why)
 
 
 def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     """Judge by the last receipt, and by how long LND's file has been waiting."""
-    receipt, limit = read_receipt(settings.staging), 2 * settings.refresh_seconds
-    if receipt and (receipt.bucket, receipt.key) != (bucket.place, bucket.prefix + receipt.name):
-        receipt = None
+    receipt = read_receipt(settings.staging)
+    limit = 2 * settings.refresh_seconds
     written = datetime.fromtimestamp(os.path.getmtime(settings.file), UTC)
-    verdict = Verdict(
-        None, EXIT_TRY_AGAIN, "receipt", receipt, f"LND wrote it at {written:%H:%M:%S} UTC"
-    )
-    if receipt and receipt.sha256 == sha256_of(data) and receipt.is_proof(limit):
-        why = f"by the receipt of {receipt.stored_at[:16]} UTC; this key may not read the bucket"
-        return verdict._replace(current=True, exit_code=EXIT_DONE, reason=why)
-    if receipt is None:
-        verdict = verdict._replace(reason=f"{verdict.reason}, and BACKUP_DIRECTORY has no receipt")
-    failed = verdict._replace(current=False, exit_code=EXIT_FAILED)
-    if receipt and limit and age_seconds(datetime.fromisoformat(receipt.stored_at)) > limit:
-        return failed._replace(reason=f"nothing was stored since {receipt.stored_at[:16]} UTC")
-    if age_seconds(written) > LATE_SECONDS:
-        why = f"the version on disk has been waiting since {written:%Y-%m-%d %H:%M} UTC"
-        return failed._replace(reason=why)
-    return verdict
+    why = f"the version on disk has been waiting since {written:%Y-%m-%d %H:%M} UTC"
+    if receipt and (receipt.bucket, receipt.key) == (bucket.place, bucket.prefix + receipt.name):
+        stored = f"{receipt.stored_at[:16]} UTC"
+        if receipt.sha256 == sha256_of(data) and receipt.is_proof(limit):
+            by = f"by the receipt of {stored}; this key may not read the bucket"
+            return Verdict(True, "receipt", receipt, by)
+        if limit and age_seconds(datetime.fromisoformat(receipt.stored_at)) > limit:
+            return Verdict(False, "receipt", receipt, f"nothing was stored since {stored}")
+    else:
+        receipt, why = None, f"{why}, and BACKUP_DIRECTORY has no receipt"
+    is_late = age_seconds(written) > LATE_SECONDS
+    return Verdict(False if is_late else None, "receipt", receipt, why)
 
 
-def judge(settings: Settings, bucket: Bucket) -> Verdict:
-    """Return whether the version on disk is backed up. Where S3 does not tell, the receipt may."""
-    verdict = Verdict(None, EXIT_FAILED, "receipt", None, "")
+def judge(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
+    """Return whether the version on disk is backed up. Where S3 does not tell, the receipt may.
+
+    Raises BackupError if neither tells.
+    """
     try:
-        data = read_channel_backup(settings.file)
         with alarm(ONE_SHOT_SECONDS):
             return check_bucket(bucket, data)
     except AccessDeniedError:
         return check_receipt(settings, bucket, data)
     except BackupError as error:
+        verdict = check_receipt(settings, bucket, data)
+        if verdict.current is not False or not bucket.place:
+            raise
         error.log()
-        if bucket.place:
-            verdict = check_receipt(settings, bucket, data)
-        if verdict.current is False:
-            return verdict._replace(reason=f"{verdict.reason}; {error}")
-        return verdict._replace(current=None, exit_code=error.exit_code, reason=str(error))
+        return verdict._replace(reason=f"{verdict.reason}; {error}")
 
 
 def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
     """Print the verdict on the version on disk, and why, for somebody who is woken by it."""
-    current, code, proof, version, why = judge(settings, bucket)
+    try:
+        verdict = judge(settings, bucket, read_channel_backup(settings.file))
+        word, code = VERDICTS[verdict.current]
+    except BackupError as error:
+        error.log()
+        verdict = Verdict(None, "receipt", None, str(error))
+        word, code = "UNKNOWN", error.exit_code
     staged = key = captured = stored = None
     with contextlib.suppress(OSError):
         staged = len([name for name in os.listdir(settings.staging) if captured_at(name)])
-    if version:
-        key, stored, captured = version.key, version.stored_at, captured_at(version.name)
+    if version := verdict.version:
+        key, stored = version.key, version.stored_at
+        captured = captured_at(version.name)
     if options.json:
-        answer: dict[str, Any] = {"current": current, "proof": proof, "key": key}
-        answer |= {"captured_at": captured, "stored_at": stored, "staged": staged, "reason": why}
-        print(json.dumps(answer, default=datetime.isoformat))
+        answer: dict[str, Any] = {"current": verdict.current, "proof": verdict.proof, "key": key}
+        answer |= {"captured_at": captured, "stored_at": stored, "staged": staged}
+        print(json.dumps(answer | {"reason": verdict.reason}, default=datetime.isoformat))
     else:
-        words = {True: "BACKED UP", False: "NOT BACKED UP", None: "UNKNOWN"}
-        print(printable(f"{words[current]}: {why}; newest known: {key}"))
+        print(printable(f"{word}: {verdict.reason}; newest known: {key}"))
     return code
 
 
 def command_list(options: argparse.Namespace, _: Settings, bucket: Bucket) -> int:
     """Print the versions in the bucket, newest first: as a table, or as JSON."""
     with alarm(ONE_SHOT_SECONDS):
-        rows, others, folders = list_versions(bucket)
-        if not rows and bucket.prefix:  # is the prefix the wrong one?
+        versions, others, folders = list_versions(bucket)
+        if not versions and bucket.prefix:  # is the prefix the wrong one?
             with contextlib.suppress(BackupError), explained("cannot list"):
                 page = bucket.connect().list_objects_v2(Bucket=bucket.name, Delimiter="/")
                 folders += [str(each.get("Prefix")) for each in page.get("CommonPrefixes", [])]
     if options.json:
-        answer = []
-        for version, marks in rows:
-            empty = version.size_bytes == EMPTY_BYTES
-            answer.append(version._asdict() | {"empty": empty, "marks": marks})
+        answer = [each._asdict() | {"empty": each.size_bytes == EMPTY_BYTES} for each in versions]
         print(json.dumps(answer, indent=1, default=datetime.isoformat))
     else:
         print(f"{'captured (UTC) and name':30} {'bytes':>11}  stored (UTC)")
-        for version, marks in rows:
+        for version in versions:
             cells = f"{version.size_bytes:>11,}  {version.stored_at:%Y-%m-%d %H:%M:%S}"
-            print(f"{version.name} {cells}  {', '.join(marks)}".rstrip())
-    where, hint = f"s3://{bucket.name}/{bucket.prefix}", ""
-    if not rows:
+            print(f"{version.name} {cells}  {', '.join(version.marks)}".rstrip())
+    hint = ""
+    if not versions:
         hint = f"is the prefix right? folders here: {', '.join(folders[:20]) or 'none'}"
-    told = "versions in %s: %d; other keys, not shown: %d"
-    log.info(told, where, len(rows), others, extra={"hint": hint})
+    told = "versions in s3://%s/%s: %d; other keys, not shown: %d"
+    log.info(told, bucket.name, bucket.prefix, len(versions), others, extra={"hint": hint})
     return EXIT_DONE
 
 
@@ -1354,31 +1293,34 @@ def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str],
         at = captured_at(options.key.rpartition("/")[2]) or datetime.now(UTC)
         key = (bucket.prefix if captured_at(options.key) else "") + options.key
         return [key], ["--before", at.isoformat()]
-    what, limit = f"cannot restore: s3://{bucket.name}/{bucket.prefix}", options.before
+    what = f"cannot restore: s3://{bucket.name}/{bucket.prefix}"
+    limit = options.before
     earlier = f" before {limit.isoformat()}" if limit else ""
-    rows = [row for row in list_versions(bucket)[0] if row[0].size_bytes >= EMPTY_BYTES]
-    rows = [row for row in rows if not limit or row[0].counts_from() < limit]
-    full = [version for version, _ in rows if version.size_bytes > EMPTY_BYTES]
-    if not rows:
-        raise BackupError(
-            f"{what}: there is no version{earlier}", "check the bucket and the prefix"
-        )
+    versions = list_versions(bucket)[0]
+    if limit:
+        versions = [version for version in versions if version.counts_from() < limit]
+    full = [version for version in versions if version.size_bytes > EMPTY_BYTES]
+    if not versions:
+        hint = "check the bucket and the prefix"
+        raise BackupError(f"{what}: there is no version{earlier}", hint)
     if not full:
-        hint = f"to restore it all the same: {restore_line(options, '--key', rows[0][0].key)}"
+        hint = f"to restore it all the same: {restore_line(options, '--key', versions[0].key)}"
         raise BackupError(f"{what}: no version{earlier} holds channels", hint)
-    while rows[0][0] != full[0]:
-        log.warning("passed over: %s: no channels; LND writes it in a recovery", rows.pop(0)[0].key)
+    while versions[0] != full[0]:
+        empty = versions.pop(0).key
+        log.warning("passed over: %s: no channels; LND writes it in a recovery", empty)
     log.info("chosen: %s, the newest version%s that holds channels", full[0].key, earlier)
-    drops = [rows[i + 1][0].key for i, (_, marks) in enumerate(rows) if DROP in marks]
-    return [full[0].key, *drops[:3]], [text for each in full[1:2] for text in ("--key", each.key)]
+    drops = [versions[i + 1].key for i, version in enumerate(versions) if DROP in version.marks]
+    before = ["--key", full[1].key] if len(full) > 1 else []
+    return [full[0].key, *drops[:3]], before
 
 
-NEXT_STEPS = """restored {key}: {size} bytes, SHA-256 {sha256}
+NEXT_STEPS = """restored {}: {} bytes, SHA-256 {}
 next, as the user that runs LND, with the wallet of the same 24 words
 (if there is none yet: lncli create, and wait), all these lines, in this order:
-{lines}
+{}
 if LND refuses the first file, the version before it:
-  {before}
+  {}
 never start an old channel.db, never run two nodes of one seed, and never use chantools
 scbforceclose with a version that is not the latest: each can cost the money in the channels.
 More: docs/recovery.md"""
@@ -1386,23 +1328,23 @@ More: docs/recovery.md"""
 
 def command_restore(options: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
     """Download versions, verify them, write each to a new file, and print what to do with them."""
-    output, elsewhere = Path(os.path.abspath(options.output)), "name a new file with --output"
-    what, directory = f"cannot restore: {output}", Path(os.path.realpath(output.parent))
-    homes = [parent for parent in directory.parents if os.path.lexists(parent / "lnd.conf")]
-    if homes or is_lnd_directory(directory, settings.file):
-        hint = (
-            "a wrong file there keeps LND from starting: write it elsewhere, lncli takes it there"
-        )
+    output = Path(os.path.abspath(options.output))
+    elsewhere = "name a new file with --output"
+    what = f"cannot restore: {output}"
+    if is_lnds(output.parent, settings.file):
+        hint = "write it elsewhere: a wrong file there keeps LND from starting"
         raise BackupError(f"{what}: it is in a directory of LND's", hint)
     if os.path.lexists(output):
         raise BackupError(f"{what}: it is there already, and nothing is overwritten", elsewhere)
     before: list[str] = []
+    files: list[Path] = []
     try:
-        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        with alarm(ONE_SHOT_SECONDS - LAST_RESORT_SECONDS):
-            (key, *others), before = choose_keys(bucket, options)
-            data = get_version(bucket, key)
-        write_file(place, output.name, data, new=True)
+        with opened(output.parent) as place:
+            with alarm(ONE_SHOT_SECONDS * 0.8):
+                (key, *others), before = choose_keys(bucket, options)
+                data = get_version(bucket, key)
+            write_file(place, output.name, data, new=True)
+            files = [output, *restore_others(bucket, output, place, others)]
     except OSError as error:
         raise BackupError(f"{what}: {error.strerror}", elsewhere) from None
     except BackupError as error:
@@ -1410,25 +1352,31 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
             line = restore_line(options, *before, "--output", options.output)
             error.hint = "; ".join(filter(None, (error.hint, f"the version before it: {line}")))
         raise
-    files = [output]
-    for number, other in enumerate(others, 2):
-        path = output.with_name(f"{output.name}.{number}")
-        try:
-            with alarm(LAST_RESORT_SECONDS):
-                write_file(place, path.name, get_version(bucket, other), new=True)
-            files.append(path)
-        except (BackupError, OSError) as error:
-            log.warning("left out: %s, from %s: %s", path, other, error)
     if len(data) == EMPTY_BYTES:
         log.warning("no channels in this version: restoring it brings nothing back from channels")
     names = ("verifychanbackup", "restorechanbackup")
     pairs = [(name, shlex.quote(str(file))) for file in files for name in names]
-    lines = [f"  lncli {name} --multi_file {file}" for name, file in pairs]
-    facts = {"key": key, "size": len(data), "sha256": sha256_of(data), "lines": "\n".join(lines)}
-    line = restore_line(options, *before, "--output", f"{options.output}.before")
-    text = NEXT_STEPS.format(**facts, before=line if before else "there is none")
+    lines = "\n".join(f"  lncli {name} --multi_file {file}" for name, file in pairs)
+    line = "there is none"
+    if before:
+        line = restore_line(options, *before, "--output", f"{options.output}.before")
+    text = NEXT_STEPS.format(key, len(data), sha256_of(data), lines, line)
     print("\n".join(printable(line) for line in text.splitlines()))
     return EXIT_DONE
+
+
+def restore_others(bucket: Bucket, output: Path, place: int, keys: list[str]) -> list[Path]:
+    """Write the versions before the drops to FILE.2, FILE.3, FILE.4; what fails is left out."""
+    files = []
+    for number, key in enumerate(keys, 2):
+        path = output.with_name(f"{output.name}.{number}")
+        try:
+            with alarm(ONE_SHOT_SECONDS / 10):
+                write_file(place, path.name, get_version(bucket, key), new=True)
+            files.append(path)
+        except (BackupError, OSError) as error:
+            log.warning("left out: %s, from %s: %s", path, key, error)
+    return files
 
 
 # --- 9. Errors and log ----------------------------------------------------------------------------
@@ -1458,12 +1406,6 @@ class DamagedError(BackupError):
     """A version whose bytes are not those of its name or metadata."""
 
 
-class NotYetError(BackupError):
-    """LND has not written the file yet, or is about to."""
-
-    level = logging.WARNING
-
-
 class ConfigError(BackupError):
     """The configuration is wrong."""
 
@@ -1480,12 +1422,14 @@ class Problem:
     """Something that is wrong for a while: its kind, and what works when it is over."""
 
     def __init__(self, kind: str, over: str) -> None:
-        self.kind, self.over, self.count, self.began_at, self.logged_at = kind, over, 0, 0.0, 0.0
+        self.kind, self.over = kind, over
+        self.count = 0
+        self.began_at = self.logged_at = 0.0
         self.error: BackupError | None = None
 
     def seconds(self) -> float:
         """Return how long it has lasted."""
-        return time.monotonic() - self.began_at if self.error else 0.0
+        return time.monotonic() - self.began_at
 
     def report(self, error: BackupError) -> None:
         """Note an error; log it if something else is to be done about it, or an hour has passed."""
@@ -1502,8 +1446,8 @@ class Problem:
     def resolve(self) -> None:
         """Note that it works."""
         if self.error:
-            seconds, self.error = self.seconds(), None
-            log.info("%s again, after %d failures in %.0f s", self.over, self.count, seconds)
+            self.error = None
+            log.info("%s again, after %d failures in %.0f s", self.over, self.count, self.seconds())
 
 
 FAULT = "a fault of this program, please report it"
@@ -1513,16 +1457,17 @@ CHECK_SDK = "check AWS_PROFILE, AWS_REGION, the endpoint, and the SDK's files (A
 CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_PROFILE, and the file, program, role or login behind it"
 SET_CLOCK = "set the clock, for example by NTP: S3 compares it with its own"
 READER = "the key of the node is not meant to read: use the reader key; or the prefix is wrong"
-HINTS = {  # what to do about S3's codes; for any other, S3's own words have to do
+HINTS = {  # what to do about S3's codes and statuses; for any other, S3's own words have to do
+    "the bucket is full: free space or raise the quota": "QuotaExceeded XMinioStorageFull",
     SET_CLOCK: "RequestTimeTooSkewed RequestExpired",
-    NETWORK: "RequestTimeout BadDigest XAmzContentSHA256Mismatch Throttling ThrottlingException",
+    NETWORK: """RequestTimeout BadDigest XAmzContentSHA256Mismatch Throttling ThrottlingException
+        408 409 429 500 502 503 504 507 509""",
     "check the access key and its secret, or AWS_PROFILE; changed files are read again": """
         InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken InvalidToken TokenRefreshRequired""",
     "check the bucket's name, the prefix and the endpoint": "NoSuchBucket InvalidBucketName",
     "`list` shows which versions there are": "NoSuchKey",
     "set AWS_REGION to the bucket's region": """
         PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException""",
-    "the bucket is full: free space or raise the quota": "QuotaExceeded XMinioStorageFull",
 }
 
 
@@ -1540,34 +1485,31 @@ def explained(what: str, denied: str = READER) -> Iterator[None]:
 def classify_s3_error(what: str, error: Exception, denied: str = "") -> BackupError:
     """Return an error of the SDK as the kind that says whether trying again helps, with a hint."""
     message = f"{what}: {reason(error)}"
-    if isinstance(error, sdk.ClientError) and denied != CREDENTIALS:
-        return classify_answer(what, error.response, denied)
-    is_network = isinstance(error, (sdk.ConnectionError, sdk.HTTPClientError))
-    is_network |= type(error).__module__.startswith("urllib3")  # while an answer was read
-    kind, hint = BackupError, CHECK_SDK
     if "CERTIFICATE_VERIFY_FAILED" in message or "doesn't match" in message:
-        hint = "check AWS_CA_BUNDLE, and the name in the endpoint"
         if "not yet valid" in message or "expired" in message:
-            kind, hint = TransientError, SET_CLOCK
-    elif is_network:
-        kind, hint = TransientError, NETWORK
-    elif denied == CREDENTIALS:
-        hint = CREDENTIALS
-    elif isinstance(error, (OSError, RecursionError, ResponseParserError, sdk.IncompleteReadError)):
-        kind, hint = TransientError, SOMETHING_BETWEEN
-    return kind(message, hint)
+            return TransientError(message, SET_CLOCK)
+        return BackupError(message, "check AWS_CA_BUNDLE, and the name in the endpoint")
+    is_network = type(error).__module__.startswith("urllib3")  # while an answer was read
+    kinds = (sdk.ConnectionError, sdk.HTTPClientError, sdk.IncompleteReadError)
+    if is_network or isinstance(error, kinds):
+        return TransientError(message, NETWORK)
+    if denied == CREDENTIALS:
+        return BackupError(message, CREDENTIALS)
+    if isinstance(error, sdk.ClientError):
+        return classify_answer(what, error.response, denied)
+    if isinstance(error, (sdk.BotoCoreError, ValueError)):
+        return BackupError(message, CHECK_SDK)
+    return TransientError(message, SOMETHING_BETWEEN)
 
 
 def classify_answer(what: str, response: Mapping[str, Any], denied: str) -> BackupError:
     """Return an error that was answered: S3's own code and words decide."""
-    error, meta = response.get("Error", {}), response.get("ResponseMetadata", {})
-    code, text, status = (
-        error.get("Code", ""),
-        error.get("Message", ""),
-        meta.get("HTTPStatusCode", 0),
-    )
-    words = ": ".join(part for part in (code[:100], text[:500]) if part)
-    message = f"{what}: {words or 'no word of S3'} (HTTP {status})"
+    error = response.get("Error", {})
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = error.get("Code", "")
+    text = error.get("Message", "")[:500]
+    words = ": ".join(filter(None, (code[:100], text))) or "no word of S3"
+    message = f"{what}: {words} (HTTP {status})"
     if code == "AccessDenied":
         named = re.search(r"not authorized to perform: ([\w:]+)", text)
         hint = f"if key, bucket and prefix are right, add to the key's policy: {denied}"
@@ -1578,30 +1520,29 @@ def classify_answer(what: str, response: Mapping[str, Any], denied: str) -> Back
         elif named and named[1] not in denied:
             hint = f"S3 names the action that is missing: allow {named[1]}"
         return AccessDeniedError(message, hint)
-    for hint, codes in HINTS.items():
-        if code in codes.split():
-            return (TransientError if hint in (SET_CLOCK, NETWORK) else BackupError)(message, hint)
     if code in ("", str(status)):
         return TransientError(message, SOMETHING_BETWEEN)
-    if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS):
-        return TransientError(message, NETWORK)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED:
-        return TransientError(message, NETWORK)
+    for hint, codes in HINTS.items():
+        if not {code, str(status)}.isdisjoint(codes.split()):
+            kind = TransientError if hint in (SET_CLOCK, NETWORK) else BackupError
+            return kind(message, hint)
     return BackupError(message, "these are S3's own words; if they do not help, ask the provider")
 
 
 def node_error(what: str, error: OSError) -> BackupError:
     """Return what the system refused on LND's side, with what to do."""
     hints = {
+        errno.ENOENT: "LND writes it when its wallet is unlocked and the chain in sync",
+        errno.EAGAIN: "it is read again in a moment",
         errno.EACCES: "this user needs r on the file, r and x on its directory, and x above it",
         errno.ENOSPC: "raise the limit: sysctl fs.inotify.max_user_watches",
         errno.EMFILE: "raise the limit: sysctl fs.inotify.max_user_instances, or of open files",
     }
-    message, hint = f"{what}: {error.strerror}", hints.get(error.errno or 0, "check the path")
-    if error.errno == errno.ENOENT:
-        hint = "LND writes it when its wallet is unlocked and the chain in sync; check the path"
-        return NotYetError(message, hint)
-    return BackupError(message, hint)
+    is_soon = error.errno in (errno.ENOENT, errno.EAGAIN)
+    hint = hints.get(error.errno or 0, "check the path")
+    found = BackupError(f"{what}: {error.strerror}", hint)
+    found.level = logging.WARNING if is_soon else logging.ERROR
+    return found
 
 
 def reason(error: Exception) -> str:
@@ -1616,13 +1557,15 @@ SECRETS: set[str] = set()
 
 
 def keep_secret(*secrets: str | None) -> None:
-    """Let these never appear in a log line, a status or a table."""
-    SECRETS.update(secret for secret in secrets if secret and len(secret) >= SECRET_CHARACTERS)
+    """Let these never appear in a log line, a status or a table; a short one would mask words."""
+    SECRETS.update(secret for secret in secrets if secret and len(secret) >= len("password"))
 
 
 def printable(text: object) -> str:
     """Escape what came from outside, so that it forges no line, moves no cursor; mask secrets."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    line = ""
+    for letter in str(text):
+        line += letter if letter.isprintable() else letter.encode("unicode_escape").decode()
     for secret in SECRETS:
         line = line.replace(secret, "***")
     return re.sub(r"(https?:|socks\w*:|proxy )//\S*@", r"\1//***@", line)  # a URL's user
@@ -1633,16 +1576,14 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines, each with its prefix: journald takes a bare one as information."""
-        lines = [record.getMessage()]
+        lines, level = [record.getMessage()], record.levelno
         if hint := getattr(record, "hint", ""):
             lines.append(f"hint: {hint}")
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
-        stderr, level = os.fstat(sys.stderr.fileno()), record.levelno
+        stderr = os.fstat(sys.stderr.fileno())
         if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":
-            prefix = {logging.CRITICAL: "<2>", logging.ERROR: "<3>", logging.WARNING: "<4>"}.get(
-                level, "<6>"
-            )
+            prefix = {50: "<2>", 40: "<3>", 30: "<4>"}.get(level, "<6>")  # see syslog(3)
         else:
             prefix = self.formatTime(record, "%Y-%m-%d %H:%M:%S ")
             prefix += f"{record.levelname.lower()}: " if level > logging.INFO else ""
@@ -1655,7 +1596,7 @@ class LineFormatter(logging.Formatter):
 
 
 class Settings(NamedTuple):
-    """The configuration; times in seconds."""
+    """The configuration; times in seconds. The fields stand in the order of SETTINGS."""
 
     file: Path
     staging: Path
@@ -1674,7 +1615,7 @@ PATH, SECONDS, URL = "/.+", r"[0-9]{1,9}(\.[0-9]{1,6})?", r"https?://[^\s/@]+([/
 SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required), pattern, advice
     "MONITOR_FILE_PATH": (None, PATH, "write the whole path of LND's channel.backup"),
     "BACKUP_DIRECTORY": (None, PATH, "write a whole path, such as /var/lib/lnd-backup"),
-    "S3_BUCKET_NAME": (None, r"[\w.-]{3,255}|arn:.+/.+", "write the name alone, without s3://"),
+    "S3_BUCKET_NAME": (None, r"[\w.-]{3,255}|arn:(?!.*:::).+/.+", "write the name alone"),
     "S3_BACKUP_PREFIX": ("", "[^/].{0,240}", "write it like node1/ or a/b/, 240 letters at most"),
     "RESCAN_SECONDS": ("60", f"(?=.*[1-9]){SECONDS}", "write a number of seconds above 0"),
     "REFRESH_SECONDS": ("86400", SECONDS, "write a number of seconds; 0 turns it off"),
@@ -1684,24 +1625,15 @@ SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required)
     "COPY_DIRECTORY": ("", PATH, "write the whole path of a directory that is there"),
     "S3_PUT_EXTRA_ARGS": ("", r"(\w+=[^,]+(,|$))+", "write it like NAME=VALUE,NAME=VALUE"),
 }
-HOST = re.compile(r"(.*@)?(\[[^]]+\]|[^:]+)(:[0-9]{1,5})?")
-OWN_ARGUMENTS = {
-    "Bucket",
-    "Key",
-    "Body",
-    "Metadata",
-    "ContentMD5",
-    "ChecksumSHA256",
-    "ChecksumAlgorithm",
-}
-SDK_NAMES = (
-    "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION AWS_ENDPOINT_URL "
-    "AWS_ENDPOINT_URL_S3 AWS_ROLE_ARN AWS_ROLE_SESSION_NAME AWS_WEB_IDENTITY_TOKEN_FILE "
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_EC2_METADATA_DISABLED HTTP_PROXY HTTPS_PROXY NO_PROXY "
-    "http_proxy https_proxy no_proxy REQUESTS_CA_BUNDLE STATE_DIRECTORY"
+PLAIN_LINE = re.compile(
+    r"""( \#[^\\]* | [A-Za-z_][A-Za-z_0-9]*=  # a comment; or a name, and a value:
+    ( "[^"\\]*" | '[^'\\]*' | (?!.*\ \#)[^\s"'\\#][^"'\\]* )? )?""",
+    re.VERBOSE,
 )
-READERS_NEED = ["S3_BUCKET_NAME", "S3_BACKUP_PREFIX"]
-SERVICE_PATHS = ("BACKUP_DIRECTORY", "METRICS_FILE", "COPY_DIRECTORY")
+SDK_NAMES = """AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION AWS_ROLE_ARN
+    AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ROLE_SESSION_NAME AWS_WEB_IDENTITY_TOKEN_FILE
+    AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_EC2_METADATA_DISABLED HTTP_PROXY HTTPS_PROXY NO_PROXY
+    http_proxy https_proxy no_proxy REQUESTS_CA_BUNDLE STATE_DIRECTORY"""
 
 
 def load_settings(environ: Mapping[str, str], command: str) -> Settings:
@@ -1709,44 +1641,45 @@ def load_settings(environ: Mapping[str, str], command: str) -> Settings:
 
     What the command does not need is not judged.
     """
-    needed = READERS_NEED if command in ("list", "restore") else list(SETTINGS)
-    if command == "check":  # another user may run it
-        needed = [name for name in SETTINGS if name not in SERVICE_PATHS]
-    values = {}
+    needed = set(SETTINGS)
+    if command in ("list", "restore"):
+        needed = {"S3_BUCKET_NAME", "S3_BACKUP_PREFIX"}
+    elif command == "check":  # another user may run it
+        needed -= {"BACKUP_DIRECTORY", "METRICS_FILE", "COPY_DIRECTORY"}
+    values, faults = {}, []
     for name, (default, pattern, _) in SETTINGS.items():
-        is_read = name in needed or pattern == PATH
-        values[name] = (environ.get(name) if is_read else "") or default or ""
-    staging = values["BACKUP_DIRECTORY"] or environ.get("STATE_DIRECTORY", "").split(":")[0]
-    values["BACKUP_DIRECTORY"] = staging
-    file, faults = Path(values["MONITOR_FILE_PATH"]), []
-    for name in needed:
-        value, (default, pattern, advice) = values[name], SETTINGS[name]
-        if name == "S3_BUCKET_NAME" and ":::" in value:
-            advice = f"write the name alone: {value.rpartition(':')[2].partition('/')[0]}"
-            faults.append(config_error(name, value, "is a name for policies", advice))
-        elif not value and default is None:
-            faults.append(config_error(name, value, "is not set", advice))
-        elif value and not (value.isprintable() and re.fullmatch(pattern, value)):
-            faults.append(config_error(name, value, "cannot be used", advice))
-        elif name == "COPY_DIRECTORY" and value == staging != "":
-            faults.append(config_error(name, value, "is the staging directory", "name another"))
-        elif value and pattern == PATH and (fault := path_fault(name, Path(value), file)):
-            faults.append(config_error(name, value, *fault))
-        if faults and name == "MONITOR_FILE_PATH":
-            file = Path()  # the other paths are not judged beside a wrong one
-    if faults:
-        values["S3_PUT_EXTRA_ARGS"] = ""
+        given = environ.get(name) if name in needed or pattern == PATH else ""
+        values[name] = given or default or ""
+    if not values["BACKUP_DIRECTORY"]:
+        values["BACKUP_DIRECTORY"] = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    for name in SETTINGS:
+        if name in needed and (fault := setting_fault(name, values)):
+            faults.append(fault)
+            values[name] = ""  # the others are not judged beside a wrong one
     faults += sdk_faults(environ, values["S3_BUCKET_NAME"], values["S3_PUT_EXTRA_ARGS"])
     if faults:
         raise ExceptionGroup("configuration", faults)
-    if values["S3_BACKUP_PREFIX"]:
-        values["S3_BACKUP_PREFIX"] = values["S3_BACKUP_PREFIX"].rstrip("/") + "/"
-    path, staging, bucket, prefix, rescan, refresh, grace, *texts, arguments = values.values()
-    metrics, heartbeat, copies = texts
+    path, staging, bucket, prefix, rescan, refresh, grace, *texts, more = values.values()
+    prefix = f"{prefix.rstrip('/')}/" if prefix else ""
     times = float(rescan), float(refresh), float(grace)
-    pairs = dict(pair.split("=", 1) for pair in arguments.split(",") if pair)
+    metrics, heartbeat, copies = texts
+    arguments = dict(pair.split("=", 1) for pair in more.split(",") if pair)
     paths = Path(path), Path(staging or os.devnull)
-    return Settings(*paths, bucket, prefix, *times, metrics, heartbeat, copies, pairs)
+    return Settings(*paths, bucket, prefix, *times, metrics, heartbeat, copies, arguments)
+
+
+def setting_fault(name: str, values: Mapping[str, str]) -> ConfigError | None:
+    """Return what is wrong with one of our settings."""
+    value, (default, pattern, advice) = values[name], SETTINGS[name]
+    if not value:
+        return config_error(name, value, "is not set", advice) if default is None else None
+    if ":::" in value:  # an ARN, as policies name buckets
+        advice = f"{advice}: {value.rpartition(':')[2].partition('/')[0]}"
+    if not value.isprintable() or not re.fullmatch(pattern, value):
+        return config_error(name, value, "cannot be used", advice)
+    if pattern == PATH and (fault := path_fault(name, Path(value), values)):
+        return config_error(name, value, *fault)
+    return None
 
 
 def warn_of_misspelt(names: Collection[str]) -> None:
@@ -1754,11 +1687,11 @@ def warn_of_misspelt(names: Collection[str]) -> None:
     known = {*SETTINGS, *SDK_NAMES.split()}
     for _, variables, *_ in BOTOCORE_DEFAUT_SESSION_VARIABLES.values():
         known |= set(variables if isinstance(variables, list) else [str(variables)])
-    for name in sorted((set(names) | set(os.environ)) - known):
-        close = difflib.get_close_matches(name.upper(), known - {name}, 1, 0.6)
+    for name in sorted({*names, *os.environ} - known):
         is_near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.8)
         is_sdks = name.startswith("AWS_ENDPOINT_URL_")
         if not is_sdks and (name in names or name.startswith("S3_") or is_near):
+            close = difflib.get_close_matches(name.upper(), known, 1, 0.6)
             meant = f": is {close[0]} meant?" if close else ""
             log.warning("%s is no setting, and ignored%s", name, meant)
 
@@ -1769,79 +1702,76 @@ def config_error(name: str, value: str, why: str, hint: str) -> ConfigError:
     return ConfigError(f"configuration: {name}={'***' if is_secret else value}: {why}", hint)
 
 
-def is_lnd_directory(directory: Path, file: Path) -> bool:
-    """Tell whether LND keeps its data or the monitored file here; else ask for their names."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        names = [name for name in LND_FILES if os.path.lexists(directory / name)]
+def is_lnds(directory: Path, file: Path) -> bool:
+    """Tell whether LND keeps its data or the monitored file here, or in a directory above."""
+    whole, homes = Path(os.path.realpath(directory)), set()
+    names = [name for name in LND_FILES if os.path.lexists(whole / name)]  # if it cannot be listed
+    with contextlib.suppress(OSError):
+        names = os.listdir(whole)
     if any(fnmatch(name, pattern) for name in names for pattern in LND_FILES):
         return True
-    homes = {os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))}
-    return os.path.isabs(file) and os.path.realpath(directory) in homes
+    if os.path.isabs(file):
+        homes = {os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))} - {"/"}
+    parents = (whole, *whole.parents)
+    return any(str(each) in homes or os.path.lexists(each / "lnd.conf") for each in parents)
 
 
-def path_fault(name: str, path: Path, file: Path) -> tuple[str, str] | None:
+def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, str] | None:
     """Return what is wrong with a path, which may be made later, and what to do."""
-    whole, user, fault = Path(os.path.realpath(path)), os.geteuid(), None
-    place = shlex.quote(str(path.parent if name == "METRICS_FILE" else path))
-    make = f"run: sudo install -d -m 0700 -o {user} {place}"
-    if name == "COPY_DIRECTORY":  # a mount may hang: only its path is judged here
-        is_lnds = path.is_relative_to(file.parent)
-        return ("is in a directory of LND's", "name another one") if is_lnds else None
-    status = os.lstat(path) if os.path.lexists(path) else None
+    file = Path(values["MONITOR_FILE_PATH"])
+    whole = Path(os.path.realpath(path))
+    make = f"sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(path))}"
     if name == "MONITOR_FILE_PATH":
         if is_forbidden(str(path)) or is_forbidden(str(whole)):
-            fault = "must never be copied", "name channel.backup: a stale database loses money"
-        elif os.path.isdir(whole):
-            fault = "is a directory", f"name the file in it: {path / 'channel.backup'}"
-    elif any(is_lnd_directory(each, file) for each in (whole, *whole.parents)):
-        fault = "is in a directory of LND's", "name another: LND's are only read"
-    elif name == "METRICS_FILE" or not status:
-        if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
-            fault = "cannot be made", make
-    elif not stat.S_ISDIR(status.st_mode):
-        fault = "is a link or no directory", f"name another, or move it away and {make}"
-    elif status.st_uid != user:
+            return "must never be copied", "name channel.backup: a stale database loses money"
+        inside = f"name the file in it: {path / 'channel.backup'}"
+        return ("is a directory", inside) if os.path.isdir(whole) else None
+    if name == "COPY_DIRECTORY":  # a mount may hang: only its path is judged here
+        is_taken = str(path) == values["BACKUP_DIRECTORY"] or path.is_relative_to(file.parent)
+        return ("is LND's, or the staging directory", "name another one") if is_taken else None
+    if is_lnds(path, file):
+        return "is in a directory of LND's", "name another one: LND's are only read"
+    if name == "METRICS_FILE" or not os.path.lexists(path):
+        can_make = os.access(path.parent, os.W_OK | os.X_OK) and not os.path.isdir(path)
+        return None if can_make else ("cannot be made", f"run: {make}, or name another place")
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        return "is a link or no directory", f"name another, or move it away and run: {make}"
+    if status.st_uid != os.geteuid():
         inside = f"name a directory inside it, which is made then: {path / 'lnd-backup'}"
-        fault = f"belongs to user {status.st_uid}, not to {user}", inside
-    elif status.st_mode & 0o022 or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        hint = f"if nothing else uses it, run: chmod 0700 {place}"
-        fault = "must be writable by its owner and nobody else", hint
-    return fault
+        return f"belongs to user {status.st_uid}, not to {os.geteuid()}", inside
+    if status.st_mode & 0o022 or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return "must be writable by its owner and nobody else", f"if it is its own, run: {make}"
+    return None
 
 
 def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[ConfigError]:
     """Return what is wrong with the SDK's settings, as far as it shows without a connection."""
     faults = []
     for name, value in environ.items():
-        is_proxy = name.lower() in ("http_proxy", "https_proxy")
-        if (is_proxy or name.startswith("AWS_")) and not value.isprintable():
-            faults.append(config_error(name, value, "has a line break or the like", "remove it"))
-        elif name.startswith("AWS_") and name.endswith(("KEY", "KEY_ID", "TOKEN")) and " " in value:
-            faults.append(config_error(name, value, "has a blank", "remove it"))
-        elif is_proxy and value.startswith("socks"):
-            faults.append(config_error(name, value, "cannot be used", "write http://HOST:PORT"))
+        is_sdks = name.startswith("AWS_") or name.lower().endswith("_proxy")
+        is_key = name.endswith(("KEY", "KEY_ID", "TOKEN"))
+        if is_sdks and (not value.isprintable() or (is_key and " " in value)):
+            faults.append(config_error(name, value, "has a blank or a line break", "remove it"))
     if faults:
         return faults
+    bundle = ""
     try:
         session = new_session()
-        bundle = session._session.get_config_variable("ca_bundle") or None
         client = new_client(session, aws_access_key_id="-", aws_secret_access_key="-")
         url = urlsplit(client.meta.endpoint_url)
-        if url.scheme not in ("http", "https") or not HOST.fullmatch(url.netloc):
+        if not re.fullmatch(r"https?://(.*@)?(\[.+\]|[^/:]+)(:[0-9]+)?(/.*)?", url.geturl()):
             raise ValueError(f"{url.geturl()} is no URL of http or https")
-        if bundle:
+        if bundle := session._session.get_config_variable("ca_bundle") or "":
             ssl.create_default_context(cafile=bundle)
-    except OSError as error:
-        why = f"configuration: AWS_CA_BUNDLE={bundle}: cannot be used: {error.strerror}"
-        return [ConfigError(why, "name the file that holds the CA's certificate")]
     except Exception as error:
-        return [ConfigError(f"configuration: AWS SDK: {reason(error)}", CHECK_SDK)]
+        what = f"configuration: AWS SDK{bundle and f': AWS_CA_BUNDLE={bundle}'}: {reason(error)}"
+        return [ConfigError(what, CHECK_SDK)]
     known = set(client.meta.service_model.operation_model("PutObject").input_shape.members)
-    given = {pair.partition("=")[0] for pair in arguments.split(",") if pair}
-    if wrong := given - known | given & OWN_ARGUMENTS:
-        what = f"configuration: S3_PUT_EXTRA_ARGS: {', '.join(sorted(wrong))}: cannot be used"
+    known -= {"Bucket", "Key", "Body", "Metadata"}
+    known -= {"ContentMD5", "ChecksumSHA256", "ChecksumAlgorithm"}
+    for name in set(re.findall(r"(?:^|,)(\w+)=", arguments)) - known:
+        what = f"configuration: S3_PUT_EXTRA_ARGS: {name}: cannot be used"
         faults.append(ConfigError(what, "write names of put_object's arguments, with their case"))
     if url.path.rstrip("/").endswith(f"/{bucket}"):
         what = f"configuration: endpoint {url.geturl()}: ends with the bucket's name"
@@ -1852,35 +1782,19 @@ def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Return the settings of an --env-file; raises ConfigError where systemd reads otherwise."""
-    what = f"cannot read --env-file: {path}"
+    """Return the settings of an --env-file; raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{what}: {getattr(error, 'strerror', 'not UTF-8')}", "check it"
-        ) from None
-    if text.startswith("\ufeff"):
-        raise ConfigError(f"{what}: it begins with a byte order mark", "save it without one")
-    lines = text.replace("\r\n", "\n").split("\n")
-    wrong = [str(n) for n, line in enumerate(lines, 1) if not is_plain(line)]
-    if wrong:
-        hint = "write KEY=value: systemd reads export, \\ and a comment behind a value differently"
-        raise ConfigError(f"{what}: line {', '.join(wrong)}", hint)
+        why = getattr(error, "strerror", "not UTF-8")
+        raise ConfigError(f"cannot read --env-file: {path}: {why}", "check it") from None
+    lines = [line.replace("\t", " ").strip(" ") for line in text.replace("\r\n", "\n").split("\n")]
+    plain = [PLAIN_LINE.fullmatch(line) and line.isprintable() for line in lines]
+    if wrong := [str(n) for n, is_plain in enumerate(plain, 1) if not is_plain]:
+        hint = "write KEY=value: systemd reads export, quotes, \\ and # behind a value differently"
+        raise ConfigError(f"cannot read --env-file: {path}: line {', '.join(wrong)}", hint)
     values = dotenv_values(stream=io.StringIO(text), interpolate=False)
     return {name: value or "" for name, value in values.items()}
-
-
-def is_plain(line: str) -> bool:
-    """Tell whether python-dotenv and systemd read this line of a file alike."""
-    line = line.replace("\t", " ").strip(" ")
-    name, equals, value = (part.strip(" ") for part in line.partition("="))
-    if not line or line.startswith("#"):
-        return line.isprintable() and not line.endswith("\\")
-    quoted = re.fullmatch(r""""[^"\\]*"|'[^'\\]*'""", value)
-    is_value = quoted or not re.search(r"""["'\\]|(^| )#""", value)
-    is_name = name != "export" and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)
-    return bool(equals and is_name and is_value) and line.isprintable()
 
 
 # --- 11. The command line -------------------------------------------------------------------------
@@ -1905,15 +1819,12 @@ def point_in_time(text: str) -> datetime:
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     prog, common = "s3_backup_lnd_channels.py", argparse.ArgumentParser(add_help=False)
-    text = "read settings from FILE; the environment wins"
-    common.add_argument(
-        "--env-file", metavar="FILE", type=Path, default=argparse.SUPPRESS, help=text
-    )
+    env_file = common.add_argument("--env-file", metavar="FILE", type=Path)
+    env_file.default, env_file.help = argparse.SUPPRESS, "read settings; the environment wins"
     options: dict[str, Any] = {"allow_abbrev": False, "parents": [common]}
-    text = "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again, 78 wrong configuration."
-    parser = argparse.ArgumentParser(
-        prog, description=__doc__.splitlines()[0], epilog=text, **options
-    )
+    codes = "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again, 78 wrong configuration."
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog, description=about, epilog=codes, **options)
     parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (_, text) in COMMANDS.items():
@@ -1921,13 +1832,11 @@ def build_parser() -> argparse.ArgumentParser:
         if name in ("check", "list"):
             command.add_argument("--json", action="store_true", help="print JSON: see README.md")
     restore = commands.choices["restore"]
-    which = restore.add_mutually_exclusive_group()
+    which, name = restore.add_mutually_exclusive_group(), "channel.backup"
     which.add_argument("--key", help="this version: a whole key, or the name alone")
-    which.add_argument(
-        "--before", metavar="TIME", type=point_in_time, help="the newest before TIME"
-    )
-    text = "default: channel.backup"
-    restore.add_argument("--output", metavar="FILE", default="channel.backup", help=text)
+    text = "the newest before TIME"
+    which.add_argument("--before", metavar="TIME", type=point_in_time, help=text)
+    restore.add_argument("--output", metavar="FILE", default=name, help=f"default: {name}")
     return parser
 
 
@@ -1938,16 +1847,7 @@ def main(arguments: list[str] | None = None) -> int:
         make = "python3 -m venv venv && venv/bin/pip install --require-hashes -r requirements.txt"
         sys.stderr.write(f"cannot start: {MISSING}\nhint: with Python 3.11 or newer, run: {make}\n")
         return EXIT_CONFIG
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter())
-    logging.root.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to encode a path
-        sys.stdout.reconfigure(errors="backslashreplace")
-    logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
-    logging.getLogger("botocore").setLevel(
-        logging.CRITICAL
-    )  # its tracebacks; all is explained here
+    prepare_output()
     command, code = options.command or "run", EXIT_FAILED
     options.env_file = getattr(options, "env_file", None)
     try:
@@ -1966,15 +1866,26 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # list | head
         code = EXIT_DONE
     except OSError as error:
+        hint = "check the disk, the permissions and the limits"
+        BackupError(f"cannot go on: {error}", hint).log()
         code = EXIT_FAILED
-        BackupError(
-            f"cannot go on: {error}", "check the disk, the permissions and the limits"
-        ).log()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception:
         log.critical(FAULT, exc_info=True)
     return code
+
+
+def prepare_output() -> None:
+    """Let the log go to stderr, and nothing that is printed end in a traceback."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    logging.root.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to encode a path
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
+    logging.getLogger("botocore").setLevel(logging.CRITICAL)  # its errors are all explained here
 
 
 def prepare_environment(more: Mapping[str, str]) -> None:
@@ -1990,7 +1901,7 @@ def prepare_environment(more: Mapping[str, str]) -> None:
             keep_secret(user, user.partition("/")[0])
     warn_of_misspelt(more)
     sources, limited = botocore.credentials, functools.partial
-    sources.ProcessProvider = limited(sources.ProcessProvider, popen=CredentialProgram)
+    sources.ProcessProvider = limited(sources.ProcessProvider, popen=start_program)
     sources.AssumeRoleProvider = limited(sources.AssumeRoleProvider, prompter=no_prompt)
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -362,6 +362,30 @@ def test_once_while_the_file_is_written_all_the_time(
         writing.join()
     assert done.returncode in (0, 75), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_once_sends_a_backlog_however_long_it_takes(
+    lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+) -> None:
+    """As long as S3 acknowledges version after version, `once` goes on beyond its minute, until all
+    of them are sent.
+    """
+    started_by(hurried(4 * HURRY))
+    sent = []
+
+    def slow(request: Request) -> Iterable[bytes | float]:
+        sent.append(request.body)
+        yield 0.1
+        yield from framed([], headers={"ETag": '"x"'})
+
+    left = [channel_backup(1) for _ in range(25)]
+    for minute, data in enumerate(left):
+        (staging / version_name(data, NOON + timedelta(minutes=minute))).write_bytes(data)
+    with RawS3(slow) as raw:
+        done = run_script(settings_at(raw.endpoint, lnd, staging), "once", timeout=60)
+        assert time.monotonic() - raw.asked_at > A_MINUTE / 4
+    assert set(sent) == set(left)
+    assert "staged, and not sent" not in done.stderr
 
 
 # --- The staging directory ---

@@ -46,7 +46,7 @@ FINE = Answer(etag=False)
 STORED = r"stored \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, "
 SECRET_PATH = "/ping/5e3cb1a0-top-secret"
 SECRET_KEY = "wJalr/XUtn+FEMI"
-KINDS = ("reading", "staging", "storing", "watching", "telling", "copying")
+KINDS = ("reading", "staging", "storing", "watching", "copying", "heartbeat", "metrics")
 GAUGES = {
     "lnd_backup_last_stored_timestamp_seconds",
     "lnd_backup_last_seen_timestamp_seconds",
@@ -262,13 +262,13 @@ def test_a_path_cannot_forge_the_status(env: dict[str, str], lnd: Lnd) -> None:
 def test_systemd_is_asked_for_as_long_as_the_grace_takes(
     env: dict[str, str], lnd: Lnd, grace: str
 ) -> None:
-    """With STOPPING=1, in one message, comes a request for more time than the grace period and the
-    second after it.
+    """With STOPPING=1, in the same message, comes a request for more time than the grace period and
+    the second after it.
     """
     lnd.write()
     with Daemon(env | {"SHUTDOWN_GRACE_SECONDS": grace}) as daemon:
         assert daemon.stop() == 0
-        (message,) = (
+        message = next(
             message for message in daemon.systemd.messages if "STOPPING=1" in message.splitlines()
         )
         asked = re.search(r"^EXTEND_TIMEOUT_USEC=([0-9]+)$", message, re.MULTILINE)
@@ -291,8 +291,8 @@ def test_the_metrics_tell_a_life(
     hurried("os.umask(0o077)")
     with Daemon(env) as daemon:
         wait_for_status(daemon, "nothing stored yet, 0 staged; .*No such.*")
-        assert stat.S_IMODE(prom.stat().st_mode) == 0o644
         values = wait_for_metrics(prom, 0, "reading")
+        assert stat.S_IMODE(prom.stat().st_mode) == 0o644
         assert sum(values.values()) == 1
 
         began = int(time.time())
@@ -865,7 +865,9 @@ def test_a_staging_directory_that_cannot_be_listed_is_no_fault_of_the_heartbeat(
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")
         broken.touch()
-        wait_for_status(daemon, STORED + r"\S+ staged; .*cannot list: .*Input/output error.*")
+        wait_for_status(
+            daemon, STORED + r"\S+ staged; .*cannot use BACKUP_DIRECTORY: .*Input/output error.*"
+        )
         daemon.wait_for_stored(lnd.write())
         wait_for_reports(daemon)
         assert "HEARTBEAT_URL" not in daemon.log
@@ -885,7 +887,7 @@ def test_a_staged_version_that_can_be_read_again(
     left.write_bytes(data)
     left.chmod(0)
     with Daemon(beating) as daemon:
-        daemon.wait_for_log("cannot read 20260101T000000")
+        daemon.wait_for_log("cannot use BACKUP_DIRECTORY: .* 20260101T000000")
         left.chmod(0o600)
         daemon.wait_for_log("stored s3://bucket/20260101T000000")
         wait_for_status(daemon, STORED + "0 staged")

@@ -147,7 +147,6 @@ KINDS: list[tuple[type[program.BackupError], str, list[Exception]]] = [  # kind,
             ValueError("Invalid endpoint: s3.example.org"),
             sdk.ParamValidationError(report="Invalid bucket name"),
             sdk.InvalidChecksumConfigError(config_key="a", config_value="b", valid_options="c"),
-            RuntimeError("a fault"),
         ],
     ),
     (

@@ -119,7 +119,7 @@ def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
 
     async def scenario() -> list[float]:
         daemon = program.Daemon(settings, new_bucket())
-        running = asyncio.create_task(daemon.run(0, 0))
+        running = asyncio.create_task(daemon.run())
         try:
             return await asyncio.to_thread(measure)
         finally:

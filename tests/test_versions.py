@@ -394,7 +394,6 @@ def test_a_problem_that_is_over_is_said_once(
 @pytest.mark.parametrize(
     ("kind", "level"),
     [
-        (program.NotYetError, logging.WARNING),
         (program.TransientError, logging.WARNING),
         (program.BackupError, logging.ERROR),
         (program.AccessDeniedError, logging.ERROR),

@@ -619,7 +619,7 @@ def test_a_file_that_is_doubtful_is_stored_with_a_warning(
     """A file without channels, or of a size that no known LND writes, is stored with a warning."""
     version = lnd.write(data=os.urandom(size))
     with Daemon(env | SELDOM) as daemon:
-        daemon.wait_for_log(f"warning: captured .*: {size} bytes")
+        daemon.wait_for_log(f"captured .*: {size} bytes\n.*warning: ")
         daemon.wait_for_stored(version)
         assert daemon.stop() == 0
     check()

@@ -88,7 +88,7 @@ def test_staging_disk_is_full(
                 pass
         for _ in range(5):
             daemon.wait_for_stored(lnd.write())
-        daemon.wait_for_log("error: cannot stage")
+        daemon.wait_for_log("error: cannot use BACKUP_DIRECTORY")
         fake.hold()
         daemon.wait_for_captured(lnd.write())
         filler.unlink()

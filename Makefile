@@ -28,14 +28,18 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pins clean install uninstall purge test-systemd test-container test-stores faults soak bench
+.PHONY: help demo picture test lint format pins dist clean install uninstall purge test-systemd test-container test-stores faults soak bench
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV) $(VENV_S3) ## watch a pretend LND being backed up to an S3 server on this machine
+demo: $(VENV) $(VENV_S3) ## watch the daemon back up a stand-in for LND to an S3 server on this machine
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/demo.py
+
+picture: $(VENV) $(VENV_S3) ## run the demo and draw docs/demo.svg from it
+	@mkdir -p "$(TMPDIR)"
+	@$(BIN) tests/demo.py --picture docs/demo.svg
 
 test: lint $(VENV_S3) ## check and test everything, with coverage
 	@mkdir -p "$(TMPDIR)"
@@ -106,8 +110,17 @@ format: $(VENV) ## format the code and mend what can be mended
 	$(BIN) -m ruff format
 	$(BIN) -m ruff check --fix
 
+# The files of the last commit, with its time: the same commit gives the same bytes.
+VERSION = $(shell git show HEAD:s3_backup_lnd_channels.py | sed -n 's/^__version__ = "\(.*\)"$$/\1/p')
+DIST = lnd-backup-$(VERSION)
+dist: ## pack the last commit into dist/, with a SHA256SUMS
+	@rm -rf dist && mkdir dist
+	@git -c tar.umask=0022 -c core.autocrlf=false archive --prefix=$(DIST)/ --output=dist/$(DIST).tar HEAD
+	@gzip -9 -n dist/$(DIST).tar
+	@cd dist && sha256sum $(DIST).tar.gz > SHA256SUMS && cat SHA256SUMS
+
 clean: ## remove the venvs, caches and results
-	rm -rf .venv .venv-s3 .venv-stores .venv-pins .cache .hypothesis
+	rm -rf .venv .venv-s3 .venv-stores .venv-pins .cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the venvs ---
@@ -127,7 +140,14 @@ define NEED_PYTHON
 	echo "$(PYTHON) cannot make virtual environments: apt install python3-venv (or your system's package for it)" >&2; exit 1; }
 endef
 
+# `venv --clear` would empty the directory that a link leads to, which belongs to another checkout.
+define OWN_DIRECTORY
+@if [ -L $(@D) ]; then \
+	echo "$(@D) is a symbolic link, and what it leads to would be emptied: remove the link first" >&2; exit 1; fi
+endef
+
 define BUILD_VENV
+$(OWN_DIRECTORY)
 $(NEED_PYTHON)
 @echo "installing $(subst $() , and ,$^) into $(@D)"
 @$(PYTHON) -m venv --clear $(@D)
@@ -142,6 +162,7 @@ $(VENV_S3): tests/requirements-s3server.txt
 	$(BUILD_VENV)
 
 $(VENV_PINS):
+	$(OWN_DIRECTORY)
 	$(NEED_PYTHON)
 	@echo "installing $(UV) into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)

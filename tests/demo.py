@@ -73,9 +73,9 @@ OPENING = (
     "leaves this machine."
 )
 CLOSING = """What to do next:
-  1. Make a bucket and a key that can only put:   README.md, "Run it by hand", step 1
-  2. Install the service on the node:             README.md, "Install it"
-  3. Print the recovery card, practise a restore: docs/recovery.md"""
+  1. Make a bucket and a put-only key: README.md, "Run it by hand", step 1
+  2. Install the service on the node:  README.md, "Install it"
+  3. Do the drill, print the card:     docs/recovery.md"""
 
 
 class InterruptedByWatcherError(Exception):

@@ -195,6 +195,16 @@ def test_files_exist(page: Path) -> None:
         assert path in installed, path
 
 
+def test_the_pages_that_a_node_needs_are_installed() -> None:
+    """The installer takes each page that tells what to do on a node, and no page that is not there;
+    the rest is about the program, and stays in the repository.
+    """
+    installer = text_of(CHECKOUT / "systemd/install.sh")
+    installed = set(re.findall(r"\bdocs/([a-z-]+\.md)", installer))
+    at_home = {"how-it-works.md", "performance.md", "reliability.md", "stores.md"}
+    assert installed == {page.name for page in (CHECKOUT / "docs").glob("*.md")} - at_home
+
+
 def test_metrics_exist(tmp_path: Path) -> None:
     """Each metric on a page, and in the alerts, is one that the daemon writes."""
     metrics, lnd = tmp_path / "metrics.prom", Lnd(tmp_path / "lnd")

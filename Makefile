@@ -1,4 +1,4 @@
-# Everything is built and kept below this directory; `make clean` removes it again.
+# Everything is built below this directory; `make clean` removes it again.
 
 PYTHON ?= python3
 
@@ -49,7 +49,7 @@ test: lint $(VENV_S3) ## check and test everything, with coverage
 	@$(BIN) -m coverage combine --quiet
 	@$(BIN) -m coverage report
 
-test-stores: $(VENV) $(VENV_S3) ## try the program on every S3 server that can be had (as root, on Debian)
+test-stores: $(VENV) $(VENV_S3) ## as root: run the program on six S3 servers (Debian)
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/stores/run.py
 
@@ -67,7 +67,7 @@ test-systemd: $(VENV) $(VENV_S3) ## as root: test the service on systemd 252 and
 
 # Podman wants control groups of version 2 alone, in a view of its own; the machine's stay as they are.
 SUITE ?= trixie
-test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it by podman (installs podman, mmdebstrap)
+test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it with Podman (installs podman and mmdebstrap)
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/container/prepare.py tools
 	unshare --mount --propagation private -- sh -euc '\
@@ -75,17 +75,17 @@ test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it by pod
 		$(BIN) tests/container/prepare.py image $(SUITE); \
 		exec $(BIN) -m pytest --timeout 300 tests/container/on_podman.py'
 
-faults: $(VENV) $(VENV_S3) ## try to make it lose something, the long way, as root (installs strace and faketime)
+faults: $(VENV) $(VENV_S3) ## as root: try to make it lose something (installs strace and faketime)
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests $(BIN) -m faults
 
 SECONDS ?= 300
-soak: $(VENV) $(VENV_S3) ## a random schedule of writes, faults and kills: make soak SECONDS=300 [SEED=1]
+soak: $(VENV) $(VENV_S3) ## writes, faults and kills in a random order: make soak SECONDS=300 [SEED=1]
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests $(BIN) -m faults.soak $(SECONDS) $(SEED)
 
 QUICK ?=
-bench: $(VENV) $(VENV_S3) ## measure it beside what operators run in its place: make bench [QUICK=1]
+bench: $(VENV) $(VENV_S3) ## measure it beside seven alternatives: make bench [QUICK=1]
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests:. $(BIN) -m bench $(if $(QUICK),--quick)
 
@@ -97,16 +97,16 @@ lint: $(VENV) ## check format, style and types
 # The names of the variables on make's command line; their values reach the script in its environment.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command%line,$(subst $() ,%,$(origin $(name)))),$(name)))
 
-install: ## as root: install the service or bring it up to date; S3_BUCKET_NAME=... LND_USER=... [NODE=...]
+install: ## as root: install or upgrade the service; S3_BUCKET_NAME=... LND_USER=... [NODE=...]
 	@GIVEN="$(GIVEN)" sh systemd/install.sh install
 
-uninstall: ## as root: remove the service; settings and staged versions stay
+uninstall: ## as root: remove the service; keep settings and staged versions
 	@GIVEN="$(GIVEN)" sh systemd/install.sh uninstall
 
-purge: ## as root: remove the service, its settings and staged versions; FORCE=1 also those that were never sent
+purge: ## as root: remove the service, settings and staged versions; FORCE=1: also those that were never sent
 	@GIVEN="$(GIVEN)" sh systemd/install.sh purge
 
-format: $(VENV) ## format the code and mend what can be mended
+format: $(VENV) ## format the code and fix what can be fixed
 	$(BIN) -m ruff format
 	$(BIN) -m ruff check --fix
 
@@ -133,7 +133,7 @@ endef
 define NEED_PYTHON
 @mkdir -p "$(TMPDIR)"
 @command -v $(PYTHON) >/dev/null || { \
-	echo "$(PYTHON) is not there: install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
+	echo "there is no $(PYTHON): install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "$(PYTHON) is too old: install Python 3.11 or newer and name it, e.g. make PYTHON=python3.11" >&2; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv; ensurepip.version()' 2>/dev/null || { \

@@ -1,4 +1,4 @@
-# Everything is built and kept below this directory; `make clean` removes it again.
+# Everything is built below this directory; `make clean` removes it again.
 
 PYTHON ?= python3
 
@@ -28,14 +28,18 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pins clean install uninstall purge test-systemd test-container test-stores faults soak bench
+.PHONY: help demo picture test lint format pins dist clean install uninstall purge test-systemd test-container test-stores faults soak bench
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV) $(VENV_S3) ## watch a pretend LND being backed up to an S3 server on this machine
+demo: $(VENV) $(VENV_S3) ## watch the daemon back up a stand-in for LND to an S3 server on this machine
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/demo.py
+
+picture: $(VENV) $(VENV_S3) ## run the demo and draw docs/demo.svg from it
+	@mkdir -p "$(TMPDIR)"
+	@$(BIN) tests/demo.py --picture docs/demo.svg
 
 test: lint $(VENV_S3) ## check and test everything, with coverage
 	@mkdir -p "$(TMPDIR)"
@@ -45,7 +49,7 @@ test: lint $(VENV_S3) ## check and test everything, with coverage
 	@$(BIN) -m coverage combine --quiet
 	@$(BIN) -m coverage report
 
-test-stores: $(VENV) $(VENV_S3) ## try the program on every S3 server that can be had (as root, on Debian)
+test-stores: $(VENV) $(VENV_S3) ## as root: run the program on six S3 servers (Debian)
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/stores/run.py
 
@@ -63,7 +67,7 @@ test-systemd: $(VENV) $(VENV_S3) ## as root: test the service on systemd 252 and
 
 # Podman wants control groups of version 2 alone, in a view of its own; the machine's stay as they are.
 SUITE ?= trixie
-test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it by podman (installs podman, mmdebstrap)
+test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it with Podman (installs podman and mmdebstrap)
 	@mkdir -p "$(TMPDIR)"
 	@$(BIN) tests/container/prepare.py tools
 	unshare --mount --propagation private -- sh -euc '\
@@ -71,17 +75,17 @@ test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it by pod
 		$(BIN) tests/container/prepare.py image $(SUITE); \
 		exec $(BIN) -m pytest --timeout 300 tests/container/on_podman.py'
 
-faults: $(VENV) $(VENV_S3) ## try to make it lose something, the long way, as root (installs strace and faketime)
+faults: $(VENV) $(VENV_S3) ## as root: try to make it lose something (installs strace and faketime)
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests $(BIN) -m faults
 
 SECONDS ?= 300
-soak: $(VENV) $(VENV_S3) ## a random schedule of writes, faults and kills: make soak SECONDS=300 [SEED=1]
+soak: $(VENV) $(VENV_S3) ## writes, faults and kills in a random order: make soak SECONDS=300 [SEED=1]
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests $(BIN) -m faults.soak $(SECONDS) $(SEED)
 
 QUICK ?=
-bench: $(VENV) $(VENV_S3) ## measure it beside what operators run in its place: make bench [QUICK=1]
+bench: $(VENV) $(VENV_S3) ## measure it beside seven alternatives: make bench [QUICK=1]
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests:. $(BIN) -m bench $(if $(QUICK),--quick)
 
@@ -93,21 +97,30 @@ lint: $(VENV) ## check format, style and types
 # The names of the variables on make's command line; their values reach the script in its environment.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command%line,$(subst $() ,%,$(origin $(name)))),$(name)))
 
-install: ## as root: install the service or bring it up to date; S3_BUCKET_NAME=... LND_USER=... [NODE=...]
+install: ## as root: install or upgrade the service; S3_BUCKET_NAME=... LND_USER=... [NODE=...]
 	@GIVEN="$(GIVEN)" sh systemd/install.sh install
 
-uninstall: ## as root: remove the service; settings and staged versions stay
+uninstall: ## as root: remove the service; keep settings and staged versions
 	@GIVEN="$(GIVEN)" sh systemd/install.sh uninstall
 
-purge: ## as root: remove the service, its settings and staged versions; FORCE=1 also those that were never sent
+purge: ## as root: remove the service, settings and staged versions; FORCE=1: also those that were never sent
 	@GIVEN="$(GIVEN)" sh systemd/install.sh purge
 
-format: $(VENV) ## format the code and mend what can be mended
+format: $(VENV) ## format the code and fix what can be fixed
 	$(BIN) -m ruff format
 	$(BIN) -m ruff check --fix
 
+# The files of the last commit, with its time: the same commit gives the same bytes.
+VERSION = $(shell git show HEAD:s3_backup_lnd_channels.py | sed -n 's/^__version__ = "\(.*\)"$$/\1/p')
+DIST = lnd-backup-$(VERSION)
+dist: ## pack the last commit into dist/, with a SHA256SUMS
+	@rm -rf dist && mkdir dist
+	@git -c tar.umask=0022 -c core.autocrlf=false archive --prefix=$(DIST)/ --output=dist/$(DIST).tar HEAD
+	@gzip -9 -n dist/$(DIST).tar
+	@cd dist && sha256sum $(DIST).tar.gz > SHA256SUMS && cat SHA256SUMS
+
 clean: ## remove the venvs, caches and results
-	rm -rf .venv .venv-s3 .venv-stores .venv-pins .cache .hypothesis
+	rm -rf .venv .venv-s3 .venv-stores .venv-pins .cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the venvs ---
@@ -120,14 +133,21 @@ endef
 define NEED_PYTHON
 @mkdir -p "$(TMPDIR)"
 @command -v $(PYTHON) >/dev/null || { \
-	echo "$(PYTHON) is not there: install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
+	echo "there is no $(PYTHON): install Python 3.11 or newer (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "$(PYTHON) is too old: install Python 3.11 or newer and name it, e.g. make PYTHON=python3.11" >&2; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv; ensurepip.version()' 2>/dev/null || { \
 	echo "$(PYTHON) cannot make virtual environments: apt install python3-venv (or your system's package for it)" >&2; exit 1; }
 endef
 
+# `venv --clear` would empty the directory that a link leads to, which belongs to another checkout.
+define OWN_DIRECTORY
+@if [ -L $(@D) ]; then \
+	echo "$(@D) is a symbolic link, and what it leads to would be emptied: remove the link first" >&2; exit 1; fi
+endef
+
 define BUILD_VENV
+$(OWN_DIRECTORY)
 $(NEED_PYTHON)
 @echo "installing $(subst $() , and ,$^) into $(@D)"
 @$(PYTHON) -m venv --clear $(@D)
@@ -142,6 +162,7 @@ $(VENV_S3): tests/requirements-s3server.txt
 	$(BUILD_VENV)
 
 $(VENV_PINS):
+	$(OWN_DIRECTORY)
 	$(NEED_PYTHON)
 	@echo "installing $(UV) into $(@D)"
 	@$(PYTHON) -m venv --clear $(@D)

@@ -69,7 +69,7 @@ try:
 except ImportError as missing:  # --help and --version work all the same
     MISSING = str(missing)
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 Result = TypeVar("Result")
 
 FOREVER = float("inf")

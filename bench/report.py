@@ -12,11 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bench import footprint, plots, stored
-from bench.peers import CONTESTANTS, FLOORS, BareSdk, Program, Rclone
+from bench import footprint, losses, plots
+from bench.peers import CONTESTANTS, FLOORS, AwsV2, BareSdk, Curl, Program, Rclone
 from bench.results import Results
 from bench.rows import number
-from bench.targets import NEAR, NEAR_GROUP, TARGETS, ratio
+from bench.targets import NEAR, NEAR_GROUP, TARGETS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +28,7 @@ README = CHECKOUT / "README.md"
 BEGIN, END = "<!-- begin: written by python -m bench.report -->", "<!-- end -->"
 FILE_WIDTH = 180
 PROGRAM, BARE = Program.name, BareSdk.name
+LOOPS = (Curl, Rclone, AwsV2)  # what an operator would write, each started for each event
 ORDER = [PROGRAM, *(floor.name for floor in FLOORS), *(each.name for each in CONTESTANTS[1:])]
 
 
@@ -152,37 +153,29 @@ def show(results: Results, to: Console) -> None:
     targets(results).print(to)
 
 
-def three_numbers(results: Results) -> list[str]:
-    """Return the lines of the README."""
-    row = results.find(NEAR_GROUP, PROGRAM, case=NEAR)
-    bare = ratio(results, NEAR_GROUP, PROGRAM, BARE, case=NEAR)
-    rclone = ratio(results, NEAR_GROUP, Rclone.name, PROGRAM, case=NEAR)
-    trips = [
-        results.find(stored.COUNTED, PROGRAM, case={"scheme": "https", "connection": each})
-        for each in ("warm", "cold")
+def beside_loops(results: Results) -> list[str]:
+    """Return the lines of the README: this program beside three loops around inotifywait."""
+    names = [PROGRAM, *(loop.name for loop in LOOPS)]
+    losses_of = [row for row in results.rows if row.group == losses.GROUP]
+    lost = list(dict.fromkeys(row.figure for row in losses_of))
+    figures = [
+        ("from LND's rename to the object stored, ms", NEAR_GROUP, "", NEAR),
+        *((f"versions lost {lost[index]}", losses.GROUP, lost[index], {}) for index in (0, 2)),
+        ("memory while nothing happens, MB (PSS)", footprint.REST, "PSS", {}),
     ]
-    memory = results.find(footprint.REST, PROGRAM, "PSS")
-    memory_ratio = ratio(results, footprint.REST, PROGRAM, BARE, figure="PSS")
-    if not (row and bare and rclone and trips[0] and trips[1] and memory and memory_ratio):
-        raise ValueError("the results are not whole")
-    return [
-        (
-            f"- **{number(row.median)} ms** from LND's rename to the object stored, on "
-            f"loopback, with both fsyncs: "
-            f"{bare:.2g} times\n"
-            f"  a bare `put_object`; `rclone copyto` for each event takes "
-            f"{number(rclone)} times as long."
-        ),
-        (
-            f"- **{trips[0].median:g} round trip** over https on an open connection, "
-            f"{trips[1].median:g} on a new one: what is idle for five seconds is closed."
-        ),
-        (
-            f"- **{number(memory.median)} MB** of memory (PSS) while nothing happens, as "
-            f"the service: "
-            f"{memory_ratio:.2g} times a bare process with a boto3 client."
-        ),
+    lines = [
+        f"| `make bench`, {results.date[:10]} | {PROGRAM} | "
+        + " | ".join(f"`{loop.name}`" for loop in LOOPS)
+        + " |",
+        "| --- |" + " ---: |" * len(names),
     ]
+    for label, group, figure, case in figures:
+        rows = [results.find(group, name, figure, case) for name in names]
+        cells = [f"{row.median:.3g}" for row in rows if row]
+        if len(cells) < len(names):
+            raise ValueError("the results are not whole")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
 
 
 def between(text: str, content: str) -> str:
@@ -194,7 +187,7 @@ def between(text: str, content: str) -> str:
 
 def documents(results: Results) -> dict[Path, str]:
     """Return what is made from the results: the documents with their tables, and the plots."""
-    written = {DOCUMENT: markdown(results), README: "\n".join(three_numbers(results))}
+    written = {DOCUMENT: markdown(results), README: "\n".join(beside_loops(results))}
     return {
         path: between(path.read_text(), content) for path, content in written.items()
     } | plots.draw(results)

@@ -1,11 +1,11 @@
 #!/bin/sh
-# The bucket of aws-bucket.yaml, made by commands: versioning, Object Lock, TLS only, nothing public, a user for the
-# node that may put and nothing else, and one for the day of recovery that may list and get.
+# Creates the bucket of aws-bucket.yaml by commands: versioning, Object Lock, TLS only, nothing public, a user for the
+# node that can only put, and a user for a recovery that can list and get.
 #
 #     aws-bucket.sh BUCKET PREFIX [RETENTION_MODE] [RETENTION_DAYS] [NONCURRENT_DAYS]
 #
-# PREFIX is S3_BACKUP_PREFIX with its slash, or '' for all of the bucket. Wants the aws command, with the credentials of
-# an administrator and AWS_REGION. It stops at the first command that fails.
+# PREFIX is S3_BACKUP_PREFIX with its slash, or '' for the whole bucket. This needs the aws command, the credentials of
+# an administrator, and AWS_REGION. It stops at the first command that fails.
 set -eu
 bucket=${1:?"usage: aws-bucket.sh BUCKET PREFIX [RETENTION_MODE] [RETENTION_DAYS] [NONCURRENT_DAYS]"}
 prefix=${2?"PREFIX, such as node1/"}
@@ -15,7 +15,7 @@ export AWS_DEFAULT_REGION="$region" AWS_PAGER=
 case $region in cn-*) partition=aws-cn ;; us-gov-*) partition=aws-us-gov ;; *) partition=aws ;; esac
 arn=arn:$partition:s3:::$bucket
 
-# us-east-1 is the one region that must not be named here.
+# us-east-1 is the only region that must not be named here.
 set -- --bucket "$bucket" --object-lock-enabled-for-bucket --object-ownership BucketOwnerEnforced
 [ "$region" = us-east-1 ] || set -- "$@" --create-bucket-configuration "LocationConstraint=$region"
 aws s3api create-bucket "$@" >/dev/null
@@ -44,7 +44,7 @@ aws iam put-user-policy --user-name "$bucket-reader" --policy-name list-and-get 
     {"Effect": "Allow", "Action": ["s3:GetObject", "s3:GetObjectVersion"], "Resource": "'"$arn/$prefix"'*"}]}'
 
 cat <<EOF
-made s3://$bucket: $mode for $days days; noncurrent versions go $noncurrent days after they became so
-the node's key:                  aws iam create-access-key --user-name $bucket-node
-the key for the day of recovery: aws iam create-access-key --user-name $bucket-reader
+created s3://$bucket: $mode for $days days; noncurrent versions are removed after $noncurrent days
+create the node's key:      aws iam create-access-key --user-name $bucket-node
+create the recovery key:    aws iam create-access-key --user-name $bucket-reader
 EOF

@@ -1,17 +1,18 @@
 #!/bin/sh
-# install.sh install|uninstall|purge: what `sudo make install` and the like do. Each step is printed before it is done.
+# install.sh install|uninstall|purge: does `sudo make install` and the like. It prints each step before it takes it.
 #
-# What it is told comes by variables of make's command line, whose names are in GIVEN: settings of the program, and
-#   LND_USER       the user that runs LND: makes /var/lib/lnd-scb for LND's backupfilepath=
-#   LND_DIRECTORY  where channel.backup stays instead, in LND's own directory: opens that for the service, read-only
-#   COPY_DIRECTORY the setting, which is also put into settings that are there already: opens it for the service
+# Its input are the variables of make's command line, whose names are in GIVEN: settings of the program, and
+#   LND_USER       the user that runs LND: creates /var/lib/lnd-scb for LND's backupfilepath=
+#   LND_DIRECTORY  LND's own directory, if channel.backup stays there: lets the service read it
+#   COPY_DIRECTORY the setting: lets the service write there; it is also added to settings that exist
 #   NODE           another node on this host: its service is lnd-backup@NODE, with settings of its own
 #   FORCE          1 lets purge delete versions that were never sent
-#   PYTHON         the Python to use, DESTDIR the root of a package that is being built (nothing outside it is touched)
+#   PYTHON         the Python to use
+#   DESTDIR        the root of a package that is being built: nothing outside it is touched
 #
-# /opt/lnd-backup/<number>  one version: script, venv, compiled byte code; <number> is a hash of what went into it
-# /opt/lnd-backup/current   a link to the one in use; switched only when the new one is whole, and back if it fails
-# /opt/lnd-backup/manifest  the SHA-256 of each file put elsewhere: what others changed is neither overwritten nor removed
+# /opt/lnd-backup/<number>  one version: script, venv, compiled byte code; <number> is a hash of its contents
+# /opt/lnd-backup/current   a link to the version in use; it is switched when the new one is complete, and back if that fails
+# /opt/lnd-backup/manifest  the SHA-256 of each file installed elsewhere: a file that somebody changed is left alone
 set -eu
 umask 022
 unset TMPDIR PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
@@ -70,24 +71,24 @@ setting() { # NAME FILE: its value
 
 check_machine() {
     if [ -z "$DESTDIR" ]; then
-        [ "$(id -u)" = 0 ] || give_up 'only root may' "sudo make $verb"
+        [ "$(id -u)" = 0 ] || give_up 'only root can do this' "sudo make $verb"
         [ -d /run/systemd/system ] ||
-            give_up 'no systemd runs here' 'run it by hand or by another supervisor: README.md, "Run it by hand"'
+            give_up 'systemd is not running here' 'run it by hand or under another supervisor: README.md, "Run it by hand"'
         version=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
         [ "${version:-0}" -ge 250 ] ||
-            give_up "systemd ${version:-?} is too old: the unit needs 250" 'use Debian 12, Ubuntu 24.04 or newer'
+            give_up "systemd ${version:-?} is too old: the unit needs 250 or newer" 'use Debian 12, Ubuntu 24.04 or newer'
     fi
 }
 
 check_python() {
     command -v "$PYTHON" >/dev/null || give_up "there is no $PYTHON" 'apt install python3 python3-venv'
     "$PYTHON" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        give_up "$("$PYTHON" --version 2>&1) is too old: 3.11 is needed" 'name a newer one: make install PYTHON=python3.11'
+        give_up "$("$PYTHON" --version 2>&1) is too old: 3.11 or newer is needed" 'name a newer one: make install PYTHON=python3.11'
     "$PYTHON" -I -c 'import ensurepip, venv; ensurepip.version()' 2>/dev/null ||
         give_up "$PYTHON has no venv module" 'apt install python3-venv (elsewhere: the package with ensurepip)'
     case $("$PYTHON" -I -c 'import os, sys; print(os.path.realpath(sys.executable))') in
     /usr/*) ;;
-    *) give_up "$PYTHON is not in /usr, and the service may execute nothing else" 'name another: make install PYTHON=…' ;;
+    *) give_up "$PYTHON is not in /usr, and the service can execute nothing else" 'name another one: make install PYTHON=…' ;;
     esac
 }
 
@@ -98,24 +99,24 @@ check_given() {
         case $name in
         PYTHON | DESTDIR | LND_USER | LND_DIRECTORY | NODE) continue ;;
         *SECRET* | *TOKEN* | *PASSWORD* | AWS_ACCESS_KEY_ID | HEARTBEAT_URL)
-            give_up "$name is a secret, and a command line is not" "leave it off, and put it into ${settings#"$DESTDIR"}" ;;
-        AWS_*[!A-Z0-9_]*) give_up "there is no setting $name" 'their names are in lnd-backup-env.example' ;;
+            give_up "$name is a secret and must not be on a command line" "leave it out, and write it into ${settings#"$DESTDIR"}" ;;
+        AWS_*[!A-Z0-9_]*) give_up "there is no setting $name" 'lnd-backup-env.example has all names' ;;
         AWS_* | HTTPS_PROXY | HTTP_PROXY | NO_PROXY | https_proxy | http_proxy | no_proxy) ;;
         *)
             grep -q "^#\{0,1\}$name=" lnd-backup-env.example ||
-                give_up "there is no setting $name" 'their names are in lnd-backup-env.example' ;;
+                give_up "there is no setting $name" 'lnd-backup-env.example has all names' ;;
         esac
         case $value in
-        *://*@*) give_up "$name holds a password, and a command line is no place for it" \
-            "leave it off, and put it into ${settings#"$DESTDIR"}" ;;
+        *://*@*) give_up "$name holds a password, which must not be on a command line" \
+            "leave it out, and write it into ${settings#"$DESTDIR"}" ;;
         *'
-'*) give_up "$name has more than one line" 'write one line' ;;
+'*) give_up "$name has more than one line" 'write it as one line' ;;
         esac
         if [ "$name" = COPY_DIRECTORY ] && [ -e "$settings" ] && [ -z "$(setting COPY_DIRECTORY "$settings")" ]; then
             continue
         elif [ -e "$settings" ] && ! grep -qxF -e "$name=$value" -- "$settings"; then
-            give_up "$name=$value: ${settings#"$DESTDIR"} is there, does not say so, and is never changed" \
-                "edit it: sudoedit ${settings#"$DESTDIR"}, and leave $name off"
+            give_up "$name=$value differs from ${settings#"$DESTDIR"}, which is never changed" \
+                "edit the file: sudoedit ${settings#"$DESTDIR"}, and leave out $name"
         fi
     done
     check_lnd
@@ -124,24 +125,24 @@ check_given() {
 
 check_node() {
     case $node in
-    *[!A-Za-z0-9_.-]*) give_up "NODE=$node is no name for a node" 'letters, digits, and _ . - between them' ;;
+    *[!A-Za-z0-9_.-]*) give_up "NODE=$node is not a valid name for a node" 'use letters, digits, and _ . -' ;;
     esac
 }
 
 check_lnd() {
     lnd_user=$(given LND_USER) lnd_directory=$(given LND_DIRECTORY)
     case $lnd_user in
-    *[!A-Za-z0-9_.-]*) give_up "LND_USER=$lnd_user is no user's name" 'ps -o user= -C lnd' ;;
+    *[!A-Za-z0-9_.-]*) give_up "LND_USER=$lnd_user is not a valid user name" 'this shows the user that runs LND: ps -o user= -C lnd' ;;
     esac
     if [ -n "$lnd_user" ] && [ -z "$DESTDIR" ]; then
-        getent passwd "$lnd_user" >/dev/null || give_up "there is no user $lnd_user" 'ps -o user= -C lnd'
+        getent passwd "$lnd_user" >/dev/null || give_up "there is no user $lnd_user" 'this shows the user that runs LND: ps -o user= -C lnd'
     fi
     if [ -n "$lnd_directory" ]; then
-        [ -z "$lnd_user" ] || give_up 'LND_USER and LND_DIRECTORY are two ways' 'choose one: docs/access.md'
-        [ -d "$lnd_directory" ] || give_up "$lnd_directory is no directory" 'name the one that holds channel.backup'
+        [ -z "$lnd_user" ] || give_up 'LND_USER and LND_DIRECTORY exclude each other' 'choose one: docs/access.md'
+        [ -d "$lnd_directory" ] || give_up "$lnd_directory is not a directory" 'name the directory that holds channel.backup'
         lnd_directory=$(realpath -- "$lnd_directory")
         case $lnd_directory in
-        *[!A-Za-z0-9_./@+-]*) give_up "$lnd_directory: a name that a unit file would read differently" 'use LND_USER' ;;
+        *[!A-Za-z0-9_./@+-]*) give_up "$lnd_directory: a unit file would read this name differently" 'use LND_USER' ;;
         esac
         command -v setfacl >/dev/null || give_up 'there is no setfacl' 'apt install acl'
     fi
@@ -154,18 +155,19 @@ check_copy() {
     [ -n "$copy" ] || return 0
     case $copy in
     /home/* | /root/* | /run/user/* | /tmp/* | /var/tmp/*)
-        give_up "COPY_DIRECTORY=$copy: the service sees no homes and has a /tmp of its own" \
+        give_up "COPY_DIRECTORY=$copy: the service cannot see home directories, and has a /tmp of its own" \
             'name a directory elsewhere: docs/second-copy.md' ;;
     *[!A-Za-z0-9_./@+-]*)
-        give_up "COPY_DIRECTORY=$copy: a name that a unit file would read differently" 'mount it under a plain one' ;;
+        give_up "COPY_DIRECTORY=$copy: a unit file would read this name differently" \
+            'use a path of letters, digits, and _ . / @ + -' ;;
     esac
-    [ -d "$copy" ] || give_up "there is no directory $copy" "mount what it is on, and make it: sudo mkdir $copy"
+    [ -d "$copy" ] || give_up "there is no directory $copy" "mount the device first, then create the directory: sudo mkdir $copy"
     real=$(realpath -- "$copy")
-    [ "$real" = "$copy" ] || give_up "$copy is another name of $real" "make install COPY_DIRECTORY=$real"
+    [ "$real" = "$copy" ] || give_up "the real path of $copy is $real" "make install COPY_DIRECTORY=$real"
     opened=$(stat -c %m -- "$copy")
     [ "$opened" != "$copy" ] ||
-        give_up "$copy is the mount point, which is there also when nothing is mounted" \
-            "make a directory on it: sudo mkdir $copy/lnd-backup"
+        give_up "$copy is the mount point, which also exists when nothing is mounted" \
+            "create a directory on the device: sudo mkdir $copy/lnd-backup"
     watched=$(given MONITOR_FILE_PATH)
     [ -n "$watched" ] || [ ! -e "$settings" ] || watched=$(setting MONITOR_FILE_PATH "$settings")
     # What is never unmounted, and LND's own disk, stay read-only but for the directory itself.
@@ -183,8 +185,8 @@ check_user() {
     case $shell in
     */nologin | */false) [ "$uid" -eq 0 ] || [ "$uid" -ge 1000 ] || return 0 ;;
     esac
-    give_up "a user lnd-backup (uid $uid, shell $shell) is there, and is no system user" \
-        'the service would share its files with whoever uses it: rename it (usermod --login)'
+    give_up "a user lnd-backup (uid $uid, shell $shell) exists, and is not a system user" \
+        'rename that user (usermod --login): the service would share its files with it'
 }
 
 # The files that stand elsewhere: source, path, mode.
@@ -228,8 +230,8 @@ END
     for directory in "$home" /etc/default "$units" "$drop_in"; do
         [ ! -e "$DESTDIR$directory" ] || [ -d "$DESTDIR$directory" ] || foreign=$directory
     done
-    [ -z "${foreign-}" ] || give_up "$foreign is there, and this did not make it, or somebody changed it since" \
-        "move it away; changes of your own belong in a drop-in: systemctl edit $service"
+    [ -z "${foreign-}" ] || give_up "$foreign exists, and the installer did not create it, or somebody has changed it" \
+        "move it away; put your own changes into a drop-in: systemctl edit $service"
 }
 
 # --- Steps ---
@@ -239,13 +241,13 @@ build() {
     what='s3_backup_lnd_channels.py requirements.txt lnd-backup-env.example'
     what="$what systemd/alert.py systemd/check-twice systemd/remount-if-replaced"
     what="$what docs/operations.md docs/recovery.md docs/access.md docs/second-copy.md docs/several-nodes.md"
-    what="$what docs/alerts.yml"
+    what="$what docs/containers.md docs/reference.md docs/alerts.yml"
     # shellcheck disable=SC2086 # many files
     number=$({ cat $what && "$PYTHON" -I -c 'import os, sys; print(sys.version, os.path.realpath(sys.executable))'; } |
         sha256sum | cut -c1-12)
     new=$DESTDIR$home/$number
     if [ -d "$new" ]; then
-        say "= $home/$number is whole already"
+        say "= $home/$number is already installed"
         return
     fi
     partial=$DESTDIR$home/.partial
@@ -255,7 +257,7 @@ build() {
     step "$PYTHON" -I -m venv "$partial/venv"
     step "$partial/venv/bin/python" -I -m pip install --quiet --disable-pip-version-check --no-compile --no-input \
         --only-binary :all: --require-hashes -r requirements.txt ||
-        give_up 'the packages did not come' "see pip's message; nothing has changed, what was running still runs"
+        give_up 'the packages could not be installed' "see pip's message above; nothing has changed, and what was running still runs"
     step "$partial/venv/bin/python" -I -m pip --quiet --disable-pip-version-check uninstall --yes setuptools pip
     find "$partial/venv/bin" -type f -delete # scripts that name this directory; the interpreter is a link
     sed -i '/^command = /d' "$partial/venv/pyvenv.cfg"
@@ -276,7 +278,7 @@ build() {
 
 check_runs() { # DIRECTORY: what was built there starts
     "$1/venv/bin/python" -I -m s3_backup_lnd_channels --version >/dev/null ||
-        give_up 'what was installed does not start' 'see the message above; nothing has changed'
+        give_up 'the new version does not start' 'see the message above; nothing has changed'
 }
 
 # Lists what the program finds wrong with an environment file. RESCAN_SECONDS=0, which it always refuses, keeps it from
@@ -309,7 +311,7 @@ write_settings() {
     misread=$(say "$found" | sed -n 's/^cannot read --env-file: .*: line \([0-9]*\).*/\1/p')
     if [ -n "$misread" ]; then
         line=$(sed -n "${misread}p" "$filled")
-        give_up "${line%%=*} holds what systemd would read differently: ${line#*=}" 'write it without quotes, # and backslashes'
+        give_up "systemd would read the value of ${line%%=*} differently: ${line#*=}" 'write it without quotes, # and backslashes'
     fi
     refuse_what_the_program_refuses
     step install -D -m 0600 "$filled" "$settings"
@@ -437,7 +439,7 @@ say_of_the_copy() {
     if [ ! -e "$DESTDIR$drop_in/copy-directory.conf" ]; then
         say "left to do: let the service write to $set_to: sudo make install ${node:+"NODE=$node "}COPY_DIRECTORY=$set_to"
     elif [ -d "$set_to" ] && ! may_write "$set_to"; then
-        say "left to do: the user lnd-backup may not write to $set_to: docs/second-copy.md"
+        say "left to do: let the user lnd-backup write to $set_to: docs/second-copy.md"
     fi
 }
 
@@ -454,13 +456,13 @@ say_what_is_left() {
         return
     fi
     if [ -n "$lnd_user" ]; then
-        say "left to do, so that LND writes its file to $scb (docs/access.md has the lines for your system):
-  stop LND, copy the old file as $lnd_user:  sudo -u $lnd_user cp OLD/channel.backup $scb/
+        say "left to do, so that LND writes its file to $scb (docs/access.md has the lines for your platform):
+  stop LND, and copy the old file as $lnd_user:  sudo -u $lnd_user cp OLD/channel.backup $scb/
   add to lnd.conf below [Application Options]:  backupfilepath=$scb/channel.backup
   start LND"
     fi
     if [ ! -e /etc/credstore/aws-credentials ] && ! grep -q '^AWS_SECRET_ACCESS_KEY=.' "$settings"; then
-        say 'left to do, unless this machine has an instance role: the put-only key, in one of
+        say 'left to do, unless this machine has an instance role: write the put-only key into one of these files
   /etc/credstore/aws-credentials  (0600; [default], aws_access_key_id = ..., aws_secret_access_key = ...)
 '"  $settings"
     fi
@@ -502,7 +504,7 @@ restart() {
         step systemctl restart $running || :
     fi
     journalctl --unit=lnd-backup --unit='lnd-backup@*' --lines=20 --no-pager >&2 || :
-    give_up 'the new version did not start' 'see the log above; the version before it was started again, if there was one'
+    give_up 'the new version did not start' 'see the log above; the previous version was started again, if there was one'
 }
 
 check_settings() {
@@ -539,7 +541,7 @@ install_all() {
     check_given
     check_user
     check_files
-    say "installing into ${DESTDIR:-this machine}"
+    say "installing ${DESTDIR:+into }${DESTDIR:-on this machine}"
     build
     changed=''
     check_settings
@@ -598,16 +600,16 @@ refuse_if_versions_wait() { # WHAT HAS HAPPENED, HOW TO SEND THEM
     waiting=$(waiting)
     [ -n "$waiting" ] || return 0
     say "$waiting" >&2
-    give_up "what is named above never reached the bucket; $1" \
+    give_up "the versions named above never reached the bucket; $1" \
         "$2, or copy them elsewhere; to delete them: sudo make purge FORCE=1"
 }
 
 uninstall_all() {
-    [ -z "$node" ] || give_up "NODE=$node: only all nodes at once" \
-        "this one alone: sudo systemctl disable --now $service, and docs/several-nodes.md"
+    [ -z "$node" ] || give_up "NODE=$node: this is for all nodes at once" \
+        "to remove this node alone: sudo systemctl disable --now $service, then see docs/several-nodes.md"
     check_machine
     [ "$verb" != purge ] || refuse_if_versions_wait 'nothing has changed' \
-        'the service sends them, and systemctl status says why it does not'
+        'let the service send them (systemctl status says why it does not)'
     stop_all
     close_directories
     remove_files
@@ -622,7 +624,7 @@ uninstall_all() {
         say "kept: settings and staged versions: $(kept); to remove them as well: sudo make purge"
     fi
     for each in "$DESTDIR"/var/lib/lnd-scb "$DESTDIR"/var/lib/lnd-scb@*; do
-        [ ! -e "$each" ] || say "kept, because it is LND's: $each, as long as lnd.conf names it in backupfilepath="
+        [ ! -e "$each" ] || say "kept, because it is LND's: $each (do not delete it while lnd.conf names it in backupfilepath=)"
     done
 }
 
@@ -671,8 +673,8 @@ kept() {
 
 purge() {
     # LND may have written while the service stopped.
-    refuse_if_versions_wait 'the service is removed, and its settings and these are kept' \
-        'sudo make install sends them'
+    refuse_if_versions_wait 'the service was removed, its settings and these versions were kept' \
+        'let the service send them (sudo make install)'
     waiting=$(waiting)
     [ -z "$waiting" ] || say "deleting what never reached the bucket:
 $waiting"

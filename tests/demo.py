@@ -1,10 +1,10 @@
-"""Watch the program at work for twenty seconds: a pretend LND, the real daemon, and a real S3
+"""Watch the program at work for twenty seconds: a stand-in for LND, the real daemon, and a real S3
 server on this machine.
 
 Nothing is taken on trust: each time is that of LND's rename or of the arrival of the daemon's log
-line, what waits is what lies in the staging directory, and in the end the bucket is read with
-another key and compared
-byte for byte.
+line, what waits is what lies in the staging directory, and at the end the bucket is read with
+another key and compared byte for byte. With `--picture FILE` it also draws a part of what it shows
+(`make picture`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports: the end, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -48,7 +49,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from kit import StoredObject
 
@@ -61,15 +62,20 @@ STOP_SECONDS = (
 FOREVER_SECONDS = 3600.0
 SLOW_LINE_SECONDS = 0.1
 INDENT = 17
-LINES_SHOWN = 16
+LIST_HEAD, LIST_TAIL = 6, 3  # what is shown of a list that is longer
+PICTURE_WIDTH = 96
+PICTURE_TITLE = "make demo"
 INTERRUPTED = 130
 
 OPENING = (
-    "A played LND, the real daemon, and a real S3 server that goes away and comes back: "
-    "watch every version get into "
-    "the bucket. It takes some 25 s, and nothing leaves this machine."
+    "This demo runs the real daemon against a real S3 server on this machine. A stand-in for LND "
+    "writes channel.backup; S3 goes away and comes back. It takes about 20 seconds, and nothing "
+    "leaves this machine."
 )
-CLOSING = "Read next: README.md"
+CLOSING = """What to do next:
+  1. Make a bucket and a put-only key: README.md, "Run it by hand", step 1
+  2. Install the service on the node:  README.md, "Install it"
+  3. Do the drill, print the card:     docs/recovery.md"""
 
 
 class InterruptedByWatcherError(Exception):
@@ -154,12 +160,20 @@ class Screen:
         ("disk", "yellow"),
     )
 
-    def __init__(self) -> None:
-        """Write to stdout, whatever its encoding can hold."""
+    def __init__(self, picture: Path | None = None) -> None:
+        """Write to stdout, whatever its encoding can hold; for a picture, in one width."""
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
-        self.console = Console(highlight=False, markup=False, emoji=False)
-        self.plain = self.console.options.ascii_only
+        self.picture = picture
+        width = PICTURE_WIDTH if picture else None
+        self.console = Console(
+            highlight=False,
+            markup=False,
+            emoji=False,
+            width=width,
+            force_terminal=bool(picture) or None,
+        )
+        self.plain = self.console.options.ascii_only and not picture
         self.began = time.monotonic()
 
     def say(self, text: str, style: str = "") -> None:
@@ -185,9 +199,30 @@ class Screen:
             line.append("\n" + " " * INDENT + other, style)
         self.console.print(line)
 
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Take what is said meanwhile into the picture, if there is to be one."""
+        self.console.record = self.picture is not None
+        yield
+        self.console.record = False
+
+    def draw(self) -> None:
+        """Write the picture, without what it would fetch from elsewhere."""
+        if self.picture:
+            self.console.record = True
+            drawing = self.console.export_svg(title=PICTURE_TITLE, unique_id="demo")
+            for useless in (
+                r"<!--.*?-->",
+                r"@font-face \{.*?\}",
+                r"Fira Code, (?=monospace)",
+                r" +$",
+            ):
+                drawing = re.sub(useless, "", drawing, flags=re.DOTALL | re.MULTILINE)
+            self.picture.write_text(re.sub(r"\n{2,}", "\n", drawing), encoding="utf-8")
+
     def live(self, state: Callable[[], Text]) -> contextlib.AbstractContextManager[object]:
         """Keep the present state in the last line, where a terminal can do that."""
-        if not self.console.is_interactive:
+        if self.picture or not self.console.is_interactive:
             return contextlib.nullcontext()
         return Live(
             get_renderable=state, console=self.console, transient=True, refresh_per_second=12
@@ -213,7 +248,6 @@ class Stage:
             proxy,
         )
         self.lnd, self.staging = Lnd(root / "lnd"), root / "staging"
-        self.lnd.leave_decoys()
         server.create_bucket(BUCKET)
         self.settings = settings_for(
             server, BUCKET, PREFIX, self.lnd, self.staging, endpoint=proxy.endpoint()
@@ -295,6 +329,13 @@ class Stage:
         if version is None:
             self.screen.fact(at, "daemon", f"{what} {name}, which LND never wrote", "bold red")
             return
+        if version.stored_at is not None:
+            if what == "stored":
+                again = (
+                    f"stored version {version.number} again: the file on disk is always put last"
+                )
+                self.screen.fact(at, "S3", again)
+            return
         if what == "captured":
             version.captured_at = at
         else:
@@ -339,7 +380,7 @@ class Stage:
 def act_start(stage: Stage) -> None:
     """Start the daemon, as a service does, on a node whose LND has no channels yet."""
     stage.screen.title(
-        "The daemon starts, with a key that may only put, and backs up what it finds"
+        "The daemon starts with a key that can only put, and backs up the file that it finds"
     )
     for name, value in stage.settings.items():
         shown = "***" if "SECRET" in name else value.replace(f"{stage.root}/", "")
@@ -353,7 +394,7 @@ def act_start(stage: Stage) -> None:
 def act_channels(stage: Stage) -> None:
     """Open channels."""
     stage.screen.title(
-        "LND opens channels: each version is in the bucket a moment after LND's rename"
+        "LND opens channels: each version is in the bucket milliseconds after LND's rename"
     )
     for channels in (1, 10, 100):
         stage.write(channels)
@@ -362,7 +403,7 @@ def act_channels(stage: Stage) -> None:
 
 def act_burst(stage: Stage) -> None:
     """Write several versions within a second."""
-    stage.screen.title("A burst: six versions in half a second, and each of them is kept")
+    stage.screen.title("A burst: LND writes six versions in half a second, and every one is kept")
     for channels in range(101, 107):
         stage.write(channels)
         stage.watch(0.1)
@@ -371,7 +412,7 @@ def act_burst(stage: Stage) -> None:
 
 def act_restart(stage: Stage) -> None:
     """Restart LND."""
-    stage.screen.title("LND restarts: it writes when it stops, and again when it has started")
+    stage.screen.title("LND restarts: it writes the file when it stops and again when it starts")
     stage.write(106)
     stage.settle()
     stage.write(106)
@@ -380,9 +421,7 @@ def act_restart(stage: Stage) -> None:
 
 def act_outage(stage: Stage) -> None:
     """Take S3 away while LND goes on writing."""
-    stage.screen.title(
-        "S3 goes away for some seconds, LND goes on writing: versions wait on this disk"
-    )
+    stage.screen.title("S3 goes away while LND keeps writing: the versions wait on this disk")
     stage.proxy.set("refuse", cut=True)
     stage.s3_there = False
     for channels in range(107, 112):
@@ -394,10 +433,10 @@ def act_outage(stage: Stage) -> None:
 
 
 def act_return(stage: Stage) -> None:
-    """Bring S3 back, on a line slow enough for the eye, and let LND write: the daemon then tries at
-    once.
+    """Bring S3 back, on a line slow enough for the eye, and let LND write: the daemon then tries
+    at once.
     """
-    stage.screen.title("S3 is back, on a slow line, and LND writes: the newest version goes first")
+    stage.screen.title("S3 comes back on a slow line: the newest version goes first")
     stage.proxy.set("latency", up=SLOW_LINE_SECONDS, down=SLOW_LINE_SECONDS)
     stage.s3_there = True
     stage.write(112)
@@ -414,7 +453,7 @@ def act_return(stage: Stage) -> None:
 def act_stop(stage: Stage) -> None:
     """Stop LND and then the daemon, as systemd does."""
     stage.screen.title(
-        "The machine stops: LND writes a last time, and the daemon gets SIGTERM at once"
+        "The machine shuts down: LND writes one last time, and the daemon gets SIGTERM"
     )
     if not stage.daemon:
         return
@@ -454,9 +493,7 @@ def act_read_back(stage: Stage) -> None:
     """Ask for what the bucket holds, with a reader's key, and bring the file back as on the day of
     a loss.
     """
-    stage.screen.title(
-        "The worst day: another key, that may only read, asks for the versions and restores one"
-    )
+    stage.screen.title("The worst day: with a key that can only read, on any computer")
     stage.proxy.set("pass")
     reader = stage.server.reader_user(BUCKET)
     bucket = {
@@ -467,7 +504,7 @@ def act_read_back(stage: Stage) -> None:
     bucket |= {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
     output = stage.root / "restored" / "channel.backup"
     output.parent.mkdir()
-    node = {"MONITOR_FILE_PATH": stage.settings["MONITOR_FILE_PATH"]}
+    node = {name: stage.settings[name] for name in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")}
     for settings, arguments in (
         (node, ["check"]),
         ({}, ["list"]),
@@ -475,10 +512,11 @@ def act_read_back(stage: Stage) -> None:
     ):
         stage.screen.say(f"$ s3_backup_lnd_channels.py {arguments[0]}", "bold")
         code, lines = run_on_terminal(bucket | settings, *arguments)
-        for line in lines[:LINES_SHOWN]:
-            stage.screen.console.print(
-                line.replace(f"{stage.root}/", ""), style="dim", markup=False
+        for line in shortened(lines) if arguments[0] == "list" else lines:
+            shown = line.replace(f"{stage.root}/", "").replace(
+                f"{sys.executable} {SCRIPT}", SCRIPT.name
             )
+            stage.screen.console.print(shown, style="dim", markup=False)
         if code:
             stage.problems.append(f"{arguments[0]} ended with exit code {code}")
             return
@@ -486,6 +524,14 @@ def act_read_back(stage: Stage) -> None:
         stage.screen.say("the restored file is what LND last wrote, byte for byte", "green")
     else:
         stage.problems.append("the restored file is not what LND last wrote")
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """Return a list without its middle, if it is long."""
+    left_out = len(lines) - LIST_HEAD - LIST_TAIL
+    if left_out < 2:
+        return lines
+    return [*lines[:LIST_HEAD], f"  ... {left_out} more ...", *lines[-LIST_TAIL:]]
 
 
 ACTS = (
@@ -498,6 +544,7 @@ ACTS = (
     act_stop,
     act_read_back,
 )
+DRAWN = (act_outage, act_return)
 
 
 # --- The proof ---
@@ -505,9 +552,11 @@ ACTS = (
 
 def prove(stage: Stage) -> bool:
     """Compare the bucket with what LND wrote, show it, and tell whether nothing is missing."""
-    stage.screen.title("The proof: the bucket, read with another key, compared byte for byte")
+    stage.screen.title(
+        "The proof: every version that LND wrote, compared with the bucket byte for byte"
+    )
     objects = stage.server.objects(BUCKET)
-    held = {entry.data: key for key, entry in objects.items()}
+    held = {entry.data: key for key, entry in reversed(objects.items())}  # the first of two
     stage.screen.console.print(comparison(stage, held))
     stored = sum(version.written.data in held for version in stage.versions)
     staged = stage.staged()
@@ -518,12 +567,13 @@ def prove(stage: Stage) -> bool:
     stage.problems += shortcomings(stage, objects.values(), lost, len(staged))
     written = counted(len(stage.versions), "version")
     totals = f"{written} written, {stored} stored, {lost} lost, {len(staged)} left in staging."
-    stage.screen.console.print()
-    stage.screen.say(totals, "bold red" if stage.problems else "bold green")
-    for problem in stage.problems:
-        stage.screen.say(f"FAILED: {problem}", "bold red")
-    if not stage.problems:
-        stage.screen.say(medians(stage.versions))
+    with stage.screen.drawn():
+        stage.screen.console.print()
+        stage.screen.say(totals, "bold red" if stage.problems else "bold green")
+        for problem in stage.problems:
+            stage.screen.say(f"FAILED: {problem}", "bold red")
+        if not stage.problems:
+            stage.screen.say(medians(stage.versions))
     return not stage.problems
 
 
@@ -583,8 +633,9 @@ def medians(versions: list[Version]) -> str:
     captured = statistics.median(version.after(version.captured_at) for version in timed)
     stored = statistics.median(version.after(version.stored_at) for version in timed)
     return (
-        f"From LND's rename to captured {shown_time(captured)}, to stored {shown_time(stored)}: "
-        f"the median of {counted(len(timed), 'version')} written while S3 was there."
+        f"Median time from LND's rename: {shown_time(captured)} until captured, "
+        f"{shown_time(stored)} until stored "
+        f"({counted(len(timed), 'version')}, written while S3 was reachable)."
     )
 
 
@@ -611,13 +662,16 @@ def perform(screen: Screen, inbox: Inbox) -> bool:
         with screen.live(stage.state):
             for act in ACTS:
                 if not stage.problems:
-                    act(stage)
+                    with screen.drawn() if act in DRAWN else contextlib.nullcontext():
+                        act(stage)
         return prove(stage)
 
 
 def main() -> int:
     """Show it all; the exit code is 0 only if every version is in the bucket."""
-    screen, inbox = Screen(), Inbox()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw an SVG of it as well")
+    screen, inbox = Screen(parser.parse_args().picture), Inbox()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, inbox.interrupt)
     screen.say(OPENING)
@@ -631,7 +685,9 @@ def main() -> int:
             screen.say(str(error), "bold red")
             return 1
         raise
-    screen.say(CLOSING)
+    screen.console.print("", CLOSING, sep="\n")
+    if proven:
+        screen.draw()
     return 0 if proven else 1
 
 

@@ -10,9 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tokenize
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree as ET
 
 import pytest
 from kit import CHECKOUT, SCRIPT, run_script
@@ -20,6 +23,7 @@ from kit import CHECKOUT, SCRIPT, run_script
 import s3_backup_lnd_channels as program
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+REFERENCE = (CHECKOUT / "docs/reference.md").read_text(encoding="utf-8")
 EXAMPLE = (CHECKOUT / "lnd-backup-env.example").read_text(encoding="utf-8")
 UNIT = CHECKOUT / "lnd-backup.service"
 COLUMNS = 100
@@ -29,6 +33,8 @@ HEART_MAX = 650
 TOKENS_MAX = 9.5  # in a line of code
 FUNCTION_MAX = 45  # lines
 CONDITIONALS_MAX = 3  # conditional expressions in 100 lines of code
+README_LINES = 200
+PICTURE_BYTES_MAX = 60_000
 LIST_FIELDS = ["key", "name", "captured_at", "stored_at", "size_bytes", "empty", "marks"]
 CHECK_FIELDS = ["current", "proof", "key", "captured_at", "stored_at", "staged", "reason"]
 LAYOUT = {
@@ -117,11 +123,11 @@ def test_the_size_in_the_readme_is_true(shape: Shape) -> None:
 
 @pytest.mark.parametrize("name", program.SETTINGS)
 def test_every_setting_is_documented_with_its_default(name: str) -> None:
-    """Each setting of the program stands in the README's table and in the example, with its
+    """Each setting of the program stands in the reference's table and in the example, with its
     default.
     """
     default = program.SETTINGS[name][0]
-    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+    [row] = [line for line in REFERENCE.splitlines() if line.startswith(f"| `{name}` |")]
     assert (
         default in row
         if default
@@ -144,20 +150,139 @@ def test_the_example_is_accepted(tmp_path_factory: pytest.TempPathFactory) -> No
 
 @pytest.mark.parametrize("fields", [LIST_FIELDS, CHECK_FIELDS])
 def test_every_json_field_is_documented(fields: list[str]) -> None:
-    """The README names the fields that --json prints, in their order."""
-    assert ", ".join(f"`{field}`" for field in fields) in re.sub(
-        r" \([^)]*\)|\n +", lambda m: " " * ("\n" in m[0]), README
-    )
+    """The reference names the fields that --json prints, in their order."""
+    plain = " ".join(re.sub(r" \([^)]*\)", "", REFERENCE).split())
+    assert ", ".join(f"`{field}`" for field in fields) in plain
 
 
 def test_every_command_and_exit_code_is_documented() -> None:
-    """The README's tables name the commands of --help and the exit codes of the program."""
+    """The reference's tables name the commands of --help and the exit codes of the program."""
     shown = run_script({}, "--help").stdout
     for name in program.COMMANDS:
         assert re.search(rf"^\s+{name}\s", shown, re.MULTILINE)
-        assert re.search(rf"^\| `{name}`", README, re.MULTILINE)
+        assert re.search(rf"^\| `{name}`", REFERENCE, re.MULTILINE)
     codes = {program.EXIT_DONE, program.EXIT_FAILED, 2, program.EXIT_TRY_AGAIN, program.EXIT_CONFIG}
-    assert codes == {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    assert codes == {int(code) for code in re.findall(r"^\| (\d+) \|", REFERENCE, re.MULTILINE)}
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    """It has fewer than 200 lines, says on its first screen what it is for whom, links each page,
+    and says where the exit codes and the settings are.
+    """
+    lines = README.splitlines()
+    assert len(lines) < README_LINES
+    first = " ".join(lines[:6])
+    for word in ("Lightning", "LND", "S3-compatible", "channel.backup"):
+        assert word in first
+    pages = {page.name for page in (CHECKOUT / "docs").glob("*.md")}
+    assert set(re.findall(r"\]\(docs/([a-z-]+\.md)", README)) == pages
+    [row] = [line for line in lines if line.startswith("| [docs/reference.md]")]
+    for word in ("commands", "exit codes", "--json", "all settings"):
+        assert word in row
+
+
+def test_the_readme_names_what_was_tried_and_what_was_not() -> None:
+    """The servers of the box are those of docs/stores.md, and what was not tried is said."""
+    [box] = re.findall(r"(?:^>.*\n)+", README, re.MULTILINE)
+    stores = (CHECKOUT / "docs/stores.md").read_text(encoding="utf-8")
+    [head] = re.findall(r"^\| feature \|(.*)\|$", stores, re.MULTILINE)
+    for server in head.split("|"):
+        for word in server.split():
+            assert word in box
+    for word in ("Not tried", "paid store", "Raspberry Pi", "mainnet"):
+        assert word in box
+
+
+def test_the_picture_is_whole_and_needs_nothing_from_elsewhere() -> None:
+    """docs/demo.svg is small, refers to nothing outside itself, and shows that nothing was lost."""
+    assert "](docs/demo.svg)" in README
+    picture = (CHECKOUT / "docs/demo.svg").read_text(encoding="utf-8")
+    assert len(picture) < PICTURE_BYTES_MAX
+    root = ET.fromstring(picture)  # noqa: S314 - our own file
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            assert not name.endswith(("href", "src")), name
+            assert not re.search(r"url\((?!#)", value), value
+    style = " ".join(element.text or "" for element in root.iter() if element.tag.endswith("style"))
+    assert not re.search(r"@import|@font-face|url\(|//", style)
+    shown = " ".join(root.itertext()).replace("\xa0", " ")
+    assert re.search(r"(\d+) versions written, \1 stored, 0 lost, 0 left in staging", shown)
+    assert str(CHECKOUT) not in shown
+
+
+def packed(directory: Path) -> dict[str, bytes]:
+    """Return what `make dist` makes in a clone of this repository at a directory."""
+    subprocess.run(["make", "--silent", "dist"], cwd=directory, check=True, capture_output=True)  # noqa: S607
+    return {file.name: file.read_bytes() for file in (directory / "dist").iterdir()}
+
+
+def from_the_commit(name: str) -> str:
+    """Return a file as it was committed last; nothing where there is no repository."""
+    try:
+        return subprocess.run(
+            ["git", "show", f"HEAD:{name}"],  # noqa: S607
+            cwd=CHECKOUT,
+            check=False,
+            capture_output=True,
+            encoding="utf-8",
+        ).stdout
+    except FileNotFoundError:
+        return ""
+
+
+def test_a_release_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    """`make dist` packs the last commit, not what lies beside it: twice, in two places, the same
+    archive; its name and folder have the version, and SHA256SUMS its digest.
+    """
+    source = from_the_commit("s3_backup_lnd_channels.py")
+    if not source:
+        pytest.skip("not in a repository of git, or of somebody else's")
+    made = []
+    for name in ("one", "two"):
+        clone = tmp_path / name
+        told = ["git", "clone", "--quiet", "--no-hardlinks", str(CHECKOUT), str(clone)]
+        subprocess.run(told, check=True, capture_output=True)
+        shutil.copy(CHECKOUT / "Makefile", clone)  # before it is committed, too
+        (clone / "left-over").write_text(name)
+        made.append(packed(clone))
+    assert made[0] == made[1]
+    assert packed(tmp_path / "one") == made[1]
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    assert found
+    top = f"lnd-backup-{found[1]}"
+    archive = made[0].pop(f"{top}.tar.gz")
+    assert made[0] == {"SHA256SUMS": f"{sha256(archive).hexdigest()}  {top}.tar.gz\n".encode()}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        names = [entry.name for entry in tar if entry.isfile()]
+        assert len({entry.mtime for entry in tar}) == 1
+        packed_script = tar.extractfile(f"{top}/s3_backup_lnd_channels.py")
+        assert packed_script
+        assert packed_script.read().decode() == source
+    assert names == sorted(names)
+    assert {name.split("/")[0] for name in names} == {top}
+    for name in ("README.md", "requirements.txt", "systemd/install.sh", "docs/recovery.md"):
+        assert f"{top}/{name}" in names
+    assert f"{top}/left-over" not in names
+
+
+def test_a_venv_behind_a_link_is_not_emptied(tmp_path: Path) -> None:
+    """`make` refuses in a line where .venv is a link, and what it leads to stays as it is."""
+    shutil.copy(CHECKOUT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        shutil.copy(CHECKOUT / name, tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/kept").touch()
+    (tmp_path / ".venv").symlink_to("other")
+    done = subprocess.run(
+        ["make", "--silent", "lint"],  # noqa: S607
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith(".venv is a symbolic link")
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["kept"]
 
 
 def test_the_policy_in_the_readme_allows_putting_and_nothing_else() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+REFERENCE = CHECKOUT / "docs/reference.md"
 CONTAINER = CHECKOUT / "container"
 EXIT_CODES = {0, 1, 2, 75, 78, 128, 130}
 # What others read: make's own, the SDK's, a shell's, and the platforms'.
@@ -133,25 +134,27 @@ def test_there_are_command_lines_to_look_at(page: Path) -> None:
 
 @by_page()
 def test_exit_codes_are_those_of_the_interface(page: Path) -> None:
-    """No page promises an exit code that the README's table does not have."""
+    """No page promises an exit code that the reference's table does not have."""
     told = re.findall(r"[Ee]xit(?:s with| codes?|s)? (\d+)|\((?:exit code )?(7\d)\)", text_of(page))
     assert {int(one or other) for one, other in told} <= EXIT_CODES
 
 
-def test_the_exit_codes_are_in_the_readme() -> None:
+def test_the_exit_codes_are_in_the_reference() -> None:
     """The table and the constant of this file agree, but for what a signal adds."""
-    rows = re.findall(r"^\| (\d+) \|", text_of(CHECKOUT / "README.md"), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \|", text_of(REFERENCE), re.MULTILINE)
     assert {int(row) for row in rows} == EXIT_CODES - {128, 130}
 
 
 @by_page()
 def test_settings_exist(page: Path) -> None:
-    """What looks like a setting of ours is in the README's table, the example and the program."""
-    readme = text_of(CHECKOUT / "README.md")
+    """What looks like a setting of ours is in the reference's table, the example and the
+    program.
+    """
+    reference = text_of(REFERENCE)
     example = text_of(CHECKOUT / "lnd-backup-env.example")
     program = text_of(SCRIPT)
     for name in {found[0] for found in re.finditer(rf"\b{OURS_BY_LOOK}\b", code(page))}:
-        assert re.search(rf"^\| `{name}` \|", readme, re.MULTILINE), name
+        assert re.search(rf"^\| `{name}` \|", reference, re.MULTILINE), name
         assert re.search(rf"^#?{name}=", example, re.MULTILINE), name
         assert f'"{name}"' in program, name
 
@@ -190,6 +193,16 @@ def test_files_exist(page: Path) -> None:
     names = r"/(?:etc|opt|run|var/lib)/(?!prometheus)[\w./-]*lnd-(?:backup|scb)[\w-]*"
     for path in set(re.findall(names, shown)) - {"/etc/lnd-backup-env"}:  # BTCPay's, made by hand
         assert path in installed, path
+
+
+def test_the_pages_that_a_node_needs_are_installed() -> None:
+    """The installer takes each page that tells what to do on a node, and no page that is not there;
+    the rest is about the program, and stays in the repository.
+    """
+    installer = text_of(CHECKOUT / "systemd/install.sh")
+    installed = set(re.findall(r"\bdocs/([a-z-]+\.md)", installer))
+    at_home = {"how-it-works.md", "performance.md", "reliability.md", "stores.md"}
+    assert installed == {page.name for page in (CHECKOUT / "docs").glob("*.md")} - at_home
 
 
 def test_metrics_exist(tmp_path: Path) -> None:
@@ -267,8 +280,8 @@ def seconds(text: str) -> float:
 
 
 def grace_seconds() -> float:
-    """Return the default of SHUTDOWN_GRACE_SECONDS, by the README."""
-    found = re.search(r"`SHUTDOWN_GRACE_SECONDS` \| (\d+)", text_of(CHECKOUT / "README.md"))
+    """Return the default of SHUTDOWN_GRACE_SECONDS, by the reference."""
+    found = re.search(r"`SHUTDOWN_GRACE_SECONDS` \| (\d+)", text_of(REFERENCE))
     assert found
     return float(found[1])
 

@@ -564,7 +564,7 @@ class TestInstall:
         before = tree(root)
         done = package.make("install", root, f"PYTHON={built}/python")
         assert done.returncode != 0
-        assert "cannot install: the packages did not come" in done.stderr
+        assert "cannot install: the packages could not be installed" in done.stderr
         assert "what was running still runs" in done.stderr
         assert tree(root) == before
 
@@ -635,13 +635,13 @@ class TestRefusals:
             ("HTTPS_PROXY=http://me:pass@proxy:3128", "HTTPS_PROXY holds a password"),
             ("S3_BUCKET=b", "there is no setting S3_BUCKET"),
             ("AWS_REGIONs=b", "there is no setting AWS_REGIONs"),
-            ("LND_USER=bit;coin", "LND_USER=bit;coin is no user's name"),
-            ("LND_DIRECTORY=/nowhere", "/nowhere is no directory"),
-            ("NODE=a/b", "NODE=a/b is no name for a node"),
+            ("LND_USER=bit;coin", "LND_USER=bit;coin is not a valid user name"),
+            ("LND_DIRECTORY=/nowhere", "/nowhere is not a directory"),
+            ("NODE=a/b", "NODE=a/b is not a valid name for a node"),
             ("COPY_DIRECTORY=/nowhere/copies", "there is no directory /nowhere/copies"),
-            ("COPY_DIRECTORY=/home/me/copies", "the service sees no homes"),
+            ("COPY_DIRECTORY=/home/me/copies", "the service cannot see home directories"),
             ("COPY_DIRECTORY=/tmp/copies", "a /tmp of its own"),
-            ("COPY_DIRECTORY=/srv/two words", "a unit file would read differently"),
+            ("COPY_DIRECTORY=/srv/two words", "a unit file would read this name differently"),
             ("COPY_DIRECTORY=/proc", "/proc is the mount point"),
             ("FORCE=1", "there is no setting FORCE"),
         ],
@@ -700,7 +700,7 @@ class TestRefusals:
         (tmp_path / name).write_text("mine\n", encoding="utf-8")
         before = tree(tmp_path)
         assert_refused(
-            released.make("install", tmp_path), f"/{name} is there", "systemctl edit lnd-backup"
+            released.make("install", tmp_path), f"/{name} exists", "systemctl edit lnd-backup"
         )
         assert tree(tmp_path) == before
 
@@ -714,13 +714,13 @@ class TestRefusals:
         )
         before = tree(root)
         package.new_version()
-        assert_refused(package.make("install", root), "lnd-backup.service is there", "drop-in")
+        assert_refused(package.make("install", root), "lnd-backup.service exists", "drop-in")
         assert tree(root) == before
 
     @pytest.mark.parametrize(
         ("code", "told"),
         [
-            ("sys.version_info = (3, 10, 1)", "is too old: 3.11 is needed"),
+            ("sys.version_info = (3, 10, 1)", "is too old: 3.11 or newer is needed"),
             ("sys.modules['ensurepip'] = None", "has no venv module"),
             ("sys.executable = '/home/me/.pyenv/python3'", "is not in /usr"),
         ],
@@ -752,7 +752,7 @@ class TestRefusals:
             done = Package(Path(name)).make(
                 verb, None, user=NOBODY if os.geteuid() == 0 else os.geteuid()
             )
-        assert_refused(done, "only root may", f"sudo make {verb}")
+        assert_refused(done, "only root can do this", f"sudo make {verb}")
 
 
 @needs_python

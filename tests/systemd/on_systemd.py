@@ -455,11 +455,11 @@ def test_nothing_is_installed_where_it_cannot_work(box: Box) -> None:
         "mount -t tmpfs none /run; make -C /src install",
         check=False,
     )
-    assert "cannot install: no systemd runs here" in hidden.stderr
+    assert "cannot install: systemd is not running here" in hidden.stderr
     box.run("useradd", "--create-home", "--shell=/bin/bash", "lnd-backup")
     refused = box.make("install", check=False)
     assert refused.returncode != 0
-    assert "a user lnd-backup (uid 1000, shell /bin/bash) is there" in refused.stderr
+    assert "a user lnd-backup (uid 1000, shell /bin/bash) exists" in refused.stderr
     box.run("userdel", "--remove", "lnd-backup")
     nobody = box.make("install", "LND_USER=nobody-of-that-name", check=False)
     assert "there is no user nobody-of-that-name" in nobody.stderr
@@ -1099,7 +1099,7 @@ def test_a_stick_may_be_written_to_pulled_out_and_put_back(node: Node, stick: St
     node.box.run("mkdir", stick.directory)
     told = node.box.make("install", f"COPY_DIRECTORY={stick.directory}").stdout
     assert f"chown lnd-backup:lnd-backup {stick.directory}" in told
-    assert "left to do: the user lnd-backup may not write" not in told
+    assert "left to do: let the user lnd-backup write" not in told
     assert f"COPY_DIRECTORY={stick.directory}\n" in node.box.sh(f"cat {SETTINGS}")
     for started_with_it in (True, False):
         if not started_with_it:

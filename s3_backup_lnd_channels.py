@@ -58,7 +58,7 @@ try:
     from datetime import UTC, datetime, timedelta  # UTC since Python 3.11
 
     import boto3
-    import botocore.credentials
+    import botocore.credentials as sources
     import botocore.exceptions as sdk
     from asyncinotify import InitFlags, Inotify, Mask, Watch
     from botocore.config import Config
@@ -81,17 +81,17 @@ DROP_BYTES = 300  # a file smaller by so much lacks a channel: each takes 378 or
 LND_FILES = ("channel.db", "wallet.db", "*.macaroon", "chan-backup-archives", "lnd.conf")
 # Never to be restored from a copy (a stale channel.db loses money), or never to leave the node.
 FORBIDDEN = "channel.db wallet.db *.sqlite* *.macaroon hsm_secret walletunlock.json"
-PAGES_MAX = 1000  # of a thousand keys each: a list that is longer never ends
-LATE_SECONDS = 600.0  # a put that began so long after the capture does not prove today's order
+PAGES_MAX = 1000  # of a thousand keys each: a longer list is taken for endless
+LATE_SECONDS = 600.0  # a put that began so long after the capture may not be the newest by time
 TROUBLE_SECONDS = 1.0  # how often to look at a file that is absent, unreadable or unwatched
 SILENCE_SECONDS = 30.0  # an attempt is given up when the socket is silent for so long
 ATTEMPT_SECONDS = 120.0  # connect, proxy, TLS and answer may each be slow, as over Tor
 SLOWEST_BYTES_PER_SECOND = 4000.0  # an uplink that is not given up
-THREADS_MAX = 20  # given up and not ended yet; no new attempt beside so many
+THREADS_MAX = 20  # that were given up and have not ended; no new attempt beside so many
 IDLE_SECONDS = 5.0  # then the connection is closed: a NAT drops it, and the next put would hang
 ONE_SHOT_SECONDS = 45.0  # the one-shots give up; what they tell at the end may take some more
 TELLING_SECONDS = 10.0
-LAST_SECONDS = 0.5  # of a stop, to tell what came last
+LAST_SECONDS = 0.5  # at the end of a stop, for the last status and heartbeat
 ALARM_SECONDS = 600.0  # a problem that lasts so long is told to the heartbeat
 REMINDER_SECONDS = 3600.0  # how often a lasting problem is logged again
 
@@ -150,6 +150,8 @@ def read_file(path: Path | str, directory: int | None = None) -> tuple[bytes, os
     opener = functools.partial(os.open, dir_fd=directory)
     with open(path, "rb", opener=lambda name, flags: opener(name, flags | more)) as file:
         before = os.fstat(file.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
         data = file.read(min(before.st_size, LARGEST_BYTES) + 1)
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -161,14 +163,14 @@ def read_channel_backup(path: Path) -> bytes:
     """Return the version at this path now; raises BackupError.
 
     Read through one descriptor: LND's rename (0.21 chanbackup/backupfile.go) cannot mix two
-    versions. A link is followed, and where it leads is judged at each read: it may be switched.
+    versions. A link is followed, and its target is judged at each read, as it may change.
     """
     what = f"cannot read channel.backup: {path}"
     try:
         target = os.path.realpath(path, strict=True)
-        if is_forbidden(target) or not os.path.isfile(target):
-            why = f"{target} is no regular file, or must never be copied"
-            raise BackupError(f"{what}: {why}", "set MONITOR_FILE_PATH to LND's file")
+        if is_forbidden(target):
+            hint = "set MONITOR_FILE_PATH to LND's file"
+            raise BackupError(f"{what}: {target} must never be copied", hint)
         data, status = read_file(target)
         is_deleted = status.st_nlink == 0 and os.path.samestat(status, os.stat(target))
     except OSError as error:
@@ -232,7 +234,7 @@ class Receipt(NamedTuple):
     size_bytes: int
     stored_at: str  # ISO 8601, UTC: when the put began, by this machine's clock
     sha256: str
-    bucket: str  # HOST/BUCKET: it proves nothing of another one
+    bucket: str  # HOST/BUCKET: a receipt is valid for this bucket only
     newest: str = ""  # the highest name ever given: names increase across restarts
 
     def is_proof(self, refresh_seconds: float) -> bool:
@@ -316,7 +318,9 @@ class Staging:
             self.unreadable.add(name)
             try:
                 data, _ = read_file(name, self.fd)
-            except OSError:  # what passes at once, as EMFILE may, makes no second capture
+            except (
+                OSError
+            ):  # once more: an error that passes, such as EMFILE, makes no second capture
                 data, _ = read_file(name, self.fd)
             self.unreadable.discard(name)
             is_possible = EMPTY_BYTES <= len(data) <= LARGEST_BYTES
@@ -343,7 +347,7 @@ class Staging:
 
     def tidy(self) -> None:
         """Write the last receipt down, then delete what is acknowledged."""
-        with contextlib.suppress(OSError):  # on a full disk it fits after the deletion
+        with contextlib.suppress(OSError):  # on a full disk it is written after the deletion
             self.write_receipt()
         for name in sorted(self.acknowledged):
             with contextlib.suppress(FileNotFoundError):  # it was sent from memory
@@ -411,7 +415,7 @@ class Bucket:
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         check = {"ChecksumSHA256": checksum, "ChecksumAlgorithm": "SHA256"}
         if not self.place.split("/")[0].endswith((".amazonaws.com", ".amazonaws.com.cn")):
-            # Nearly every store honours it, and Object Lock accepts it; many refuse the other one.
+            # Nearly every store and Object Lock accept MD5; many refuse ChecksumSHA256.
             md5 = hashlib.md5(data, usedforsecurity=False).digest()
             check = {"ContentMD5": base64.b64encode(md5).decode()}
         body = io.BytesIO(data)  # is sent in blocks, each with a time-out of its own
@@ -439,17 +443,16 @@ class Daemon:
     """Brings the bucket up to what is on disk, for ever."""
 
     def __init__(self, settings: Settings, bucket: Bucket) -> None:
-        """Lock the staging directory; raises BackupError. `stop` asks `run` to come to an end."""
+        """Lock the staging directory; raises BackupError. Setting `stop` makes `run` finish."""
         self.settings, self.bucket = settings, bucket
         self.stop = asyncio.Event()
         self.staging = Staging(settings.staging)
         receipt = self.staging.receipt
         self.newest = max(receipt.name, receipt.newest) if receipt else ""  # highest name given
         self.newest_sha256 = ""
-        self.newest_receipt: Receipt | None = None  # both of this run: an older one proves nothing
-        self.last_receipt: Receipt | None = None
+        self.newest_receipt: Receipt | None = None  # of this run: an older one proves nothing
         self.on_disk: Version | None = None  # the newest version, as LND's disk has it
-        self.unstaged: Version | None = None  # the same, while the staging disk refuses it
+        self.unstaged: Version | None = None  # `on_disk`, while the staging disk refuses it
         self.upload: asyncio.Task[Any] | None = None  # what is in flight
         self.event: asyncio.Task[None] | None = None
         self.inotify: Inotify | None = None
@@ -486,6 +489,8 @@ class Daemon:
             self.start_upload()
             with self.using_disk():
                 self.staging.tidy()  # while the next version is on its way
+            if is_once and len(self.staging.pending) < fewest:
+                deadline, fewest = time.monotonic() + grace, len(self.staging.pending)
             self.report(deadline)
             if self.stop.is_set() and (self.is_finished() or time.monotonic() >= deadline):
                 break
@@ -495,19 +500,17 @@ class Daemon:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             running[-1].cancel()
             self.finish_upload()
-            if is_once and len(self.staging.pending) < fewest:
-                deadline, fewest = time.monotonic() + grace, len(self.staging.pending)
-        self.list_at = 0.0
+        self.list_at = 0.0  # stays so if the directory cannot be listed
         self.list_staging()
-        if self.unstaged:
-            log.error("lost with memory: %s: neither the disk nor S3 took it", self.unstaged.name)
         for _ in range(2):  # what is being told, and then what came since
             if telling := self.telling():
                 await asyncio.wait(telling, timeout=last / 2)
             self.finish_upload()
             with self.using_disk():
-                self.staging.tidy()  # while the next version is on its way
+                self.staging.tidy()
             self.report(deadline)
+        if self.unstaged:
+            log.error("lost: %s: neither the disk nor S3 took it", self.unstaged.name)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what is left may fail
 
     def telling(self) -> list[asyncio.Task[None]]:
@@ -538,8 +541,8 @@ class Daemon:
 
     def is_settled(self) -> bool:
         """Tell whether nothing waits, and the version on disk, if readable, was the last put."""
-        is_last = self.newest_receipt is self.last_receipt or self.reading.error is not None
-        return is_last and not self.is_waiting()
+        is_last = self.newest_receipt is not None and self.newest_receipt is self.staging.receipt
+        return (is_last or self.reading.error is not None) and not self.is_waiting()
 
     def is_finished(self) -> bool:
         """Tell whether nothing is left to send, or nothing that trying again soon would help."""
@@ -549,8 +552,9 @@ class Daemon:
     def watch_directory(self) -> None:
         """Watch the directory that the path names now: one system call if nothing changed.
 
-        Each time, for no event tells of an ancestor renamed, a link switched, a mount over it.
-        MOVED_TO is LND's rename, CLOSE_WRITE a writer in place; never a read: LND reads it before.
+        In every pass, because no event tells of a renamed ancestor, a switched link, a new mount.
+        MOVED_TO is LND's rename, CLOSE_WRITE a writer in place. Reads are not watched: LND reads
+        the old file just before it replaces it.
         """
         mask = Mask.MOVED_TO | Mask.CLOSE_WRITE | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR
         file = self.settings.file
@@ -563,7 +567,7 @@ class Daemon:
                     self.inotify.rm_watch(old)
             self.watching.resolve()
         except OSError as error:
-            what = f"cannot watch, only look at intervals: {file.parent}"
+            what = f"cannot watch, so it is only checked at intervals: {file.parent}"
             self.watching.report(node_error(what, error))
         if self.event and self.event.done():
             self.event.result()  # raises if inotify failed, which must end the process
@@ -608,13 +612,15 @@ class Daemon:
         except BackupError as error:
             self.reading.report(error)
         else:
-            if not self.is_backed_up(sha256_of(data)):
+            sha256 = sha256_of(data)
+            if not self.is_backed_up(sha256):
                 if self.unstaged:
-                    log.error("given up for a newer one, not on disk: %s", self.unstaged.name)
-                self.newest_sha256, self.newest_receipt = sha256_of(data), None
-                self.newest = new_name(self.newest_sha256, self.newest)
-                captured = self.on_disk = self.unstaged = Version(self.newest, data)
+                    log.error("dropped, never staged: %s: a newer one came", self.unstaged.name)
+                self.newest, self.newest_sha256 = new_name(sha256, self.newest), sha256
+                self.newest_receipt = None
+                captured = self.unstaged = Version(self.newest, data)
                 self.retry_at, self.failures = 0.0, 0  # a new version resets the back-off
+            self.on_disk = Version(self.newest, data)
         with self.using_disk():
             if self.unstaged:
                 self.staging.stage(self.unstaged)
@@ -641,8 +647,8 @@ class Daemon:
         if self.newest_receipt is None:
             return False
         if self.is_waiting():
-            return True  # it is judged once nothing is left to send
-        is_last = self.newest_receipt is self.last_receipt
+            return True  # decided once nothing is left to send
+        is_last = self.newest_receipt is self.staging.receipt
         return is_last and self.newest_receipt.is_proof(self.settings.refresh_seconds)
 
     def start_upload(self) -> None:
@@ -680,10 +686,9 @@ class Daemon:
         self.failures, self.retry_at, self.used_at = 0, 0.0, time.monotonic()
         if isinstance(result, Receipt):
             log.info("stored s3://%s/%s: %d bytes", self.bucket.name, result.key, result.size_bytes)
-            self.last_receipt = result._replace(newest=self.newest)
+            self.staging.acknowledge(result._replace(newest=self.newest))
             if result.name == self.newest:
-                self.newest_receipt, self.unstaged = self.last_receipt, None
-            self.staging.acknowledge(self.last_receipt)
+                self.newest_receipt, self.unstaged = self.staging.receipt, None
 
     def report(self, deadline: float) -> None:
         """Tell systemd and the rest how it goes, and keep the copy; none can hold this up."""
@@ -698,7 +703,9 @@ class Daemon:
             seconds = deadline - time.monotonic() + TELLING_SECONDS
             status += f"\nSTOPPING=1\nEXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}"
         notify_systemd(f"WATCHDOG=1\nSTATUS={status}")
-        period = self.list_at  # what failed is tried again after each listing
+        period = (
+            time.monotonic() // settings.rescan_seconds
+        )  # what failed is tried again in the next
         if settings.copy_directory and self.on_disk:
             copy = (copy_version, settings.copy_directory, self.on_disk)
             self.copy.run((self.on_disk.name, period), period, *copy)
@@ -886,7 +893,7 @@ def no_prompt(_: str) -> str:
 
 
 def notify_systemd(state: str) -> None:
-    """Tell systemd (sd_notify(3)). That nobody reads is no reason to fail, or to wait."""
+    """Tell systemd (sd_notify(3)). It neither fails nor waits if nobody reads."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address.startswith("@"):
         address = "\0" + address[1:]
@@ -980,28 +987,28 @@ def request_heartbeat(url: str, why: str) -> None:
 def copy_version(copy_directory: str, version: Version) -> None:
     """Keep a version in COPY_DIRECTORY too, unless the newest file there holds it.
 
-    Nothing there is overwritten or deleted, and the directory is not made: that is how a stick is
-    missed that is not mounted. Raises BackupError. May hang as long as the mount does.
+    Nothing there is overwritten or deleted. The directory is not made, so that a stick that is not
+    mounted is noticed. Raises BackupError. May hang as long as the mount does.
     """
     try:
         if is_lnds(Path(copy_directory), Path()):
             raise OSError(errno.EPERM, "it is a directory of LND's")
         with opened(Path(copy_directory)) as directory:
-            newest = max(filter(captured_at, os.listdir(directory)), default="")
-            if not newest or read_file(newest, directory)[0] != version.data:
-                write_file(directory, *version, mode=0o640, new=True)
-    except FileExistsError:
-        pass  # it is there, below one with a later name
+            names = sorted(filter(captured_at, os.listdir(directory)))
+            for name in {version.name, *names[-1:]}.intersection(names):
+                if read_file(name, directory)[0] == version.data:
+                    return  # it is the newest, or stands below one with a later name
+            write_file(directory, *version, mode=0o640, new=True)
     except OSError as error:
         what = f"cannot copy to COPY_DIRECTORY: {copy_directory}: {error.strerror}"
         raise BackupError(what, "is it mounted, writable, and not full?") from None
 
 
 # --- 7. Reading the bucket: list and get ----------------------------------------------------------
-# For `check`, `list` and `restore`, with a key that may read. Newest is decided by the earlier of
-# the time in the name and S3's own: no clock that ran ahead, and no thief, names a version newest.
+# For `check`, `list` and `restore`, with a key that may read. The newest is decided by the earlier
+# of the time in the name and S3's own, so that neither a clock that ran ahead nor a thief decides.
 
-DROP = "a channel less than before: restore both"
+DROP = "smaller than the version before: restore both"
 
 
 class StoredVersion(NamedTuple):
@@ -1034,7 +1041,7 @@ class StoredVersion(NamedTuple):
 def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
     """Return the versions right under the prefix, newest first; raises BackupError.
 
-    And the number of other keys, and the folders. What is unusable is logged.
+    Also returns the number of other keys, and the folders. What is unusable is logged.
     """
     versions, unusable, others, folders = [], 0, 0, []
     for page in list_pages(bucket):
@@ -1075,7 +1082,7 @@ def list_pages(bucket: Bucket) -> Iterator[dict[str, Any]]:
         if token in (None, "", last):
             break
         request["ContinuationToken"] = token
-    log.warning("%s: S3 names no further page after %d: what it named is used", what, _ + 1)
+    log.warning("%s: S3 names no further page; what it has listed is used", what)
 
 
 def get_version(bucket: Bucket, key: str) -> bytes:
@@ -1111,7 +1118,9 @@ def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> in
         log.warning("%s is a link: no event comes from its target, only rescans see changes", file)
     for name in ("admin.macaroon", "wallet.db"):
         if os.access(file.parent / name, os.R_OK):
-            log.warning("this user can read %s: see docs/access.md", file.parent / name)
+            log.warning(
+                "this user can read %s: docs/access.md shows how to avoid this", file.parent / name
+            )
     if settings.heartbeat_url and not settings.refresh_seconds:
         log.warning("REFRESH_SECONDS=0: there is no heartbeat while no channel changes")
     daemon = Daemon(settings, bucket)
@@ -1131,7 +1140,7 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
     if daemon.is_waiting():
         error = daemon.storing.error
         if error is None:
-            error = TransientError(f"S3 did not take it in {ONE_SHOT_SECONDS:.0f} s", NETWORK)
+            error = TransientError(f"S3 did not confirm it in {ONE_SHOT_SECONDS:.0f} s", NETWORK)
             error.log()
         log.error("staged, and not sent: %d", len(daemon.staging.pending))
     return error.exit_code if error else EXIT_DONE
@@ -1156,13 +1165,6 @@ def alarm(seconds: float) -> Iterator[None]:
         raise TransientError(f"no answer from S3 in {seconds:.0f} s", NETWORK) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-VERDICTS = {
-    True: ("BACKED UP", EXIT_DONE),
-    False: ("NOT BACKED UP", EXIT_FAILED),
-    None: ("UNKNOWN", EXIT_TRY_AGAIN),
-}
 
 
 class Verdict(NamedTuple):
@@ -1199,7 +1201,9 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     if receipt and (receipt.bucket, receipt.key) == (bucket.place, bucket.prefix + receipt.name):
         stored = f"{receipt.stored_at[:16]} UTC"
         if receipt.sha256 == sha256_of(data) and receipt.is_proof(limit):
-            by = f"by the receipt of {stored}; this key may not read the bucket"
+            by = (
+                f"S3 confirmed it at {stored}; this key cannot read the bucket to compare the bytes"
+            )
             return Verdict(True, "receipt", receipt, by)
         if limit and age_seconds(datetime.fromisoformat(receipt.stored_at)) > limit:
             return Verdict(False, "receipt", receipt, f"nothing was stored since {stored}")
@@ -1231,11 +1235,13 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
     """Print the verdict on the version on disk, and why, for somebody who is woken by it."""
     try:
         verdict = judge(settings, bucket, read_channel_backup(settings.file))
-        word, code = VERDICTS[verdict.current]
+        code = EXIT_DONE if verdict.current else EXIT_FAILED
+        if verdict.current is None:
+            code = EXIT_TRY_AGAIN
     except BackupError as error:
         error.log()
         verdict = Verdict(None, "receipt", None, str(error))
-        word, code = "UNKNOWN", error.exit_code
+        code = error.exit_code
     staged = key = captured = stored = None
     with contextlib.suppress(OSError):
         staged = len([name for name in os.listdir(settings.staging) if captured_at(name)])
@@ -1247,7 +1253,8 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
         answer |= {"captured_at": captured, "stored_at": stored, "staged": staged}
         print(json.dumps(answer | {"reason": verdict.reason}, default=datetime.isoformat))
     else:
-        print(printable(f"{word}: {verdict.reason}; newest known: {key}"))
+        word = {True: "BACKED UP", False: "NOT BACKED UP", None: "UNKNOWN"}[verdict.current]
+        print(printable(f"{word}: {verdict.reason}; newest known version: {key}"))
     return code
 
 
@@ -1284,7 +1291,7 @@ def restore_line(options: argparse.Namespace, *which: str) -> str:
 def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Return the key asked for; or the newest version with channels and the last before each drop.
 
-    And the options that restore the version before the first of them.
+    Also returns the options that restore the version before the first of them.
 
     A channel leaves the file when its closing confirms, possibly before its money is swept. Then
     the version before has it, and LND skips what it knows. Raises BackupError.
@@ -1296,7 +1303,7 @@ def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str],
     what = f"cannot restore: s3://{bucket.name}/{bucket.prefix}"
     limit = options.before
     earlier = f" before {limit.isoformat()}" if limit else ""
-    versions = list_versions(bucket)[0]
+    versions = [each for each in list_versions(bucket)[0] if each.size_bytes >= EMPTY_BYTES]
     if limit:
         versions = [version for version in versions if version.counts_from() < limit]
     full = [version for version in versions if version.size_bytes > EMPTY_BYTES]
@@ -1308,7 +1315,7 @@ def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str],
         raise BackupError(f"{what}: no version{earlier} holds channels", hint)
     while versions[0] != full[0]:
         empty = versions.pop(0).key
-        log.warning("passed over: %s: no channels; LND writes it in a recovery", empty)
+        log.warning("skipped %s: no channels; LND writes such a file in a recovery", empty)
     log.info("chosen: %s, the newest version%s that holds channels", full[0].key, earlier)
     drops = [versions[i + 1].key for i, version in enumerate(versions) if DROP in version.marks]
     before = ["--key", full[1].key] if len(full) > 1 else []
@@ -1316,10 +1323,10 @@ def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str],
 
 
 NEXT_STEPS = """restored {}: {} bytes, SHA-256 {}
-next, as the user that runs LND, with the wallet of the same 24 words
-(if there is none yet: lncli create, and wait), all these lines, in this order:
+next, as the user that runs LND, with the wallet of the same 24 words (if it has no wallet
+yet: lncli create, and wait), run all of these lines in this order:
 {}
-if LND refuses the first file, the version before it:
+if LND refuses the first file, get the version before it:
   {}
 never start an old channel.db, never run two nodes of one seed, and never use chantools
 scbforceclose with a version that is not the latest: each can cost the money in the channels.
@@ -1357,7 +1364,7 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     names = ("verifychanbackup", "restorechanbackup")
     pairs = [(name, shlex.quote(str(file))) for file in files for name in names]
     lines = "\n".join(f"  lncli {name} --multi_file {file}" for name, file in pairs)
-    line = "there is none"
+    line = "(there is no version before it)"
     if before:
         line = restore_line(options, *before, "--output", f"{options.output}.before")
     text = NEXT_STEPS.format(key, len(data), sha256_of(data), lines, line)
@@ -1447,16 +1454,16 @@ class Problem:
         """Note that it works."""
         if self.error:
             self.error = None
-            log.info("%s again, after %d failures in %.0f s", self.over, self.count, self.seconds())
+            log.info("%s again, after %.0f s (failures: %d)", self.over, self.seconds(), self.count)
 
 
 FAULT = "a fault of this program, please report it"
 SOMETHING_BETWEEN = "something answers in S3's place: a captive portal, a proxy, a wrong endpoint?"
-NETWORK = "what is staged stays staged; check the network, and the endpoint: scheme, host, port"
+NETWORK = "check the network and the endpoint (scheme, host, port); staged versions are kept"
 CHECK_SDK = "check AWS_PROFILE, AWS_REGION, the endpoint, and the SDK's files (AWS_CONFIG_FILE)"
 CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_PROFILE, and the file, program, role or login behind it"
 SET_CLOCK = "set the clock, for example by NTP: S3 compares it with its own"
-READER = "the key of the node is not meant to read: use the reader key; or the prefix is wrong"
+READER = "the node's own key is not meant to read: use the reader's key, or check the prefix"
 HINTS = {  # what to do about S3's codes and statuses; for any other, S3's own words have to do
     "the bucket is full: free space or raise the quota": "QuotaExceeded XMinioStorageFull",
     SET_CLOCK: "RequestTimeTooSkewed RequestExpired",
@@ -1508,7 +1515,7 @@ def classify_answer(what: str, response: Mapping[str, Any], denied: str) -> Back
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = error.get("Code", "")
     text = error.get("Message", "")[:500]
-    words = ": ".join(filter(None, (code[:100], text))) or "no word of S3"
+    words = ": ".join(filter(None, (code[:100], text))) or "no explanation"
     message = f"{what}: {words} (HTTP {status})"
     if code == "AccessDenied":
         named = re.search(r"not authorized to perform: ([\w:]+)", text)
@@ -1566,7 +1573,7 @@ def printable(text: object) -> str:
     line = ""
     for letter in str(text):
         line += letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-    for secret in SECRETS:
+    for secret in tuple(SECRETS):  # another thread may learn one
         line = line.replace(secret, "***")
     return re.sub(r"(https?:|socks\w*:|proxy )//\S*@", r"\1//***@", line)  # a URL's user
 
@@ -1613,20 +1620,20 @@ class Settings(NamedTuple):
 
 PATH, SECONDS, URL = "/.+", r"[0-9]{1,9}(\.[0-9]{1,6})?", r"https?://[^\s/@]+([/?][!-~]*)?"
 SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required), pattern, advice
-    "MONITOR_FILE_PATH": (None, PATH, "write the whole path of LND's channel.backup"),
-    "BACKUP_DIRECTORY": (None, PATH, "write a whole path, such as /var/lib/lnd-backup"),
+    "MONITOR_FILE_PATH": (None, PATH, "write the absolute path of LND's channel.backup"),
+    "BACKUP_DIRECTORY": (None, PATH, "write an absolute path, such as /var/lib/lnd-backup"),
     "S3_BUCKET_NAME": (None, r"[\w.-]{3,255}|arn:(?!.*:::).+/.+", "write the name alone"),
     "S3_BACKUP_PREFIX": ("", "[^/].{0,240}", "write it like node1/ or a/b/, 240 letters at most"),
     "RESCAN_SECONDS": ("60", f"(?=.*[1-9]){SECONDS}", "write a number of seconds above 0"),
     "REFRESH_SECONDS": ("86400", SECONDS, "write a number of seconds; 0 turns it off"),
     "SHUTDOWN_GRACE_SECONDS": ("10", SECONDS, "write a number of seconds, 0 or more"),
-    "METRICS_FILE": ("", PATH, "write the whole path of a file"),
+    "METRICS_FILE": ("", PATH, "write the absolute path of a file"),
     "HEARTBEAT_URL": ("", URL, "write a whole URL: https://HOST/…"),
-    "COPY_DIRECTORY": ("", PATH, "write the whole path of a directory that is there"),
+    "COPY_DIRECTORY": ("", PATH, "write the absolute path of a directory that is there"),
     "S3_PUT_EXTRA_ARGS": ("", r"(\w+=[^,]+(,|$))+", "write it like NAME=VALUE,NAME=VALUE"),
 }
 PLAIN_LINE = re.compile(
-    r"""( \#[^\\]* | [A-Za-z_][A-Za-z_0-9]*=  # a comment; or a name, and a value:
+    r"""( \#[^\\]* | (?!export)[A-Za-z_][A-Za-z_0-9]*\ *=\ *  # a comment; or a name, and a value:
     ( "[^"\\]*" | '[^'\\]*' | (?!.*\ \#)[^\s"'\\#][^"'\\]* )? )?""",
     re.VERBOSE,
 )
@@ -1692,8 +1699,8 @@ def warn_of_misspelt(names: Collection[str]) -> None:
         is_sdks = name.startswith("AWS_ENDPOINT_URL_")
         if not is_sdks and (name in names or name.startswith("S3_") or is_near):
             close = difflib.get_close_matches(name.upper(), known, 1, 0.6)
-            meant = f": is {close[0]} meant?" if close else ""
-            log.warning("%s is no setting, and ignored%s", name, meant)
+            meant = f": did you mean {close[0]}?" if close else ""
+            log.warning("%s is not a setting and is ignored%s", name, meant)
 
 
 def config_error(name: str, value: str, why: str, hint: str) -> ConfigError:
@@ -1720,28 +1727,30 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
     """Return what is wrong with a path, which may be made later, and what to do."""
     file = Path(values["MONITOR_FILE_PATH"])
     whole = Path(os.path.realpath(path))
-    make = f"sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(path))}"
+    make = f"run: sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(path))}"
     if name == "MONITOR_FILE_PATH":
         if is_forbidden(str(path)) or is_forbidden(str(whole)):
             return "must never be copied", "name channel.backup: a stale database loses money"
         inside = f"name the file in it: {path / 'channel.backup'}"
         return ("is a directory", inside) if os.path.isdir(whole) else None
     if name == "COPY_DIRECTORY":  # a mount may hang: only its path is judged here
-        is_taken = str(path) == values["BACKUP_DIRECTORY"] or path.is_relative_to(file.parent)
+        is_taken = path == Path(values["BACKUP_DIRECTORY"]) or path.is_relative_to(file.parent)
         return ("is LND's, or the staging directory", "name another one") if is_taken else None
     if is_lnds(path, file):
-        return "is in a directory of LND's", "name another one: LND's are only read"
+        return "is in a directory of LND's", "name another one: LND's directories are only read"
     if name == "METRICS_FILE" or not os.path.lexists(path):
         can_make = os.access(path.parent, os.W_OK | os.X_OK) and not os.path.isdir(path)
-        return None if can_make else ("cannot be made", f"run: {make}, or name another place")
+        if name == "METRICS_FILE":
+            make = f"let user {os.geteuid()} write in {path.parent}"
+        return None if can_make else ("cannot be made", f"{make}, or name another place")
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
-        return "is a link or no directory", f"name another, or move it away and run: {make}"
+        return "is a link or no directory", f"name another, or move it away and {make}"
     if status.st_uid != os.geteuid():
         inside = f"name a directory inside it, which is made then: {path / 'lnd-backup'}"
         return f"belongs to user {status.st_uid}, not to {os.geteuid()}", inside
     if status.st_mode & 0o022 or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        return "must be writable by its owner and nobody else", f"if it is its own, run: {make}"
+        return "must be writable by its owner and nobody else", f"if nothing else uses it, {make}"
     return None
 
 
@@ -1767,9 +1776,10 @@ def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[
     except Exception as error:
         what = f"configuration: AWS SDK{bundle and f': AWS_CA_BUNDLE={bundle}'}: {reason(error)}"
         return [ConfigError(what, CHECK_SDK)]
-    known = set(client.meta.service_model.operation_model("PutObject").input_shape.members)
-    known -= {"Bucket", "Key", "Body", "Metadata"}
-    known -= {"ContentMD5", "ChecksumSHA256", "ChecksumAlgorithm"}
+    members = client.meta.service_model.operation_model("PutObject").input_shape.members
+    known = {name for name, shape in members.items() if shape.type_name == "string"}
+    known -= {"Bucket", "Key", "ContentMD5", "ChecksumSHA256", "ChecksumAlgorithm"}
+    known -= {"IfMatch", "IfNoneMatch"}  # the same version twice has to be the same object
     for name in set(re.findall(r"(?:^|,)(\w+)=", arguments)) - known:
         what = f"configuration: S3_PUT_EXTRA_ARGS: {name}: cannot be used"
         faults.append(ConfigError(what, "write names of put_object's arguments, with their case"))
@@ -1830,7 +1840,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, **options)
         if name in ("check", "list"):
-            command.add_argument("--json", action="store_true", help="print JSON: see README.md")
+            command.add_argument(
+                "--json", action="store_true", help="print JSON: see docs/reference.md"
+            )
     restore = commands.choices["restore"]
     which, name = restore.add_mutually_exclusive_group(), "channel.backup"
     which.add_argument("--key", help="this version: a whole key, or the name alone")
@@ -1890,7 +1902,8 @@ def prepare_output() -> None:
 
 def prepare_environment(more: Mapping[str, str]) -> None:
     """Add settings to the environment, learn the secrets, and hold the SDK's sources to limits."""
-    for name, value in (more | os.environ).items():
+    given = {name: value for name, value in os.environ.items() if value or name not in more}
+    for name, value in {**more, **given}.items():
         os.environ[name] = value
         if name.startswith("AWS_") and not value:
             del os.environ[name]  # the SDK would look for a profile, a region of no name
@@ -1900,7 +1913,7 @@ def prepare_environment(more: Mapping[str, str]) -> None:
             user = value.rpartition("@")[0].rpartition("://")[2]
             keep_secret(user, user.partition("/")[0])
     warn_of_misspelt(more)
-    sources, limited = botocore.credentials, functools.partial
+    limited = functools.partial
     sources.ProcessProvider = limited(sources.ProcessProvider, popen=start_program)
     sources.AssumeRoleProvider = limited(sources.AssumeRoleProvider, prompter=no_prompt)
 

@@ -146,7 +146,7 @@ def test_loop_of_links_is_refused(lnd: Lnd) -> None:
 def test_directory_is_refused(lnd: Lnd) -> None:
     """A directory in the file's place is refused."""
     lnd.path.mkdir()
-    assert "is no regular file" in str(refusal(lnd.path))
+    assert "Is a directory" in str(refusal(lnd.path))
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -171,7 +171,7 @@ def test_socket_is_refused(public: Path) -> None:
     path = public / "channel.backup"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.bind(str(path))
-        assert "is no regular file" in str(refusal(path))
+        assert "No such device" in str(refusal(path))
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,7 @@ def test_a_problem_that_is_over_is_said_once(
     problem.resolve()
     problem.resolve()
     assert [line.levelno for line in caplog.records] == [logging.WARNING, logging.INFO]
-    assert caplog.messages[1] == "it works again, after 2 failures in 90 s"
+    assert caplog.messages[1] == "it works again, after 90 s (failures: 2)"
     problem.report(offline())
     assert [line.levelno for line in caplog.records] == [
         logging.WARNING,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SELDOM = {"RESCAN_SECONDS": "600"}  # only events are left
 OFTEN = {"RESCAN_SECONDS": "0.1"}
-AGAIN = r"again, after \d+ failures"
+AGAIN = r"again, after \d+ s"
 LARGEST_SIZE = 16 << 20
 
 
@@ -498,7 +498,9 @@ asyncinotify.Inotify.{call} = refuse
 """)
     first = lnd.write()
     with Daemon(env | SELDOM) as daemon:
-        daemon.wait_for_log(f"error: cannot watch, only look at intervals: .*{os.strerror(number)}")
+        daemon.wait_for_log(
+            f"error: cannot watch, so it is only checked at intervals: .*{os.strerror(number)}"
+        )
         daemon.wait_for_log(f"hint: .*{setting}")
         daemon.wait_for_stored(first)
         daemon.wait_for_stored(lnd.write())
@@ -536,7 +538,9 @@ def test_the_limits_of_the_kernel_are_survived(
     )
     first = lnd.write()
     with Daemon(env | SELDOM) as daemon:
-        daemon.wait_for_log(f"error: cannot watch, only look at intervals: .*\n.*hint: .*{setting}")
+        daemon.wait_for_log(
+            f"error: cannot watch, so it is only checked at intervals: .*\n.*hint: .*{setting}"
+        )
         daemon.wait_for_stored(first)
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0

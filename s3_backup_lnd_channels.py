@@ -151,7 +151,7 @@ def read_file(path: Path | str, directory: int | None = None) -> tuple[bytes, os
     with open(path, "rb", opener=lambda name, flags: opener(name, flags | more)) as file:
         before = os.fstat(file.fileno())
         if not stat.S_ISREG(before.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, f"{path} is no regular file")
         data = file.read(min(before.st_size, LARGEST_BYTES) + 1)
         after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -1727,7 +1727,8 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
     """Return what is wrong with a path, which may be made later, and what to do."""
     file = Path(values["MONITOR_FILE_PATH"])
     whole = Path(os.path.realpath(path))
-    make = f"run: sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(path))}"
+    place = path.parent if name == "METRICS_FILE" else path
+    make = f"run: sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(place))}"
     if name == "MONITOR_FILE_PATH":
         if is_forbidden(str(path)) or is_forbidden(str(whole)):
             return "must never be copied", "name channel.backup: a stale database loses money"
@@ -1740,9 +1741,7 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
         return "is in a directory of LND's", "name another one: LND's directories are only read"
     if name == "METRICS_FILE" or not os.path.lexists(path):
         can_make = os.access(path.parent, os.W_OK | os.X_OK) and not os.path.isdir(path)
-        if name == "METRICS_FILE":
-            make = f"let user {os.geteuid()} write in {path.parent}"
-        return None if can_make else ("cannot be made", f"{make}, or name another place")
+        return None if can_make else ("cannot be made", make)
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
         return "is a link or no directory", f"name another, or move it away and {make}"

@@ -263,7 +263,7 @@ def test_a_put_only_key(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd
     assert answer.fields["staged"] == 0
     for field in ("captured_at", "stored_at"):
         assert datetime.fromisoformat(answer.fields[field]).utcoffset() == timedelta(0)
-    assert "receipt" in line(env, 0)
+    assert "S3 confirmed it at" in line(env, 0)
     lnd.write()
     answer = check(env)
     assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (75, "receipt", key)

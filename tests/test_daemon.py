@@ -759,7 +759,7 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
             daemon.wait_for_captured(lnd.write())
         daemon.wait_for_log("cannot store")
         for given_up in lnd.written[1:3]:
-            daemon.wait_for_log(rf"error: given up .*-{given_up.sha256[-6:]}\b")
+            daemon.wait_for_log(rf"error: dropped, never staged: .*-{given_up.sha256[-6:]}\b")
         resource.prlimit(
             daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         )

@@ -363,7 +363,7 @@ def test_a_problem_that_changes_is_said_at_once(
         clock.now += 1
     assert [vars(line)["hint"] for line in caplog.records] == ["wait", "set the clock", "wait"]
     problem.resolve()
-    assert "5 failures" in caplog.messages[-1]
+    assert "failures: 5" in caplog.messages[-1]
 
 
 def test_a_problem_that_is_over_is_said_once(

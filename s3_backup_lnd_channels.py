@@ -991,8 +991,8 @@ def copy_version(copy_directory: str, version: Version) -> None:
     mounted is noticed. Raises BackupError. May hang as long as the mount does.
     """
     try:
-        if is_lnds(Path(copy_directory), Path()):
-            raise OSError(errno.EPERM, "it is a directory of LND's")
+        if is_lnds(Path(copy_directory), Path()) or os.path.lexists(f"{copy_directory}/.lock"):
+            raise OSError(errno.EPERM, "it is a directory of LND's, or a staging directory")
         with opened(Path(copy_directory)) as directory:
             names = sorted(filter(captured_at, os.listdir(directory)))
             for name in {version.name, *names[-1:]}.intersection(names):

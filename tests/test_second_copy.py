@@ -68,11 +68,59 @@ def test_a_directory_of_lnds_is_refused(
 ) -> None:
     """LND's directory and the staging directory cannot be the second place."""
     lnd.write()
-    for wrong in (lnd.directory, lnd.directory / "below", staging):
+    for wrong in (lnd.directory, lnd.directory / "below", staging, f"{staging}/"):
         done = run_script(fake_env | {"COPY_DIRECTORY": str(wrong)}, "once")
         assert done.returncode == 78
         assert f"COPY_DIRECTORY={wrong}" in done.stderr
+    link = copies / "link"
+    link.symlink_to(staging)
+    fake_env["COPY_DIRECTORY"] = str(link)
+    assert "cannot copy to COPY_DIRECTORY" in run_script(fake_env, "once").stderr
+    assert not [name for name in staging.iterdir() if VERSION_NAME.fullmatch(name.name)]
+    link.unlink()
+    fake_env["COPY_DIRECTORY"] = str(copies)
     (copies / "wallet.db").touch()
     done = run_script(fake_env, "once")
     assert "cannot copy to COPY_DIRECTORY" in done.stderr
     assert [file.name for file in copies.iterdir()] == ["wallet.db"]
+
+
+def leave_staged(env: dict[str, str], staging: Path) -> str:
+    """Run the daemon without S3, and return the name of the version that it leaves behind."""
+    away = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "SHUTDOWN_GRACE_SECONDS": "0"}
+    with Daemon(env | away) as daemon:
+        daemon.wait_for_log("captured")
+        assert daemon.stop() == 0
+    (name,) = [file.name for file in staging.iterdir() if VERSION_NAME.fullmatch(file.name)]
+    return name
+
+
+def test_a_version_staged_before_a_restart_is_copied(
+    fake_env: dict[str, str], lnd: Lnd, staging: Path, copies: Path
+) -> None:
+    """The second place gets the version on disk also if an earlier run staged it and this one only
+    sends it.
+    """
+    copies.rmdir()
+    version = lnd.write()
+    leave_staged(fake_env, staging)
+    copies.mkdir()
+    done = run_script(fake_env, "once")
+    assert done.returncode == 0, done.stderr
+    assert kept(copies) == {version.data}
+
+
+def test_a_file_that_is_not_the_version_is_no_copy(
+    fake_env: dict[str, str], lnd: Lnd, staging: Path, copies: Path
+) -> None:
+    """An empty file under the version's name, as a stick that was pulled out leaves, is a problem
+    that is told, and it is not overwritten.
+    """
+    copies.rmdir()
+    lnd.write()
+    name = leave_staged(fake_env, staging)
+    copies.mkdir()
+    (copies / name).touch()
+    with Daemon(fake_env) as daemon:
+        daemon.wait_for_log("error: cannot copy to COPY_DIRECTORY: .*File exists")
+    assert (copies / name).read_bytes() == b""

@@ -350,6 +350,8 @@ def test_more_arguments_of_the_put(fake: FakeS3, env: dict[str, str]) -> None:
         "Body=other",
         "Metadata=other",
         "ChecksumSHA256=other",
+        "IfNoneMatch=*",
+        "BucketKeyEnabled=true",
     ],
 )
 def test_arguments_that_cannot_be(fake: FakeS3, env: dict[str, str], value: str) -> None:
@@ -462,3 +464,13 @@ def test_commands_without_the_packages(env: dict[str, str], args: tuple[str, ...
     assert "Traceback" not in script.log
     assert re.search(r"-m venv \S", script.log)
     assert re.search(r"pip install .*requirements\.txt", script.log)
+
+
+def test_an_empty_variable_does_not_win(fake: FakeS3, env: dict[str, str], tmp_path: Path) -> None:
+    """A variable that is empty in the environment counts as not set: the file's value is taken."""
+    file = tmp_path / "settings"
+    file.write_text(f"AWS_REGION=eu-west-9\nS3_BUCKET_NAME={env['S3_BUCKET_NAME']}\n")
+    given = env | {"AWS_REGION": "", "S3_BUCKET_NAME": "", "AWS_ENDPOINT_URL_S3": fake.endpoint}
+    done = run_script(given, "--env-file", str(file), "once")
+    assert done.returncode == 0, done.stderr
+    assert "region eu-west-9" in done.stderr

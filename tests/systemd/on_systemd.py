@@ -704,7 +704,7 @@ def test_a_refused_key_is_told_once_and_its_end_as_well(alerts: Alerts, node: No
     node.revoke()
     node.lnd_writes()
     (subject,) = alerts.wait_for(1)
-    assert re.match(f"{node.box.name()}: lnd-backup: (NOT BACKED UP|UNKNOWN): .*S3", subject)
+    assert re.match(f"{node.box.name()}: lnd-backup: (NOT BACKED UP|UNKNOWN): .*s3://", subject)
     assert "status" not in subject
     body = alerts.mails()[0].get_content()
     assert body.startswith(subject)
@@ -888,7 +888,7 @@ def test_credentials_come_from_the_store_unless_the_environment_has_some(node: N
     node.wait_for_stored()
     assert "credentials: shared-credentials-file" in node.box.log()
     check = node.box.run("lnd-backup", "check", check=False)
-    assert (check.returncode, "proof: receipt" in check.stdout) == (0, True), check.stderr
+    assert (check.returncode, "S3 confirmed it" in check.stdout) == (0, True), check.stderr
     node.set_up(AWS_SECRET_ACCESS_KEY="stale")
     node.systemctl("restart", "lnd-backup")
     until("the log says which are used", lambda: "credentials: env" in node.box.log())

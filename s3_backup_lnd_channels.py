@@ -255,7 +255,8 @@ def read_receipt(directory: Path) -> Receipt | None:
     try:
         receipt = Receipt(**json.loads(read_file(path)[0]))
         receipt.is_proof(0)  # raises if the time makes no sense
-        if not captured_at(receipt.name) or not captured_at(receipt.newest or receipt.name):
+        names = {receipt.name, receipt.newest} - {""}
+        if not receipt.name or not all(map(captured_at, names)):
             raise ValueError("a wrong name")
         return receipt._replace(size_bytes=int(receipt.size_bytes))
     except (FileNotFoundError, NotADirectoryError):
@@ -387,7 +388,7 @@ class Bucket:
 
         It asks the SDK's source of credentials, which may take its time, and logs what is in use.
         """
-        with explained("cannot use the AWS settings"):
+        with explained("cannot use the AWS settings", CHECK_SDK):
             session = new_session()
             source = f"profile {session.profile_name}: {', '.join(scoped_config(session))}"
         with explained(f"cannot get credentials ({source})", CREDENTIALS):
@@ -397,10 +398,10 @@ class Bucket:
             keys = credentials.get_frozen_credentials()
             keep_secret(keys.secret_key, keys.token)
         if self.client is None:
-            with explained("cannot use the AWS settings"):
+            with explained("cannot use the AWS settings", CHECK_SDK):
                 self.client = new_client(session)
             url, region = self.client.meta.endpoint_url, self.client.meta.region_name
-            self.place = f"{urlsplit(url).hostname}/{self.name}"
+            self.place = f"{url.rpartition('//')[2].rpartition('@')[2].rstrip('/')}/{self.name}"
             told = "using endpoint %s, region %s, credentials: %s"
             log.info(told, url, region, credentials.method)
         return self.client
@@ -414,7 +415,8 @@ class Bucket:
         key, sha256 = self.prefix + name, sha256_of(data)
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         check = {"ChecksumSHA256": checksum, "ChecksumAlgorithm": "SHA256"}
-        if not self.place.split("/")[0].endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        host = urlsplit(client.meta.endpoint_url).hostname
+        if not host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
             # Nearly every store and Object Lock accept MD5; many refuse ChecksumSHA256.
             md5 = hashlib.md5(data, usedforsecurity=False).digest()
             check = {"ContentMD5": base64.b64encode(md5).decode()}
@@ -522,7 +524,8 @@ class Daemon:
         """Return for how many seconds nothing is to be done, unless something happens."""
         now, settings = time.monotonic(), self.settings
         pauses = [deadline - now, settings.rescan_seconds, settings.refresh_seconds or FOREVER]
-        pauses.append(float(os.environ.get("WATCHDOG_USEC") or "inf") / 3e6)
+        if os.environ.get("WATCHDOG_USEC", "").isdigit():
+            pauses.append(int(os.environ["WATCHDOG_USEC"]) / 3e6 or FOREVER)
         if self.reading.error or self.watching.error or self.unstaged:
             pauses.append(TROUBLE_SECONDS)
         if self.wants_upload():
@@ -707,7 +710,7 @@ class Daemon:
             time.monotonic() // settings.rescan_seconds
         )  # what failed is tried again in the next
         if settings.copy_directory and self.on_disk:
-            copy = (copy_version, settings.copy_directory, self.on_disk)
+            copy = (copy_version, settings.copy_directory, settings.file, self.on_disk)
             self.copy.run((self.on_disk.name, period), period, *copy)
         if settings.metrics_file:
             text = metrics_text(receipt, self.newest, waiting, problems)
@@ -779,7 +782,10 @@ async def in_daemon_thread(
             future.set_exception(error)
 
     thread = threading.Thread(target=work, name=what, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise TransientError(f"{what}: {error}", "raise the limit of threads") from None
     call = asyncio.wrap_future(future)
     call.add_done_callback(lambda done: done.cancelled() or done.exception())  # if abandoned
     await asyncio.wait([call], timeout=seconds)
@@ -849,9 +855,10 @@ def new_client(session: Any, **credentials: str) -> Any:
 
     def send(request: Any, **_: object) -> Any:  # every answer of S3 is read here, up to a limit
         request.stream_output = True
+        limit = LARGEST_BYTES if request.method == "GET" else 65536
         answer = client._endpoint.http_session.send(request)
-        data = answer.raw.read(LARGEST_BYTES + 1)
-        if len(data) > LARGEST_BYTES:
+        data = answer.raw.read(limit + 1)
+        if len(data) > limit:
             answer.raw.close()
             answer.headers["Content-Length"] = str(len(data))
         answer.raw = AnswerBody(data)
@@ -874,17 +881,29 @@ class AnswerBody(io.BytesIO):
         yield self.read()
 
 
-def start_program(command: list[str], **options: Any) -> Any:
-    """Start the SDK's credential_process without a terminal, and end it if it hangs (coreutils)."""
-    limit = ["timeout", "--kill-after=1", f"{SILENCE_SECONDS}"]
-    return subprocess.Popen(  # noqa: S603 - what the user configured for the SDK
-        [*limit, *command], stdin=subprocess.DEVNULL, **options
-    )
+class CredentialProgram(subprocess.Popen):  # type: ignore[type-arg]
+    """The SDK's credential_process, without a terminal, and ended if it hangs (by coreutils)."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        limit = ["timeout", "--kill-after=1", f"{SILENCE_SECONDS}"]
+        super().__init__([*limit, *command], stdin=subprocess.DEVNULL, **options)
+
+    def communicate(self, *_: Any, **__: Any) -> tuple[bytes, bytes]:
+        """Return its output; raises CredentialRetrievalError if a child still holds it open."""
+        try:
+            return super().communicate(timeout=SILENCE_SECONDS + 2)
+        except subprocess.TimeoutExpired:
+            raise credential_error("it hangs") from None
+
+
+def credential_error(why: str) -> Any:
+    """Return the SDK's own error for a source of credentials that does not work."""
+    return sdk.CredentialRetrievalError(provider="the program or role", error_msg=why)
 
 
 def no_prompt(_: str) -> str:
     """Refuse the SDK's question for a one-time code: nobody sits at a daemon's terminal."""
-    raise sdk.CredentialRetrievalError(provider="role", error_msg="it wants a code (mfa_serial)")
+    raise credential_error("it wants a code (mfa_serial), and nobody is here to type it")
 
 
 # --- 6. Telling: systemd, METRICS_FILE, HEARTBEAT_URL, COPY_DIRECTORY -----------------------------
@@ -984,20 +1003,21 @@ def request_heartbeat(url: str, why: str) -> None:
         raise TransientError(f"cannot reach HEARTBEAT_URL: {reason(error)}", hint) from None
 
 
-def copy_version(copy_directory: str, version: Version) -> None:
+def copy_version(copy_directory: str, file: Path, version: Version) -> None:
     """Keep a version in COPY_DIRECTORY too, unless the newest file there holds it.
 
     Nothing there is overwritten or deleted. The directory is not made, so that a stick that is not
     mounted is noticed. Raises BackupError. May hang as long as the mount does.
     """
     try:
-        if is_lnds(Path(copy_directory), Path()) or os.path.lexists(f"{copy_directory}/.lock"):
+        if is_lnds(Path(copy_directory), file) or os.path.lexists(f"{copy_directory}/.lock"):
             raise OSError(errno.EPERM, "it is a directory of LND's, or a staging directory")
         with opened(Path(copy_directory)) as directory:
             names = sorted(filter(captured_at, os.listdir(directory)))
             for name in {version.name, *names[-1:]}.intersection(names):
-                if read_file(name, directory)[0] == version.data:
-                    return  # it is the newest, or stands below one with a later name
+                with contextlib.suppress(OSError):  # one that cannot be read is no copy
+                    if read_file(name, directory)[0] == version.data:
+                        return  # it is the newest, or stands below one with a later name
             write_file(directory, *version, mode=0o640, new=True)
     except OSError as error:
         what = f"cannot copy to COPY_DIRECTORY: {copy_directory}: {error.strerror}"
@@ -1054,13 +1074,16 @@ def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
                 if captured:
                     at = entry["LastModified"].astimezone(UTC)
                     version = StoredVersion(name, key, int(entry["Size"]), captured, at)
-                    versions.append((version.counts_from(), version))
+                    if version.size_bytes >= EMPTY_BYTES:
+                        versions.append((version.counts_from(), version))
+                    else:
+                        unusable += 1
                 else:
                     others += 1
             except (KeyError, OverflowError):  # no such field, or no time to count with
                 unusable += 1
     if unusable:
-        log.warning("left out, S3 gave no size or no possible time: versions: %d", unusable)
+        log.warning("left out, S3 gave no possible size or time: versions: %d", unusable)
     ordered = [version for _, version in sorted(versions, reverse=True)]
     pairs = zip(ordered, [*ordered[1:], None], strict=False)
     return [version.marked(older) for version, older in pairs], others + len(folders), folders
@@ -1196,7 +1219,7 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     """Judge by the last receipt, and by how long LND's file has been waiting."""
     receipt = read_receipt(settings.staging)
     limit = 2 * settings.refresh_seconds
-    written = datetime.fromtimestamp(os.path.getmtime(settings.file), UTC)
+    written = datetime.fromtimestamp(min(os.path.getmtime(settings.file), time.time()), UTC)
     why = f"the version on disk has been waiting since {written:%Y-%m-%d %H:%M} UTC"
     if receipt and (receipt.bucket, receipt.key) == (bucket.place, bucket.prefix + receipt.name):
         stored = f"{receipt.stored_at[:16]} UTC"
@@ -1303,7 +1326,7 @@ def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str],
     what = f"cannot restore: s3://{bucket.name}/{bucket.prefix}"
     limit = options.before
     earlier = f" before {limit.isoformat()}" if limit else ""
-    versions = [each for each in list_versions(bucket)[0] if each.size_bytes >= EMPTY_BYTES]
+    versions = list_versions(bucket)[0]
     if limit:
         versions = [version for version in versions if version.counts_from() < limit]
     full = [version for version in versions if version.size_bytes > EMPTY_BYTES]
@@ -1355,7 +1378,7 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     except OSError as error:
         raise BackupError(f"{what}: {error.strerror}", elsewhere) from None
     except BackupError as error:
-        if before and not isinstance(error, TransientError):
+        if before:
             line = restore_line(options, *before, "--output", options.output)
             error.hint = "; ".join(filter(None, (error.hint, f"the version before it: {line}")))
         raise
@@ -1500,11 +1523,11 @@ def classify_s3_error(what: str, error: Exception, denied: str = "") -> BackupEr
     kinds = (sdk.ConnectionError, sdk.HTTPClientError, sdk.IncompleteReadError)
     if is_network or isinstance(error, kinds):
         return TransientError(message, NETWORK)
-    if denied == CREDENTIALS:
-        return BackupError(message, CREDENTIALS)
+    if denied in (CREDENTIALS, CHECK_SDK):
+        return BackupError(message, denied)
     if isinstance(error, sdk.ClientError):
         return classify_answer(what, error.response, denied)
-    if isinstance(error, (sdk.BotoCoreError, ValueError)):
+    if isinstance(error, sdk.BotoCoreError):
         return BackupError(message, CHECK_SDK)
     return TransientError(message, SOMETHING_BETWEEN)
 
@@ -1513,8 +1536,8 @@ def classify_answer(what: str, response: Mapping[str, Any], denied: str) -> Back
     """Return an error that was answered: S3's own code and words decide."""
     error = response.get("Error", {})
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = error.get("Code", "")
-    text = error.get("Message", "")[:500]
+    code = str(error.get("Code") or "")
+    text = str(error.get("Message") or "")[:500]
     words = ": ".join(filter(None, (code[:100], text))) or "no explanation"
     message = f"{what}: {words} (HTTP {status})"
     if code == "AccessDenied":
@@ -1618,7 +1641,11 @@ class Settings(NamedTuple):
     put_arguments: dict[str, str]
 
 
-PATH, SECONDS, URL = "/.+", r"[0-9]{1,9}(\.[0-9]{1,6})?", r"https?://[^\s/@]+([/?][!-~]*)?"
+PATH, SECONDS, URL = (
+    "/.+",
+    r"[0-9]{1,9}(\.[0-9]{1,6})?",
+    r"https?://(\[[^]\s]+\]|[^\s/@:]+)(:[0-9]{1,5})?([/?][!-~]*)?",
+)
 SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required), pattern, advice
     "MONITOR_FILE_PATH": (None, PATH, "write the absolute path of LND's channel.backup"),
     "BACKUP_DIRECTORY": (None, PATH, "write an absolute path, such as /var/lib/lnd-backup"),
@@ -1639,8 +1666,10 @@ PLAIN_LINE = re.compile(
 )
 SDK_NAMES = """AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION AWS_ROLE_ARN
     AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ROLE_SESSION_NAME AWS_WEB_IDENTITY_TOKEN_FILE
-    AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_EC2_METADATA_DISABLED HTTP_PROXY HTTPS_PROXY NO_PROXY
-    http_proxy https_proxy no_proxy REQUESTS_CA_BUNDLE STATE_DIRECTORY"""
+    AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_EC2_METADATA_DISABLED
+    AWS_CONTAINER_CREDENTIALS_RELATIVE_URI SSL_CERT_FILE TZ AWS_CONTAINER_AUTHORIZATION_TOKEN
+    AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy
+    no_proxy REQUESTS_CA_BUNDLE STATE_DIRECTORY"""
 
 
 def load_settings(environ: Mapping[str, str], command: str) -> Settings:
@@ -1700,12 +1729,13 @@ def warn_of_misspelt(names: Collection[str]) -> None:
         if not is_sdks and (name in names or name.startswith("S3_") or is_near):
             close = difflib.get_close_matches(name.upper(), known, 1, 0.6)
             meant = f": did you mean {close[0]}?" if close else ""
-            log.warning("%s is not a setting and is ignored%s", name, meant)
+            log.warning("%s is not a known setting%s", name, meant)
 
 
 def config_error(name: str, value: str, why: str, hint: str) -> ConfigError:
     """Return what is wrong with a setting; its value is not told if it may be a secret."""
-    is_secret = "KEY" in name or "TOKEN" in name or name == "HEARTBEAT_URL" or "@" in value
+    is_secret = "KEY" in name or "TOKEN" in name or "@" in value
+    is_secret |= name == "HEARTBEAT_URL" or "SSECustomer" in value
     return ConfigError(f"configuration: {name}={'***' if is_secret else value}: {why}", hint)
 
 
@@ -1778,10 +1808,11 @@ def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[
     members = client.meta.service_model.operation_model("PutObject").input_shape.members
     known = {name for name, shape in members.items() if shape.type_name == "string"}
     known -= {"Bucket", "Key", "ContentMD5", "ChecksumSHA256", "ChecksumAlgorithm"}
-    known -= {"IfMatch", "IfNoneMatch"}  # the same version twice has to be the same object
+    # The same version twice has to be the same object, and `restore` has no key for it.
+    known -= {"IfMatch", "IfNoneMatch", "SSECustomerKey", "SSECustomerAlgorithm"}
     for name in set(re.findall(r"(?:^|,)(\w+)=", arguments)) - known:
         what = f"configuration: S3_PUT_EXTRA_ARGS: {name}: cannot be used"
-        faults.append(ConfigError(what, "write names of put_object's arguments, with their case"))
+        faults.append(ConfigError(what, "write text arguments of put_object, with their case"))
     if url.path.rstrip("/").endswith(f"/{bucket}"):
         what = f"configuration: endpoint {url.geturl()}: ends with the bucket's name"
         faults.append(ConfigError(what, "leave the bucket's name out"))
@@ -1901,8 +1932,7 @@ def prepare_output() -> None:
 
 def prepare_environment(more: Mapping[str, str]) -> None:
     """Add settings to the environment, learn the secrets, and hold the SDK's sources to limits."""
-    given = {name: value for name, value in os.environ.items() if value or name not in more}
-    for name, value in {**more, **given}.items():
+    for name, value in (more | os.environ).items():
         os.environ[name] = value
         if name.startswith("AWS_") and not value:
             del os.environ[name]  # the SDK would look for a profile, a region of no name
@@ -1913,7 +1943,7 @@ def prepare_environment(more: Mapping[str, str]) -> None:
             keep_secret(user, user.partition("/")[0])
     warn_of_misspelt(more)
     limited = functools.partial
-    sources.ProcessProvider = limited(sources.ProcessProvider, popen=start_program)
+    sources.ProcessProvider = limited(sources.ProcessProvider, popen=CredentialProgram)
     sources.AssumeRoleProvider = limited(sources.AssumeRoleProvider, prompter=no_prompt)
 
 

@@ -564,3 +564,14 @@ def test_a_receipt_cannot_forge_lines(env: dict[str, str], staging: Path, lnd: L
         json.dumps(json.loads(receipt.read_text()) | {"key": "evil\x1b[31m\nstored"})
     )
     assert line(env, 75).isprintable()
+
+
+def test_a_receipt_of_another_port_proves_nothing(
+    env: dict[str, str], lnd: Lnd, fake: FakeS3
+) -> None:
+    """A receipt counts for the whole endpoint: another store may answer at another port."""
+    lnd.write()
+    back_up(env)
+    age(lnd, FIVE_HOURS)
+    answer = check(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "receipt", None)

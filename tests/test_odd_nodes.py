@@ -554,3 +554,28 @@ def test_a_path_that_stdout_cannot_encode(
     assert done.returncode == 0, done.stderr
     assert (home / "ü").read_bytes() == wanted
     assert "lncli" in done.stdout
+
+
+def test_no_thread_can_be_started(
+    fake_env: dict[str, str], fake: FakeS3, lnd: Lnd, started_by: Callable[[str], None]
+) -> None:
+    """When the system grants no thread, versions are captured, the log says why they are not sent,
+    and they are sent once it grants one.
+    """
+    started_by("""
+import threading
+start = threading.Thread.start
+left = [3]
+def refuse(thread):
+    if left[0]:
+        left[0] -= 1
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = refuse
+""")
+    version = lnd.write()
+    with Daemon(fake_env | AT_ONCE) as daemon:
+        daemon.wait_for_log("warning: cannot store: can't start new thread\n.*hint: ")
+        daemon.wait_for_stored(version)
+        assert daemon.stop() == 0
+    assert {request.body for request in fake.requests} == {version.data}

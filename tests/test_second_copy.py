@@ -78,6 +78,10 @@ def test_a_directory_of_lnds_is_refused(
     assert "cannot copy to COPY_DIRECTORY" in run_script(fake_env, "once").stderr
     assert not [name for name in staging.iterdir() if VERSION_NAME.fullmatch(name.name)]
     link.unlink()
+    link.symlink_to(lnd.directory)
+    assert "cannot copy to COPY_DIRECTORY" in run_script(fake_env, "once").stderr
+    assert [file.name for file in lnd.directory.iterdir()] == [lnd.path.name]
+    link.unlink()
     fake_env["COPY_DIRECTORY"] = str(copies)
     (copies / "wallet.db").touch()
     done = run_script(fake_env, "once")
@@ -124,3 +128,16 @@ def test_a_file_that_is_not_the_version_is_no_copy(
     with Daemon(fake_env) as daemon:
         daemon.wait_for_log("error: cannot copy to COPY_DIRECTORY: .*File exists")
     assert (copies / name).read_bytes() == b""
+
+
+def test_a_file_that_cannot_be_read_is_no_copy(
+    fake_env: dict[str, str], lnd: Lnd, copies: Path
+) -> None:
+    """What bears a later version's name and cannot be read keeps no version from being copied."""
+    version = lnd.write()
+    other = copies / "98000101T000000.000000Z-abcdef"
+    other.mkdir()
+    done = run_script(fake_env, "once")
+    assert done.returncode == 0, done.stderr
+    other.rmdir()
+    assert kept(copies) == {version.data}

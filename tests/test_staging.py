@@ -380,6 +380,10 @@ RECEIPTS = {
     "name is a number": GOOD_RECEIPT.replace(f'"{true_name(GOOD)}"'.encode(), b"1", 1),
     "name is none": GOOD_RECEIPT.replace(true_name(GOOD).encode(), b"../../etc/passwd"),
     "newest is none": GOOD_RECEIPT.replace(b'"newest": ""', b'"newest": "x"'),
+    **{
+        f"newest is {value}": GOOD_RECEIPT.replace(b'"newest": ""', f'"newest": {value}'.encode())
+        for value in ("0", "null", "[]")
+    },
     "size is no number": re.sub(rb'"size_bytes": \d+', b'"size_bytes": "x"', GOOD_RECEIPT),
     "size is infinite": re.sub(rb'"size_bytes": \d+', b'"size_bytes": Infinity', GOOD_RECEIPT),
     "time is none": re.sub(rb'"stored_at": "[^"]*"', b'"stored_at": "x"', GOOD_RECEIPT),

@@ -466,11 +466,13 @@ def test_commands_without_the_packages(env: dict[str, str], args: tuple[str, ...
     assert re.search(r"pip install .*requirements\.txt", script.log)
 
 
-def test_an_empty_variable_does_not_win(fake: FakeS3, env: dict[str, str], tmp_path: Path) -> None:
-    """A variable that is empty in the environment counts as not set: the file's value is taken."""
+def test_an_empty_variable_hides_the_one_in_the_file(
+    fake: FakeS3, env: dict[str, str], tmp_path: Path
+) -> None:
+    """The file never overrides the environment, in which an empty variable counts as not set."""
     file = tmp_path / "settings"
-    file.write_text(f"AWS_REGION=eu-west-9\nS3_BUCKET_NAME={env['S3_BUCKET_NAME']}\n")
-    given = env | {"AWS_REGION": "", "S3_BUCKET_NAME": "", "AWS_ENDPOINT_URL_S3": fake.endpoint}
-    done = run_script(given, "--env-file", str(file), "once")
+    file.write_text("S3_BACKUP_PREFIX=bob/\n")
+    done = run_script(env | {"S3_BACKUP_PREFIX": ""}, "--env-file", str(file), "once")
     assert done.returncode == 0, done.stderr
-    assert "region eu-west-9" in done.stderr
+    (request,) = fake.requests
+    assert "/bob/" not in request.path

@@ -1,0 +1,143 @@
+"""What tests/README.md and CONTRIBUTING.md name is there, and their tables lack nothing."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import test_docs
+from kit import CHECKOUT
+
+import s3_backup_lnd_channels as program
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TESTS = CHECKOUT / "tests"
+PAGES = {
+    name: (CHECKOUT / name).read_text(encoding="utf-8")
+    for name in ("tests/README.md", "CONTRIBUTING.md")
+}
+TABLES = PAGES["tests/README.md"]
+NAMED = re.compile(r"`([\w/]+\.py)::([\w:]+)`")
+
+
+def rows(first: str) -> dict[str, str]:
+    """Return the second cells of every table whose first column has this head, by the first."""
+    found: dict[str, str] = {}
+    for table in re.findall(rf"^\| {first} \|.*\n\|[-| ]+\n((?:\|.*\n)+)", TABLES, re.MULTILINE):
+        for line in table.splitlines():
+            row = re.fullmatch(r"\| (.+?) \| (.*) \|", line)
+            assert row, line
+            assert row[1] not in found, f"there twice: {row[1]}"
+            found[row[1]] = row[2]
+    assert found, f"no table begins with {first}"
+    return found
+
+
+def defined_in(nodes: list[ast.stmt], above: str = "") -> Iterator[str]:
+    """Yield the tests among these definitions; those of a class bear its name."""
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            yield from defined_in(node.body, f"{above}{node.name}::")
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield above + node.name
+
+
+def test_every_named_test_exists() -> None:
+    """Whatever is written as FILE::TEST is a test in that file below tests/."""
+    named = {name.removeprefix("tests/") for name, _ in NAMED.findall(TABLES)}
+    there = {
+        name: set(defined_in(ast.parse((TESTS / name).read_text(encoding="utf-8")).body))
+        for name in named
+        if (TESTS / name).is_file()
+    }
+    missing = [
+        f"{name}::{test}"
+        for name, test in NAMED.findall(TABLES)
+        if test not in there.get(name.removeprefix("tests/"), ())
+    ]
+    assert missing == []
+    assert len(re.findall(r"`[^`\n]*\.py::[^`\n]*`", TABLES)) == len(NAMED.findall(TABLES))
+
+
+@pytest.mark.parametrize("first", ["promise", "setting", "exit code"])
+def test_every_row_names_a_test(first: str) -> None:
+    """Each promise, setting and exit code has a test, and nothing else in its cell."""
+    for name, cell in rows(first).items():
+        assert NAMED.search(cell), name
+        assert NAMED.sub("", cell).strip(", ") == "", name
+
+
+def test_every_setting_has_a_row() -> None:
+    """The settings of the program, and no other, have a row each."""
+    assert set(rows("setting")) == {f"`{name}`" for name in program.SETTINGS}
+
+
+def test_every_exit_code_has_a_row() -> None:
+    """The exit codes of the program, argparse's 2, and the end by a signal have a row each."""
+    codes = {program.EXIT_DONE, program.EXIT_FAILED, 2, program.EXIT_TRY_AGAIN, program.EXIT_CONFIG}
+    assert set(rows("exit code")) == {str(code) for code in codes} | {"128 + signal"}
+
+
+def test_every_file_of_tests_is_named() -> None:
+    """No file of tests is without a test in the tables."""
+    named = {name for name, _ in NAMED.findall(TABLES)}
+    files = [*TESTS.glob("test_*.py"), *TESTS.glob("*/on_*.py"), TESTS / "faults/node.py"]
+    assert [file.name for file in files if file.relative_to(TESTS).as_posix() not in named] == []
+
+
+def test_every_module_of_the_kit_is_described() -> None:
+    """The modules of tests/kit have a row each, which says what the module is for; the names that
+    begin it are the module's.
+    """
+    told = rows("module")
+    modules = {f"`kit/{module.name}`": module for module in (TESTS / "kit").glob("*.py")}
+    assert set(told) == set(modules)
+    for name, module in modules.items():
+        assert len(told[name].split()) > 4, name
+        source = module.read_text(encoding="utf-8")
+        for word in re.findall(r"`(\w+)`", told[name].partition(":")[0]):
+            assert re.search(rf"^(class|def) {word}\b", source, re.MULTILINE), (name, word)
+
+
+def test_every_directory_is_described() -> None:
+    """The directories that are named exist, and those below tests/ are all named."""
+    told = rows("directory")
+    for name, cell in told.items():
+        assert (CHECKOUT / name.strip("`")).is_dir(), name
+        assert cell, name
+    there = {f"`tests/{path.name}`" for path in TESTS.iterdir() if path.is_dir()}
+    assert there - {"`tests/__pycache__`"} | {"`bench`"} == set(told)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_targets_and_links_exist(page: str) -> None:
+    """Each file, target of make, and link that the two pages name is there."""
+    text = PAGES[page]
+    makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`make\s+([\w-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"`((?:tests|docs|bench|systemd)/[\w./-]+|[A-Z]+\.md)`", text):
+        assert (CHECKOUT / path).exists(), path
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, heading = target.partition("#")
+        file = (CHECKOUT / page).parent / path if path else CHECKOUT / page
+        assert file.is_file(), target
+        headings = re.findall(r"^#+ (.+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if heading:
+            assert heading in {each.lower().replace(" ", "-") for each in headings}, target
+
+
+def test_the_limits_are_those_that_are_tested() -> None:
+    """CONTRIBUTING.md names each limit of tests/test_docs.py on the program, with its number."""
+    text = PAGES["CONTRIBUTING.md"]
+    limits = dict(re.findall(r"^\| `([A-Z]+_MAX)` \| (.+?) \|", text, re.MULTILINE))
+    whole = {name for name in vars(test_docs) if name.endswith("_MAX")} - {"PICTURE_BYTES_MAX"}
+    assert set(limits) == whole
+    for name, told in limits.items():
+        if not told.startswith("see "):
+            assert float(told.split()[0]) == getattr(test_docs, name), name
+    assert f" at {test_docs.COLUMNS} columns" in " ".join(text.split())

@@ -36,6 +36,8 @@ from kit import (
 from kit import fake_s3 as answers
 from kit import script as script_module
 
+import s3_backup_lnd_channels as program
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -922,3 +924,28 @@ def test_no_warning_of_secrets_that_cannot_be_read(
     with Daemon(env) as daemon:
         assert "can read" not in daemon.log
         daemon.wait_for_stored(lnd.written[-1])
+
+
+# --- The request of a heartbeat ---
+
+
+@pytest.mark.parametrize(
+    ("path", "why", "method", "asked", "body"),
+    [
+        ("/ping/a?b=c", "", "GET", "/ping/a?b=c", b""),
+        ("/ping/a?b=c", "why\nnot", "POST", "/ping/a/fail?b=c", rb"why\nnot"),
+        ("/api/push/a?status=up&msg=OK", "", "GET", "/api/push/a?status=up", b""),
+        ("/api/push/a", "why & not", "GET", "/api/push/a?status=down&msg=why+%26+not", b""),
+    ],
+    ids=["good", "fail", "kuma good", "kuma down"],
+)
+def test_what_a_heartbeat_asks_for(
+    beat: FakeS3, path: str, why: str, method: str, asked: str, body: bytes
+) -> None:
+    """A good heartbeat is a GET, a bad one a POST to /fail with the reason; a push URL of Uptime
+    Kuma takes both in its query. Each says that it comes from this program.
+    """
+    program.request_heartbeat(beat.endpoint + path, why)
+    (request,) = beat.requests
+    assert (request.method, request.path, request.body) == (method, asked, body)
+    assert request.headers["user-agent"] == f"lnd-backup/{program.__version__}"

@@ -8,6 +8,7 @@ import pytest
 from kit import VERSION_NAME, Daemon, FakeS3, run_script
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from kit import Lnd
@@ -141,3 +142,25 @@ def test_a_file_that_cannot_be_read_is_no_copy(
     assert done.returncode == 0, done.stderr
     other.rmdir()
     assert kept(copies) == {version.data}
+
+
+def test_a_second_place_that_hangs_delays_nothing(
+    fake_env: dict[str, str], lnd: Lnd, copies: Path, started_by: Callable[[str], None]
+) -> None:
+    """While whoever looks at the second place waits for ever, as on a mount whose server is gone,
+    versions are captured and stored, and a stop is an orderly one.
+    """
+    started_by(f"""
+import os, threading
+listdir = os.listdir
+def hang(path="."):
+    if str(path) == {str(copies)!r}:
+        threading.Event().wait()
+    return listdir(path)
+os.listdir = hang
+""")
+    with Daemon(fake_env) as daemon:
+        for _ in range(3):
+            daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0
+    assert kept(copies) == set()

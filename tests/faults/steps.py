@@ -311,7 +311,7 @@ def hit_the_loop(calls: list[Call]) -> bool:
     waking = re.compile(
         r'anon_inode|write\(\d+<[^>]*>, "[^"]*", 1\)'
     )  # a signal is one byte to the loop
-    main = calls[0].thread
+    main = min((call.thread for call in calls), key=int)  # the oldest; a trace may begin in another
     return any(
         waking.search(call.line) or (call.name == "recvfrom" and call.thread == main)
         for call in hit

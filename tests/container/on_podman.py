@@ -201,7 +201,7 @@ def test_a_reader_lists_and_restores(sidecar: Sidecar, tmp_path: Path) -> None:
     out.mkdir()
     os.chown(out, 10001, 10001)
     sidecar.more = [f"--volume={out}:/recovery"]
-    assert sidecar.command("list").stdout.count(PREFIX) == 1
+    assert sidecar.command("list").stdout.count(f"-{written.sha256[-6:]} ") == 1
     done = sidecar.command("restore", "--output", "/recovery/channel.backup")
     assert done.returncode == 0, done.stderr
     assert (out / "channel.backup").read_bytes() == written.data
@@ -268,6 +268,9 @@ def test_the_health_check_tells_a_refused_backup_from_an_absent_s3(sidecar: Side
         )
         refused = sidecar.lnd.write(2)
         daemon.wait_for_log(rf"captured \S+-{refused.sha256[-6:]}\b")
+        assert daemon.health() == HEALTHY  # it was written just now
+        long_ago = time.time() - 11 * 60
+        os.utime(sidecar.lnd.path, (long_ago, long_ago))
         assert daemon.health() == UNHEALTHY
 
 

@@ -219,7 +219,9 @@ def write_file(
         try:
             os.fsync(directory)  # a new name outlives a power cut only once its directory is synced
         except OSError as error:
-            if not new and error.errno != errno.EINVAL:  # old CIFS; a step that only hardens
+            if (
+                not new and error.errno != errno.EINVAL
+            ):  # for a new file, and on old CIFS, it only hardens
                 raise
     finally:
         with contextlib.suppress(OSError):
@@ -234,7 +236,7 @@ class Receipt(NamedTuple):
     size_bytes: int
     stored_at: str  # ISO 8601, UTC: when the put began, by this machine's clock
     sha256: str
-    bucket: str  # HOST/BUCKET: a receipt is valid for this bucket only
+    bucket: str  # ENDPOINT/BUCKET: a receipt is valid for this bucket only
     newest: str = ""  # the highest name ever given: names increase across restarts
 
     def is_proof(self, refresh_seconds: float) -> bool:
@@ -319,9 +321,7 @@ class Staging:
             self.unreadable.add(name)
             try:
                 data, _ = read_file(name, self.fd)
-            except (
-                OSError
-            ):  # once more: an error that passes, such as EMFILE, makes no second capture
+            except OSError:  # tried again: what passes, as EMFILE may, makes no second capture
                 data, _ = read_file(name, self.fd)
             self.unreadable.discard(name)
             is_possible = EMPTY_BYTES <= len(data) <= LARGEST_BYTES
@@ -512,7 +512,7 @@ class Daemon:
                 self.staging.tidy()
             self.report(deadline)
         if self.unstaged:
-            log.error("lost: %s: neither the disk nor S3 took it", self.unstaged.name)
+            log.error("not backed up: %s: neither the disk nor S3 took it", self.unstaged.name)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # what is left may fail
 
     def telling(self) -> list[asyncio.Task[None]]:
@@ -706,9 +706,7 @@ class Daemon:
             seconds = deadline - time.monotonic() + TELLING_SECONDS
             status += f"\nSTOPPING=1\nEXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}"
         notify_systemd(f"WATCHDOG=1\nSTATUS={status}")
-        period = (
-            time.monotonic() // settings.rescan_seconds
-        )  # what failed is tried again in the next
+        period = time.monotonic() // settings.rescan_seconds  # a failure waits for the next one
         if settings.copy_directory and self.on_disk:
             copy = (copy_version, settings.copy_directory, settings.file, self.on_disk)
             self.copy.run((self.on_disk.name, period), period, *copy)
@@ -1105,7 +1103,7 @@ def list_pages(bucket: Bucket) -> Iterator[dict[str, Any]]:
         if token in (None, "", last):
             break
         request["ContinuationToken"] = token
-    log.warning("%s: S3 names no further page; what it has listed is used", what)
+    log.warning("%s: the list has no proper end; what S3 has listed is used", what)
 
 
 def get_version(bucket: Bucket, key: str) -> bytes:
@@ -1141,9 +1139,8 @@ def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> in
         log.warning("%s is a link: no event comes from its target, only rescans see changes", file)
     for name in ("admin.macaroon", "wallet.db"):
         if os.access(file.parent / name, os.R_OK):
-            log.warning(
-                "this user can read %s: docs/access.md shows how to avoid this", file.parent / name
-            )
+            told = "this user can read %s: docs/access.md shows how to avoid this"
+            log.warning(told, file.parent / name)
     if settings.heartbeat_url and not settings.refresh_seconds:
         log.warning("REFRESH_SECONDS=0: there is no heartbeat while no channel changes")
     daemon = Daemon(settings, bucket)
@@ -1165,7 +1162,8 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
         if error is None:
             error = TransientError(f"S3 did not confirm it in {ONE_SHOT_SECONDS:.0f} s", NETWORK)
             error.log()
-        log.error("staged, and not sent: %d", len(daemon.staging.pending))
+        count = len(daemon.staging.pending) + (daemon.unstaged is not None)
+        log.error("waiting, and not sent: %d", count)
     return error.exit_code if error else EXIT_DONE
 
 
@@ -1224,10 +1222,8 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     if receipt and (receipt.bucket, receipt.key) == (bucket.place, bucket.prefix + receipt.name):
         stored = f"{receipt.stored_at[:16]} UTC"
         if receipt.sha256 == sha256_of(data) and receipt.is_proof(limit):
-            by = (
-                f"S3 confirmed it at {stored}; this key cannot read the bucket to compare the bytes"
-            )
-            return Verdict(True, "receipt", receipt, by)
+            why = f"S3 confirmed it at {stored}; this key cannot read the bucket to compare it"
+            return Verdict(True, "receipt", receipt, why)
         if limit and age_seconds(datetime.fromisoformat(receipt.stored_at)) > limit:
             return Verdict(False, "receipt", receipt, f"nothing was stored since {stored}")
     else:

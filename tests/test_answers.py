@@ -549,3 +549,5 @@ def test_garbage_does_not_hide_a_drop(home: Path, s3: S3Server) -> None:
     assert done.returncode == 0, done.stderr
     assert (home / "channel.backup").read_bytes() == one
     assert (home / "channel.backup.2").read_bytes() == both
+    listed = json.loads(run_script(env, "list", "--json").stdout)
+    assert [each["size_bytes"] for each in listed] == [len(one), len(both)]

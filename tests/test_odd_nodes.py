@@ -385,7 +385,7 @@ def test_once_sends_a_backlog_however_long_it_takes(
         done = run_script(settings_at(raw.endpoint, lnd, staging), "once", timeout=60)
         assert time.monotonic() - raw.asked_at > A_MINUTE / 4
     assert set(sent) == set(left)
-    assert "staged, and not sent" not in done.stderr
+    assert "waiting, and not sent" not in done.stderr
 
 
 # --- The staging directory ---

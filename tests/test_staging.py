@@ -17,6 +17,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -965,3 +966,28 @@ def test_disk_that_refuses_the_lock_is_refused(code: int, staging: Path) -> None
         pytest.raises(program.ConfigError, match=os.strerror(code)),
     ):
         program.Staging(staging)
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest"), [(program.TransientError, 60), (program.BackupError, 300)]
+)
+def test_the_pause_after_a_failure_has_an_end(
+    daemon: Callable[[], program.Daemon], kind: type[program.BackupError], longest: float
+) -> None:
+    """However often S3 failed, the next attempt is at most a minute away, or five minutes where the
+    settings are at fault.
+    """
+
+    async def fail() -> program.Receipt:
+        raise kind("cannot store", "wait")
+
+    async def scenario() -> float:
+        one = daemon()
+        one.failures = 10
+        one.upload = asyncio.create_task(fail())
+        await asyncio.wait([one.upload])
+        began = time.monotonic()
+        one.finish_upload()
+        return float(one.retry_at) - began
+
+    assert longest / 2 <= asyncio.run(scenario()) < longest + 1

@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import urllib.request
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from fnmatch import fnmatch
@@ -80,7 +81,7 @@ LARGEST_BYTES = 16 << 20  # some 24,000 channels; the service stays below its Me
 DROP_BYTES = 300  # a file smaller by so much lacks a channel: each takes 378 or more (LND 0.21)
 LND_FILES = ("channel.db", "wallet.db", "*.macaroon", "chan-backup-archives", "lnd.conf")
 # Never to be restored from a copy (a stale channel.db loses money), or never to leave the node.
-FORBIDDEN = "channel.db wallet.db *.sqlite* *.macaroon hsm_secret walletunlock.json"
+FORBIDDEN = r"(channel|wallet)\.db|.*\.sqlite.*|.*\.macaroon|hsm_secret|walletunlock\.json"
 PAGES_MAX = 1000  # of a thousand keys each: a longer list is taken for endless
 LATE_SECONDS = 600.0  # a put that began so long after the capture may not be the newest by time
 TROUBLE_SECONDS = 1.0  # how often to look at a file that is absent, unreadable or unwatched
@@ -137,8 +138,7 @@ def new_name(sha256: str, newest: str) -> str:
 
 def is_forbidden(path: str) -> bool:
     """Tell whether a path names something that must never be copied."""
-    name = os.path.basename(path).lower()
-    return any(fnmatch(name, pattern) for pattern in FORBIDDEN.split())
+    return re.fullmatch(FORBIDDEN, os.path.basename(path).lower(), re.DOTALL) is not None
 
 
 def read_file(path: Path | str, directory: int | None = None) -> tuple[bytes, os.stat_result]:
@@ -479,7 +479,8 @@ class Daemon:
         if is_once:
             grace, last = ONE_SHOT_SECONDS, TELLING_SECONDS
         install_signal_handlers(self.stop)
-        stopped, deadline, fewest = asyncio.create_task(self.stop.wait()), FOREVER, FOREVER
+        stopped, never = asyncio.create_task(self.stop.wait()), asyncio.Future[None]()
+        deadline = fewest = FOREVER
         self.watch_directory()
         notify_systemd("READY=1")
         while True:
@@ -488,7 +489,7 @@ class Daemon:
             self.watch_directory()
             self.list_staging()
             self.capture()
-            self.start_upload()
+            await self.start_upload()
             with self.using_disk():
                 self.staging.tidy()  # while the next version is on its way
             if is_once and len(self.staging.pending) < fewest:
@@ -496,11 +497,9 @@ class Daemon:
             self.report(deadline)
             if self.stop.is_set() and (self.is_finished() or time.monotonic() >= deadline):
                 break
-            tasks = [stopped, self.event, self.upload, *self.telling()]
-            tasks.append(asyncio.create_task(asyncio.sleep(self.pause(deadline))))
-            running = [task for task in tasks if task and not task.done()]
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            running[-1].cancel()
+            awaited = [never, stopped, self.event, self.upload, *self.telling()]
+            running = [each for each in awaited if each and not each.done()]
+            await asyncio.wait(running, timeout=self.pause(deadline), return_when=FIRST_COMPLETED)
             self.finish_upload()
         self.list_at = 0.0  # stays so if the directory cannot be listed
         self.list_staging()
@@ -654,7 +653,7 @@ class Daemon:
         is_last = self.newest_receipt is self.staging.receipt
         return is_last and self.newest_receipt.is_proof(self.settings.refresh_seconds)
 
-    def start_upload(self) -> None:
+    async def start_upload(self) -> None:
         """Send the newest version that waits, if nothing is in flight and it is time."""
         now = time.monotonic()
         if not self.wants_upload() or now < self.retry_at:
@@ -669,6 +668,7 @@ class Daemon:
             else:
                 call = in_daemon_thread(ATTEMPT_SECONDS, "cannot connect", self.bucket.connect)
             self.upload = asyncio.create_task(call)
+            await asyncio.sleep(0)  # it begins here, and not when the loop comes to wait
 
     def finish_upload(self) -> None:
         """Take what came of the upload: a receipt, or a failure and when to try again."""
@@ -911,12 +911,10 @@ def no_prompt(_: str) -> str:
 
 def notify_systemd(state: str) -> None:
     """Tell systemd (sd_notify(3)). It neither fails nor waits if nobody reads."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as notify:
-        notify.sendto(state.encode(), address)
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as notify:
+            notify.sendto(state.encode(), re.sub("^@", "\0", address))  # @: an abstract address
 
 
 def status_line(receipt: Receipt | None, waiting: int, problems: list[Problem]) -> str:

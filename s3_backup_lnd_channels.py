@@ -219,9 +219,8 @@ def write_file(
         try:
             os.fsync(directory)  # a new name outlives a power cut only once its directory is synced
         except OSError as error:
-            if (
-                not new and error.errno != errno.EINVAL
-            ):  # for a new file, and on old CIFS, it only hardens
+            is_optional = new or error.errno == errno.EINVAL  # not every stick or NAS can
+            if not is_optional:
                 raise
     finally:
         with contextlib.suppress(OSError):
@@ -1864,9 +1863,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, **options)
         if name in ("check", "list"):
-            command.add_argument(
-                "--json", action="store_true", help="print JSON: see docs/reference.md"
-            )
+            command.add_argument("--json", action="store_true", help="print JSON, for scripts")
     restore = commands.choices["restore"]
     which, name = restore.add_mutually_exclusive_group(), "channel.backup"
     which.add_argument("--key", help="this version: a whole key, or the name alone")

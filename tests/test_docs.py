@@ -28,8 +28,8 @@ EXAMPLE = (CHECKOUT / "lnd-backup-env.example").read_text(encoding="utf-8")
 UNIT = CHECKOUT / "lnd-backup.service"
 COLUMNS = 100
 # These may be lowered, and never raised: a limit that gives way to a change only counts.
-LINES_MAX = 1946
-HEART_MAX = 624
+LINES_MAX = 1943
+HEART_MAX = 623
 TOKENS_MAX = 9.5  # in a line of code
 FUNCTION_MAX = 45  # lines
 CONDITIONALS_MAX = 3  # conditional expressions in 100 lines of code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pty
@@ -21,6 +22,8 @@ from kit import (
     FakeS3,
     FaultProxy,
     Lnd,
+    RawS3,
+    Request,
     S3Server,
     Script,
     allow,
@@ -30,15 +33,15 @@ from kit import (
     script_environment,
 )
 from kit import fake_s3 as answers
+from kit.raw_s3 import framed, listing
+from shared import HOUR, NOON, put_version
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 ONE_MINUTE = 60.0
 CROWD = 2500
-NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-HOUR = timedelta(hours=1)
 YEAR = timedelta(days=365)
 FIELDS = {"key", "name", "captured_at", "stored_at", "size_bytes", "empty"}
 EMPTY, AHEAD = "no channels", "named later than stored"
@@ -512,3 +515,64 @@ def test_an_env_file_is_enough(
 def test_wrong_usage(reader: dict[str, str]) -> None:
     """An option of another command is wrong usage."""
     assert run_script(reader, "list", "--key", "x").returncode == 2
+
+
+# --- list ---
+
+
+@pytest.mark.unmeasured
+def test_drops_are_marked(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
+    """A version that is at least 300 bytes smaller than the one before it is marked, an empty one
+    counts, and no other is.
+    """
+    sizes = [1000, 700, 401, 2000, 1300, 1300, 45, 700, 401, 101, 45, 45]
+    dropped = [False, True, False, False, True, False, True, False, False, True, False, False]
+    for hours, size in enumerate(sizes):
+        put_version(s3, bucket, NOON + HOUR * hours, os.urandom(size))
+    done = run_script(reader, "list")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[:0:-1]  # without the head
+    words = "(?i)smaller|drop|shr[aiu]nk|lack|fewer|less"
+    assert [bool(re.search(words, line)) for line in lines] == dropped
+    assert [bool(re.search("no channels", line)) for line in lines] == [
+        size == 45 for size in sizes
+    ]
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("prefix", ["", "bob/regtest"])
+def test_folders_in_place_of_versions(s3: S3Server, bucket: str, prefix: str) -> None:
+    """A list without a version names the folders that are there, escaped, and no key that lies in
+    them.
+    """
+    for folder in ("Alice/", "bob/mainnet/", "carol\x1b[31m/"):
+        key = put_version(s3, bucket, NOON, channel_backup(1), prefix=folder)
+    reader = reader_settings(s3, bucket, prefix, s3.reader_user(bucket))
+    done = run_script(reader, "list")
+    assert done.returncode == 0
+    assert not re.search(r"\d{8}T", done.stdout)
+    for folder in ("Alice/", "bob/", "carol"):
+        assert folder in done.stderr
+    assert key[-30:] not in done.stderr
+    assert all(character.isprintable() for character in done.stderr if character != "\n")
+
+
+@pytest.mark.unmeasured
+def test_more_folders_than_anybody_reads(reader: dict[str, str]) -> None:
+    """Of folders without end some are named."""
+    pages = itertools.count()
+
+    def page(request: Request) -> Iterable[bytes]:
+        if "prefix=alice" in request.path:
+            return framed([listing()])
+        number = next(pages)
+        names = (f"{'x' * 200}{number}-{each}/" for each in range(500))
+        found = (f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in names)
+        return framed([listing(*found, truncated="true", token=f"token-{number}")])
+
+    with RawS3(page) as raw:
+        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": raw.endpoint}, "list")
+        assert len(raw.requests) < 20
+    assert done.returncode == 0, done.stderr
+    assert f"{'x' * 200}0-0/" in done.stderr
+    assert max(map(len, done.stderr.splitlines())) < 10_000

@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, Lnd, Written, channel_backup
+from kit import Daemon, FaultProxy, Lnd, Written, channel_backup
 from kit import script as script_module
+from shared import OFTEN, SELDOM, SteppedS3
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from functools import partial
 
-SELDOM = {"RESCAN_SECONDS": "600"}  # only events are left
-OFTEN = {"RESCAN_SECONDS": "0.1"}
 AGAIN = r"again, after \d+ s"
-LARGEST_SIZE = 16 << 20
 
 
 @pytest.fixture
@@ -592,80 +590,8 @@ def test_the_event_loop_has_nothing_to_complain_about(
     check()
 
 
-# --- what cannot be a channel backup ---
-
-
-@pytest.mark.parametrize("size", [0, 1, 44])
-def test_a_file_that_is_too_small_is_never_staged(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, size: int
-) -> None:
-    """Fewer than 45 bytes are one error, and the version before stays the newest until there is
-    another.
-    """
-    first = lnd.write()
-    with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_stored(first)
-        lnd.place(bytes(size))
-        daemon.wait_for_log(f"error: .*{size} bytes")
-        daemon.wait_for_looks()
-        assert daemon.log.count("error: cannot read") == 1
-        assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
-        lnd.placed.clear()
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
-
-
-@pytest.mark.parametrize("size", [45, 46, 415])
-def test_a_file_that_is_doubtful_is_stored_with_a_warning(
-    env: dict[str, str], lnd: Lnd, check: partial[None], size: int
-) -> None:
-    """A file without channels, or of a size that no known LND writes, is stored with a warning."""
-    version = lnd.write(data=os.urandom(size))
-    with Daemon(env | SELDOM) as daemon:
-        daemon.wait_for_log(f"captured .*: {size} bytes\n.*warning: ")
-        daemon.wait_for_stored(version)
-        assert daemon.stop() == 0
-    check()
-
-
-def test_a_file_that_is_too_large_is_never_staged(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path
-) -> None:
-    """More than 16 MiB are one error, and nothing is staged."""
-    first, large = lnd.write(), lnd.directory / "large"
-    with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_stored(first)
-        large.touch()
-        os.truncate(large, LARGEST_SIZE + 1)
-        large.rename(lnd.path)
-        daemon.wait_for_log(f"error: .*{LARGEST_SIZE + 1} bytes")
-        daemon.wait_for_looks()
-        assert daemon.log.count("error: cannot read") == 1
-        assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
-        lnd.path.unlink()
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
-
-
-def test_a_pipe_at_the_path_does_not_hang_the_daemon(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
-    """A named pipe is an error that is not read from, and LND's next file is stored."""
-    with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_log("No such file")
-        os.mkfifo(lnd.directory / "pipe")
-        (lnd.directory / "pipe").rename(lnd.path)
-        daemon.wait_for_log("error: .*regular file")
-        daemon.wait_for_looks()
-        lnd.path.unlink()
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
-
-
 # --- permissions ---
+
 
 # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is denied what its files' modes deny.
 WITHOUT_PRIVILEGE = """
@@ -705,3 +631,37 @@ def test_a_permission_that_is_granted_later_is_noticed(
         assert daemon.log.count("cannot read channel.backup") == 1
         assert daemon.stop() == 0
     check()
+
+
+# --- what nearly every peer gets wrong ---
+
+
+def test_the_gap_between_read_and_rename_does_not_matter(
+    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, check: partial[None]
+) -> None:
+    """With 30 ms between LND's read and its rename and a slow upload, the newest version is stored
+    20 of 20 times.
+    """
+    s3_line.set("latency", up=0.15, down=0.15)
+    lnd.read_gap_seconds = 0.03
+    lnd.write()
+    with Daemon(SELDOM | env) as daemon:
+        for _ in range(20):
+            daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0
+    check(replaced_ok=[0])
+
+
+def test_a_second_version_during_an_upload_is_stored_too(
+    env: dict[str, str], lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None]
+) -> None:
+    """A version that comes while another is on its way is captured at once, and both are stored."""
+    lnd.write()
+    with Daemon(SELDOM | env) as daemon:
+        stepped.wait_for_requests(1)
+        second = lnd.write()
+        daemon.wait_for_captured(second)
+        stepped.let(2)
+        daemon.wait_for_stored(second)
+        assert daemon.stop() == 0
+    check_stepped()

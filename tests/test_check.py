@@ -29,7 +29,6 @@ from kit import (
     reader_settings,
     run_script,
     script_environment,
-    settings_at,
 )
 from kit.fake_s3 import ACCESS_DENIED, HTML
 from shared import NOWHERE
@@ -98,6 +97,12 @@ def back_up(env: dict[str, str]) -> None:
 def age(lnd: Lnd, seconds: float) -> None:
     """Let the file be as old as that."""
     os.utime(lnd.path, (time.time() - seconds, time.time() - seconds))
+
+
+def edit_receipt(staging: Path, **fields: object) -> None:
+    """Change some of the last receipt's fields."""
+    receipt = staging / ".receipt"
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | fields))
 
 
 def newest_key(server: S3Server, bucket: str) -> str:
@@ -294,43 +299,22 @@ def test_a_put_only_key(s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd
     )
 
 
-@pytest.mark.parametrize("other", ["S3_BACKUP_PREFIX", "S3_BUCKET_NAME"])
+@pytest.mark.parametrize("other", ["S3_BACKUP_PREFIX", "S3_BUCKET_NAME", "host", "port"])
 def test_a_receipt_of_another_place_proves_nothing(
-    env: dict[str, str], lnd: Lnd, other: str
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, other: str
 ) -> None:
-    """A receipt counts for the bucket and the prefix that are set now, and for no other."""
-    lnd.write()
-    back_up(env)
-    assert check(env).code == 0
-    answer = check(env | {other: "another-one"})
-    assert (answer.code, answer.fields["proof"]) == (75, "receipt")
-
-
-def test_a_receipt_of_another_store_proves_nothing(env: dict[str, str], lnd: Lnd) -> None:
-    """A receipt counts for the store that is set now: moved to another, the same bucket's name
-    proves nothing.
+    """A receipt counts for the store, the bucket and the prefix that are set now, and for no
+    other: another store may answer at another port.
     """
     lnd.write()
     back_up(env)
     assert check(env).code == 0
-    with FakeS3() as refusing:
-        answer = check(env | {"AWS_ENDPOINT_URL_S3": f"http://localhost:{refusing.port}"})
-    assert (answer.code, answer.fields["proof"]) == (75, "receipt")
-
-
-def test_an_old_receipt_proves_nothing(env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """A receipt that is older than twice the refresh says that nothing refreshes it, unless there
-    is no refresh.
-    """
-    lnd.write()
-    back_up(env)
-    receipt = staging / ".receipt"
-    long_ago = {"stored_at": "2026-01-01T00:00:00+00:00"}
-    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | long_ago))
-    answer = check(env)
-    assert (answer.code, answer.fields["proof"]) == (1, "receipt")
-    assert "2026-01-01" in answer.reason
-    assert check(env | {"REFRESH_SECONDS": "0"}).code == 0
+    place = {
+        "host": {"AWS_ENDPOINT_URL_S3": f"http://localhost:{fake.port}"},
+        "port": {"AWS_ENDPOINT_URL_S3": fake.endpoint},
+    }.get(other, {other: "another-one"})
+    answer = check(env | place)
+    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (75, "receipt", None)
 
 
 def test_a_receipt_for_a_version_that_waited_long_proves_nothing(
@@ -341,12 +325,9 @@ def test_a_receipt_for_a_version_that_waited_long_proves_nothing(
     """
     lnd.write()
     back_up(env)
-    receipt = staging / ".receipt"
-    fields = json.loads(receipt.read_text())
+    fields = json.loads((staging / ".receipt").read_text())
     name = "20260101T000000.000000Z" + fields["name"][-7:]
-    receipt.write_text(
-        json.dumps(fields | {"name": name, "key": fields["key"].replace(fields["name"], name)})
-    )
+    edit_receipt(staging, name=name, key=fields["key"].replace(fields["name"], name))
     assert check(env).code == 75
 
 
@@ -408,8 +389,7 @@ def test_a_receipt_with_a_wrong_field(
     """A receipt of which one field is wrong is no traceback."""
     lnd.write()
     back_up(env)
-    receipt = staging / ".receipt"
-    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {field: 7}))
+    edit_receipt(staging, **{field: 7})
     check(env)
 
 
@@ -540,12 +520,6 @@ def test_what_reporting_needs_is_not_checked(
     assert check(node_reader | {"METRICS_FILE": "/nowhere/lnd.prom"}).code == 0
 
 
-def test_s3_refuses_connections(node_reader: dict[str, str], lnd: Lnd) -> None:
-    """When S3 is out of reach it is exit 75, and no verdict."""
-    lnd.write()
-    assert check(node_reader | {"AWS_ENDPOINT_URL_S3": NOWHERE}).code == 75
-
-
 def test_a_wrong_key(env: dict[str, str], lnd: Lnd) -> None:
     """A key that S3 does not know is exit 1, and no matter of receipts."""
     lnd.write()
@@ -557,14 +531,21 @@ def test_a_wrong_key(env: dict[str, str], lnd: Lnd) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"short"])
-def test_no_version_on_disk(node_reader: dict[str, str], lnd: Lnd, content: bytes | None) -> None:
-    """Without a file that can be a channel backup it is exit 1, with the path."""
-    if content is not None:
-        lnd.place(content)
-    done = run_script(node_reader, "check")
-    assert done.returncode == 1
-    assert str(lnd.path) in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def test_no_version_on_disk(
+    node_reader: dict[str, str], env: dict[str, str], lnd: Lnd, content: bytes | None
+) -> None:
+    """Without a file that can be a channel backup nothing is backed up: exit 1, with the path,
+    whatever the bucket or the receipt say.
+    """
+    lnd.write()
+    back_up(env)
+    lnd.path.unlink() if content is None else lnd.place(content)
+    for settings in (node_reader, env):
+        done = run_script(settings, "check")
+        assert done.returncode == 1
+        assert not done.stdout.startswith("BACKED UP")
+        assert str(lnd.path) in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_names_are_escaped(node_reader: dict[str, str], lnd: Lnd, tmp_path: Path) -> None:
@@ -580,25 +561,8 @@ def test_a_receipt_cannot_forge_lines(env: dict[str, str], staging: Path, lnd: L
     """What a receipt holds is escaped before it is shown."""
     lnd.write()
     back_up(env)
-    receipt = staging / ".receipt"
-    receipt.write_text(
-        json.dumps(json.loads(receipt.read_text()) | {"key": "evil\x1b[31m\nstored"})
-    )
+    edit_receipt(staging, key="evil\x1b[31m\nstored")
     assert line(env, 75).isprintable()
-
-
-def test_a_receipt_of_another_port_proves_nothing(
-    env: dict[str, str], lnd: Lnd, fake: FakeS3
-) -> None:
-    """A receipt counts for the whole endpoint: another store may answer at another port."""
-    lnd.write()
-    back_up(env)
-    age(lnd, FIVE_HOURS)
-    answer = check(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
-    assert (answer.code, answer.fields["proof"], answer.fields["key"]) == (1, "receipt", None)
-
-
-# --- the bucket ---
 
 
 def test_a_store_that_does_not_keep_what_it_acknowledged_is_found_out(
@@ -617,7 +581,7 @@ def test_a_store_that_does_not_keep_what_it_acknowledged_is_found_out(
     assert (told["current"], told["proof"]) == (False, "bucket")
 
 
-# --- check ---
+# --- The verdict in words ---
 
 
 def expect_verdict(
@@ -634,18 +598,11 @@ def expect_verdict(
 
 
 @pytest.fixture
-def stored_node(lnd: Lnd, staging: Path, fake: FakeS3) -> dict[str, str]:
+def stored_node(fake_env: dict[str, str], lnd: Lnd) -> dict[str, str]:
     """Return the settings of a node, with a put-only key, whose version on disk is stored."""
     lnd.write()
-    env = settings_at(fake.endpoint, lnd, staging)
-    assert run_script(env, "once").returncode == 0
-    return env
-
-
-def replace(lnd: Lnd, seconds: float) -> None:
-    """Let LND have written another version, so many seconds ago."""
-    lnd.write()
-    os.utime(lnd.path, (time.time() - seconds,) * 2)
+    back_up(fake_env)
+    return fake_env
 
 
 @pytest.mark.unmeasured
@@ -663,7 +620,8 @@ def test_backed_up(
     done = expect_verdict(env, "BACKED UP", 0)
     assert len(done.stdout.splitlines()) < 5
     assert json.loads(run_script(env, "check", "--json").stdout)["proof"] == proof
-    replace(lnd, TEN_MINUTES + 60)
+    lnd.write()
+    age(lnd, TEN_MINUTES + 60)
     expect_verdict(env, "NOT BACKED UP", 1)
 
 
@@ -695,7 +653,8 @@ def test_s3_cannot_be_asked(
     on disk has been waiting for more than ten minutes.
     """
     started_by(hurried(20))
-    replace(lnd, seconds)
+    lnd.write()
+    age(lnd, seconds)
     fake.set_default(answer, "GET")
     if seconds > TEN_MINUTES:
         expect_verdict(stored_node, "NOT BACKED UP", 1)
@@ -709,43 +668,37 @@ def test_s3_is_out_of_reach(stored_node: dict[str, str], lnd: Lnd) -> None:
     """When nobody listens it is UNKNOWN, also if the last receipt is for the version on disk; a
     version that has waited for long is NOT BACKED UP.
     """
-    expect_verdict(stored_node | {"AWS_ENDPOINT_URL_S3": NOWHERE}, "UNKNOWN", 75)
-    replace(lnd, TEN_MINUTES - 120)
-    expect_verdict(stored_node | {"AWS_ENDPOINT_URL_S3": NOWHERE}, "UNKNOWN", 75)
-    replace(lnd, TEN_MINUTES + 60)
-    expect_verdict(stored_node | {"AWS_ENDPOINT_URL_S3": NOWHERE}, "NOT BACKED UP", 1)
+    away = stored_node | {"AWS_ENDPOINT_URL_S3": NOWHERE}
+    expect_verdict(away, "UNKNOWN", 75)
+    assert check(away).code == 75
+    lnd.write()
+    age(lnd, TEN_MINUTES - 120)
+    expect_verdict(away, "UNKNOWN", 75)
+    age(lnd, TEN_MINUTES + 60)
+    expect_verdict(away, "NOT BACKED UP", 1)
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("asked", ["denied", "slow"])
 def test_nothing_was_stored_for_twice_the_refresh(
-    fake: FakeS3, stored_node: dict[str, str], started_by: Callable[[str], None], asked: str
+    fake: FakeS3,
+    stored_node: dict[str, str],
+    staging: Path,
+    started_by: Callable[[str], None],
+    asked: str,
 ) -> None:
     """A receipt for the version on disk that is older than twice REFRESH_SECONDS says that nothing
     is stored any more; without a refresh it never does.
     """
     started_by(hurried(20))
     fake.set_default(ACCESS_DENIED if asked == "denied" else Answer(503, "SlowDown"), "GET")
-    expect_verdict(stored_node | {"REFRESH_SECONDS": "0.001"}, "NOT BACKED UP", 1)
+    edit_receipt(staging, stored_at="2026-01-01T00:00:00+00:00")
+    assert "2026-01-01" in expect_verdict(stored_node, "NOT BACKED UP", 1).stdout
     never = stored_node | {"REFRESH_SECONDS": "0"}
     if asked == "denied":
         expect_verdict(never, "BACKED UP", 0)
     else:
         expect_verdict(never, "UNKNOWN", 75)
-
-
-@pytest.mark.unmeasured
-def test_no_file_to_check(stored_node: dict[str, str], lnd: Lnd) -> None:
-    """Without a file, or with one that cannot be a channel backup, nothing is backed up: exit 1,
-    and not BACKED UP.
-    """
-    for data in (None, b"short"):
-        lnd.path.unlink() if data is None else lnd.place(data)
-        done = run_script(stored_node, "check")
-        assert done.returncode == 1
-        assert not done.stdout.startswith("BACKED UP")
-        assert "Traceback" not in done.stderr
-        assert str(lnd.path) in done.stdout + done.stderr
 
 
 @pytest.mark.unmeasured

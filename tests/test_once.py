@@ -24,7 +24,6 @@ from kit import (
     Lnd,
     RawS3,
     Request,
-    Script,
     channel_backup,
     hurried,
     run_script,
@@ -32,7 +31,7 @@ from kit import (
     version_name,
 )
 from kit import fake_s3 as answers
-from kit.fake_s3 import ACCESS_DENIED, HTML, STORED
+from kit.fake_s3 import HTML
 from kit.raw_s3 import error, framed
 from shared import AWAY, NOON, SELDOM, TRY_AGAIN, staged, staged_data
 
@@ -48,9 +47,6 @@ ONE_MINUTE = 60.0
 PAGE = Answer(403, headers={"Content-Type": "text/html"}, body=HTML, etag=False)
 HURRY = 10
 A_MINUTE = 60 / HURRY
-
-
-# --- the commands ---
 
 
 @pytest.mark.unmeasured
@@ -71,13 +67,15 @@ def test_once_without_a_backup_sends_what_is_staged_and_fails(
     done = run_script(fake_env, "once")
     assert done.returncode == 1
     assert "cannot read channel.backup" in done.stderr
+    assert str(lnd.path) in done.stderr
+    assert staged(staging) == []
     assert [(request.path, request.body) for request in fake.requests] == [
         (f"/some-bucket/alice/{name}", data)
     ]
     assert lnd.fingerprint() == before
 
 
-# --- once, and two at a time ---
+# --- What is sent ---
 
 
 def test_once_stores_the_version_and_what_was_staged(
@@ -97,6 +95,7 @@ def test_once_stores_the_version_and_what_was_staged(
     keys = re.findall(rf"stored s3://\S+/{prefix}(\S+-[0-9a-f]{{6}})", done.stderr)
     assert (len(keys), done.stdout) == (3, "")
     assert keys[1:] == [names[0], max(keys)]
+    assert not re.search("(?i)watching|next start", done.stderr)
     assert {keys[0][-6:], keys[2][-6:]} == {newest.sha256[-6:]}
     check(refreshes=1)
 
@@ -108,54 +107,6 @@ def test_once_puts_an_unchanged_file_again(
     lnd.write()
     assert [run_script(env, "once").returncode for _ in range(2)] == [0, 0]
     check(refreshes=1)
-
-
-@pytest.mark.parametrize("size", [None, 0, 44])
-def test_once_without_a_channel_backup_fails_and_sends_the_rest(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, size: int | None
-) -> None:
-    """With no file, or one that is too small, the command once fails, and what was staged is sent
-    all the same.
-    """
-    lnd.write()
-    with Daemon(SELDOM | env | AWAY) as daemon:
-        daemon.wait_for_log("cannot store")
-        assert daemon.stop() == 0
-    lnd.path.unlink()
-    if size is not None:
-        lnd.path.write_bytes(bytes(size))
-    done = run_script(env, "once")
-    assert done.returncode == 1, done.stderr
-    assert re.search(r"(error|warning): cannot read channel\.backup: ", done.stderr)
-    assert staged(staging) == []
-    check()
-
-
-def test_once_with_s3_away_may_be_tried_again(
-    env: dict[str, str],
-    lnd: Lnd,
-    check: partial[None],
-    staging: Path,
-    started_by: Callable[[str], None],
-) -> None:
-    """With S3 out of reach the command once stages the version, loses patience and says that trying
-    again may help.
-    """
-    started_by("""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("program", SCRIPT)
-program = sys.modules["program"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(program)
-assert program.ONE_SHOT_SECONDS < 60
-program.ONE_SHOT_SECONDS = 1.0
-sys.exit(program.main())
-""")
-    lnd.write()
-    done = run_script(env | AWAY, "once")
-    assert done.returncode == TRY_AGAIN, done.stderr
-    assert done.stdout == ""
-    assert len(staged(staging)) == 1
-    check()
 
 
 @pytest.mark.parametrize("command", ["run", "once"])
@@ -170,35 +121,20 @@ def test_a_second_copy_does_not_start(
         daemon.wait_for_stored(first)
         done = run_script(env, command)
         assert done.returncode == TRY_AGAIN
+        assert done.stdout == ""
         assert f"{staging}: another copy holds it" in done.stderr
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0
     check()
 
 
-# --- the lock ---
-
-
-def test_once_beside_a_daemon_says_so_and_may_be_tried_again(lnd: Lnd, staging: Path) -> None:
-    """`once` beside a running daemon exits 75, says what holds the directory, and sends nothing."""
-    lnd.write()
-    with FakeS3() as fake, Script(settings_at(fake.endpoint, lnd, staging), "run") as mute_daemon:
-        mute_daemon.wait_for_log("stored s3://")
-        done = run_script(settings_at(fake.endpoint, lnd, staging), "once")
-        assert done.returncode == 75
-        assert done.stdout == ""
-        assert re.search(f"{staging}.*another copy", done.stderr)
-        assert mute_daemon.stop() == 0
-        assert len(fake.requests) == 1
-
-
-# --- How a one-shot ends ---
+# --- How it ends ---
 
 
 @pytest.fixture
 def once(fake_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Return what runs `once` in this process with less patience, and returns its exit code."""
-    monkeypatch.setattr(program, "ONE_SHOT_SECONDS", 5.0)
+    monkeypatch.setattr(program, "ONE_SHOT_SECONDS", 2.0)
     monkeypatch.setattr(program.TransientError, "retry_seconds_max", 0.1)
     monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
     for source in ("ProcessProvider", "AssumeRoleProvider"):  # which the program limits
@@ -227,6 +163,8 @@ def once(fake_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[
         (Answer(503, etag=False), 75, "503"),
         (answers.PORTAL, 75, "portal"),
         (answers.DROPPED, 75, "closed"),
+        (Answer(400, body=error("Odd", "odd words"), etag=False), 1, "odd words"),
+        (PAGE, 75, "403"),
     ],
     ids=[
         "clock",
@@ -238,6 +176,8 @@ def once(fake_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[
         "empty-503",
         "portal",
         "dropped",
+        "odd",
+        "page",
     ],
 )
 def test_exit_codes_of_once(
@@ -246,17 +186,24 @@ def test_exit_codes_of_once(
     lnd: Lnd,
     staging: Path,
     capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     answer: Answer,
     exit_code: int,
     words: str,
 ) -> None:
-    """`once` tells by its exit code whether trying again may help, says why, and keeps the version
-    staged.
+    """`once` tells by its exit code whether trying again may help, says once why, and keeps the
+    version staged. It does not watch, and speaks of no next start.
     """
     version = lnd.write()
     fake.set_default(answer)
+    if exit_code != TRY_AGAIN:  # as long as it takes
+        monkeypatch.setattr(program, "ONE_SHOT_SECONDS", PATIENCE_SECONDS)
     assert once() == exit_code
-    assert words in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert words in told
+    assert told.count("cannot store") == 1
+    assert not re.search(r"(?i)watching|next start|\b1 versions", told)
+    assert not answer.code or told.count(answer.code) == 1
     assert staged_data(staging) == [version.data]
 
 
@@ -277,15 +224,19 @@ def test_once_gives_up(
     fake: FakeS3,
     once: Callable[..., int],
     lnd: Lnd,
+    staging: Path,
+    capfd: pytest.CaptureFixture[str],
     mode: Any,  # noqa: ANN401 - one of the kit's modes
 ) -> None:
     """`once` exits 75 when S3 refuses the connection, resets it, or is silent; how soon, the next
-    test shows.
+    test shows. The version stays staged.
     """
-    lnd.write()
+    version = lnd.write()
     with FaultProxy("127.0.0.1", fake.port) as proxy:
         proxy.set(mode, n=1000)
         assert once(AWS_ENDPOINT_URL_S3=proxy.endpoint()) == 75
+    assert staged_data(staging) == [version.data]
+    assert capfd.readouterr().out == ""
 
 
 def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
@@ -321,63 +272,7 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
     assert max(seconds for _, seconds in results.values()) < ONE_MINUTE
 
 
-# --- once ---
-
-
-@pytest.mark.unmeasured
-@pytest.mark.parametrize(
-    "answer",
-    [
-        STORED,
-        ACCESS_DENIED,
-        Answer(400, body=error("Odd", "odd words"), etag=False),
-        Answer(503, "SlowDown"),
-        PAGE,
-    ],
-    ids=["stored", "denied", "odd", "slow", "page"],
-)
-def test_once_says_what_it_does(
-    fake: FakeS3,
-    fake_env: dict[str, str],
-    lnd: Lnd,
-    started_by: Callable[[str], None],
-    answer: Answer,
-) -> None:
-    """`once` does not watch, speaks of no next start, and says once what failed."""
-    started_by(hurried(20))
-    lnd.write()
-    fake.set_default(answer)
-    done = run_script(fake_env, "once")
-    again = answer.status == 503 or answer is PAGE
-    assert done.returncode == (0 if answer == STORED else 75 if again else 1)
-    assert not re.search("(?i)watching|next start", done.stderr)
-    assert not re.search(r"\b1 versions", done.stderr)
-    errors = [line for line in done.stderr.splitlines() if re.search(r"cannot store", line)]
-    assert len(errors) == (answer != STORED), done.stderr
-    if answer.code:
-        assert len(re.findall(answer.code, done.stderr)) == 1
-
-
-@pytest.mark.unmeasured
-@pytest.mark.parametrize("content", [None, b"x" * 44])
-def test_once_without_a_file_sends_what_is_staged(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, content: bytes | None
-) -> None:
-    """Without a file, or with one that cannot be a channel backup, it is exit 1, and what was
-    staged is sent all the same.
-    """
-    version = lnd.write()
-    fake.set_default(ACCESS_DENIED)
-    assert run_script(fake_env, "once").returncode == 1
-    fake.set_default(STORED)
-    lnd.path.unlink() if content is None else lnd.place(content)
-    done = run_script(fake_env, "once")
-    assert done.returncode == 1
-    assert [each.data for each in fake.objects("some-bucket").values()] == [version.data]
-    assert str(lnd.path) in done.stderr
-
-
-# --- The file and its mount ---
+# --- How long it goes on ---
 
 
 @pytest.mark.unmeasured

@@ -5,17 +5,20 @@ each test.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from inside import NoS3
 from kit import (
     NOBODY,
+    Daemon,
     FakeS3,
     FaultProxy,
     Lnd,
@@ -28,12 +31,14 @@ from kit import (
 )
 from kit import script as script_module
 from kit.script import MEASURED
-from shared import NOWHERE, SteppedS3, leave
+from shared import NOWHERE, SELDOM, SteppedS3, leave
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from shared import Session
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +153,22 @@ def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
 def check(lnd: Lnd, s3: S3Server, bucket: str, prefix: str, staging: Path) -> partial[None]:
     """Return the invariant, to be called at the end."""
     return partial(assert_nothing_lost, lnd, s3, bucket, prefix, staging)
+
+
+@pytest.fixture
+def session(env: dict[str, str], check: partial[None]) -> Session:
+    """Return what runs the daemon, which has events alone to go by unless told otherwise, stops it
+    in order, and then holds it to the invariant.
+    """
+
+    @contextlib.contextmanager
+    def run(more: dict[str, str] = SELDOM, **allowed: Any) -> Iterator[Daemon]:  # noqa: ANN401 - passed on
+        with Daemon(SELDOM | env | more) as daemon:
+            yield daemon
+            assert daemon.stop() == 0
+        check(**allowed)
+
+    return run
 
 
 @pytest.fixture
@@ -272,3 +293,9 @@ def look(mute_daemon: Callable[[], program.Daemon], staging: Path) -> Callable[[
         asyncio.run(scenario())
 
     return once
+
+
+@pytest.fixture
+def _log_level(caplog: pytest.LogCaptureFixture) -> None:
+    """Record the program's log."""
+    caplog.set_level(logging.INFO, "lnd-backup")

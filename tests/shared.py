@@ -13,6 +13,7 @@ import re
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from kit import Daemon, S3Server, Written
 
 Done = subprocess.CompletedProcess[str]
+Session = Callable[..., contextlib.AbstractContextManager["Daemon"]]
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+LARGEST = 16 << 20
 SELDOM = {"RESCAN_SECONDS": "600"}  # only events are left
 OFTEN = {"RESCAN_SECONDS": "0.1"}
 AT_ONCE = {"SHUTDOWN_GRACE_SECONDS": "5", "RESCAN_SECONDS": "0.1"}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -27,10 +26,7 @@ from kit import (
 )
 from shared import (
     AT_ONCE,
-    AWAY,
     NOON,
-    SELDOM,
-    SteppedS3,
     expect_last,
     failure_of,
 )
@@ -39,56 +35,9 @@ import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from functools import partial
 
 DAY = 86400
 LIBFAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-
-
-# --- clock and disk ---
-
-
-@pytest.mark.parametrize("stored", [True, False])
-def test_names_increase_although_the_clock_was_set_back(
-    env: dict[str, str],
-    lnd: Lnd,
-    stepped: SteppedS3,  # a server would refuse the wrong time
-    check_stepped: partial[None],
-    tmp_path: Path,
-    *,
-    stored: bool,
-) -> None:
-    """After a day's jump back of the clock the names go on from the last one, whether it is stored
-    or still staged.
-    """
-    stepped.release()
-    ahead = tmp_path / "ahead"
-    ahead.mkdir()
-    (ahead / "sitecustomize.py").write_text("""
-import datetime
-class Ahead(datetime.datetime):
-    @classmethod
-    def now(cls, tz=None):
-        return super().now(tz) + datetime.timedelta(days=1)
-datetime.datetime = Ahead
-""")
-    first = lnd.write()
-    with Daemon(SELDOM | env | {"PYTHONPATH": str(ahead)} | ({} if stored else AWAY)) as daemon:
-        daemon.wait_for_stored(first) if stored else daemon.wait_for_log("cannot store")
-        assert daemon.stop() == 0
-        tomorrow = max(re.findall(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6}", daemon.log))
-    assert tomorrow > f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    with Daemon(SELDOM | env) as daemon:
-        daemon.wait_for_stored(first)
-        for _ in range(2):
-            daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-        names = sorted(daemon.stored_names())
-    assert names[0] >= tomorrow
-    check_stepped(refreshes=int(stored))
-
-
-# --- what is named, and what is held in memory ---
 
 
 @pytest.mark.parametrize("known", ["staged", "receipt", "newest of the receipt"])
@@ -124,9 +73,6 @@ def test_names_increase_when_the_clock_is_set_back(
     assert program.captured_at(max(files(staging))) == at + timedelta(microseconds=1)
 
 
-# --- the clock ---
-
-
 @pytest.mark.parametrize("hours", [-2, 2])
 def test_a_clock_that_is_wrong_for_the_signature(
     env: dict[str, str], lnd: Lnd, started_by: Callable[[str], None], hours: int
@@ -144,9 +90,6 @@ def test_a_clock_that_is_wrong_for_the_signature(
     said = failure_of(env | {"SHUTDOWN_GRACE_SECONDS": "0"})
     assert "RequestTimeTooSkewed" in said
     assert "clock" in said.partition("hint: ")[2]
-
-
-# --- The clock ---
 
 
 SHIFTED = """

@@ -28,22 +28,19 @@ from kit import (
     run_script,
     settings_for,
 )
-from shared import SELDOM, expect_newest_last, say, staged_data, statements, wait_until_staged
+from shared import expect_newest_last, say, staged_data, statements, wait_until_staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from functools import partial
 
-SECRET = MADE_UP.secret_key
+    from shared import Session
+
 NO_KEY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 BLAMES_NETWORK = re.compile(r"(?i)check the network|portal|out of reach|unreachable")
 
 
-# --- S3 is away ---
-
-
 def test_wrong_credentials_are_put_right(
-    env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
+    env: dict[str, str], lnd: Lnd, session: Session, tmp_path: Path
 ) -> None:
     """With a wrong key versions are captured and the log is loud; when the file is mended all of
     them are stored.
@@ -52,7 +49,7 @@ def test_wrong_credentials_are_put_right(
     file = tmp_path / "credentials"
     content = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
     file.write_text(content.format(key, "wrong"))
-    with Daemon(SELDOM | env | {"AWS_SHARED_CREDENTIALS_FILE": str(file)}) as daemon:
+    with session({"AWS_SHARED_CREDENTIALS_FILE": str(file)}, refreshes=1) as daemon:
         for _ in range(3):
             daemon.wait_for_captured(lnd.write())
         daemon.wait_for_log(
@@ -62,41 +59,10 @@ def test_wrong_credentials_are_put_right(
         daemon.wait_for_captured(lnd.write())
         for version in lnd.written:
             daemon.wait_for_stored(version)
+        daemon.wait_for_log("again, after")
         assert secret not in daemon.log
         assert daemon.stop() == 0
         expect_newest_last(daemon, lnd.written[-1])
-    check(refreshes=1)
-
-
-# --- Wrong credentials, a missing bucket: loud, and versions are captured ---
-
-
-def test_an_edited_credentials_file_is_picked_up(
-    s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path, tmp_path: Path
-) -> None:
-    """With a wrong secret the daemon is loud and captures, and once the credentials file is
-    corrected all goes out.
-    """
-    bucket = s3_http.create_bucket()
-    env = settings_for(s3_http, bucket, prefix, lnd, staging)
-    key, secret = env.pop("AWS_ACCESS_KEY_ID"), env.pop("AWS_SECRET_ACCESS_KEY")
-    keys = tmp_path / "credentials"
-    text = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {{}}\n"
-    keys.write_text(text.format("wrong" + secret))
-    lnd.write()
-    with Script(env | {"AWS_SHARED_CREDENTIALS_FILE": str(keys)}) as script:
-        script.wait_for_log("error: cannot store: .*SignatureDoesNotMatch")
-        script.wait_for_log("hint: .*access key")
-        lnd.write()
-        wait_until_staged(staging, [version.data for version in lnd.written])
-        keys.write_text(text.format(secret))
-        lnd.write()
-        script.wait_for_log("stored s3://", count=3)
-        script.wait_for_log("again, after")
-        assert script.stop() == 0
-        assert secret not in script.log
-    assert staged_data(staging) == []
-    assert_nothing_lost(lnd, s3_http, bucket, prefix, staging, refreshes=1)
 
 
 def test_a_corrected_credential_program_is_picked_up(
@@ -108,7 +74,9 @@ def test_a_corrected_credential_program_is_picked_up(
     config = lnd.directory.parent / "config"
     config.write_text("[default]\ncredential_process = /nowhere/credentials\n")
     del fake_env["AWS_ACCESS_KEY_ID"], fake_env["AWS_SECRET_ACCESS_KEY"]
-    answer = json.dumps({"Version": 1, "AccessKeyId": "AKIDPROGRAM", "SecretAccessKey": SECRET})
+    answer = json.dumps(
+        {"Version": 1, "AccessKeyId": "AKIDPROGRAM", "SecretAccessKey": MADE_UP.secret_key}
+    )
     (lnd.directory.parent / "answer").write_text(answer)
     lnd.write()
     with Script(fake_env | {"AWS_CONFIG_FILE": str(config)}) as script:
@@ -160,9 +128,6 @@ def test_a_missing_bucket(s3_http: S3Server, prefix: str, lnd: Lnd, staging: Pat
         assert script.stop() == 0
     assert staged_data(staging) == []
     assert_nothing_lost(lnd, s3_http, bucket, prefix, staging, refreshes=1)
-
-
-# --- the endpoint ---
 
 
 def test_credentials_that_come_late_end_the_trouble(

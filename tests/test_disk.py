@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import io
-import logging
 import os
 import random
 import re
@@ -54,14 +53,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from functools import partial
 
-
-@pytest.fixture(autouse=True)
-def _log_level(caplog: pytest.LogCaptureFixture) -> None:
-    """Record the program's log."""
-    caplog.set_level(logging.INFO, "lnd-backup")
+    from shared import Session
 
 
-# --- crashes ---
+pytestmark = pytest.mark.usefixtures("_log_level")
+
+
+# --- Crashes ---
 
 
 @pytest.mark.unmeasured
@@ -123,7 +121,7 @@ runpy.run_path({str(script_module.SCRIPT)!r}, run_name="__main__")
 
 
 def test_a_kill_before_the_receipt_leaves_one_object(
-    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, check: partial[None], staging: Path
+    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path
 ) -> None:
     """Killed between S3's storing and its answer, the daemon sends the same bytes under the same
     name again.
@@ -136,14 +134,12 @@ def test_a_kill_before_the_receipt_leaves_one_object(
         daemon.signal(signal.SIGKILL)
         daemon.wait()
     s3_line.set("pass")
-    with Daemon(SELDOM | env) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(version)
         assert daemon.stored_names() == names
-        assert daemon.stop() == 0
-    check()
 
 
-# --- clock and disk ---
+# --- A disk that is full or refuses ---
 
 
 def test_a_version_that_the_disk_refuses_is_sent_from_memory(
@@ -177,11 +173,7 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
 
 
 def test_a_full_disk_is_no_end(
-    env: dict[str, str],
-    lnd: Lnd,
-    check: partial[None],
-    staging: Path,
-    started_by: Callable[[str], None],
+    session: Session, lnd: Lnd, staging: Path, started_by: Callable[[str], None]
 ) -> None:
     """On a full disk a version is sent once and from memory, and when there is room again nothing
     is left over.
@@ -198,7 +190,7 @@ def test_a_full_disk_is_no_end(
         f"*sys.argv[1:]])"
     )
     first = lnd.write()
-    with Daemon(SELDOM | env | OFTEN | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
+    with session(OFTEN | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
         disk = Path(f"/proc/{daemon.pid}/root{staging}")
         with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
@@ -215,17 +207,14 @@ def test_a_full_disk_is_no_end(
         daemon.wait_for_log(r"stopped\b.* 0\b")
         names = daemon.stored_names()
         assert len(set(names)) == len(names), "sent more than once"
-    check()
 
 
-def test_the_staging_directory_may_vanish(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path
-) -> None:
+def test_the_staging_directory_may_vanish(session: Session, lnd: Lnd, staging: Path) -> None:
     """Without its staging directory the daemon goes on and stores versions, each once, from
     memory.
     """
     first = lnd.write()
-    with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
+    with session({"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
         while staging.exists():
             shutil.rmtree(staging, ignore_errors=True)  # a receipt may just be written
@@ -235,7 +224,6 @@ def test_the_staging_directory_may_vanish(
         assert daemon.stop() == 0
         names = daemon.stored_names()
         assert len(set(names)) == len(names), "sent more than once"
-    check()
 
 
 def test_a_staging_directory_that_cannot_be_listed_is_explained(
@@ -249,9 +237,6 @@ def test_a_staging_directory_that_cannot_be_listed_is_explained(
     told = f"error: cannot use BACKUP_DIRECTORY: {staging}: .*Input/output error"
     assert re.search(told, done.stderr)
     assert "a fault of this program" not in done.stderr
-
-
-# --- what is named, and what is held in memory ---
 
 
 def test_memory_keeps_the_newest_version_alone(
@@ -296,7 +281,7 @@ def test_memory_keeps_the_newest_version_alone(
     assert restart(staging).pending == names[-1:]
 
 
-# --- a disk that fails ---
+# --- Each call that can fail, and a power cut ---
 
 
 class PowerCut(BaseException):
@@ -601,9 +586,6 @@ def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd
     assert done.returncode == 0
 
 
-# --- a directory that cannot be used ---
-
-
 @pytest.mark.parametrize(
     "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=os.strerror
 )
@@ -616,7 +598,7 @@ def test_disk_that_refuses_the_lock_is_refused(code: int, staging: Path) -> None
         program.Staging(staging)
 
 
-# --- The staging directory ---
+# --- A directory that cannot be listed ---
 
 
 UNLISTABLE = """

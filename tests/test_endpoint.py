@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SOME_NAME = "20261120T215558.123456Z-a1b2c3"
-SECRET = MADE_UP.secret_key
 HOST = "s3.example.org"
 TARGET = f"{HOST}:443"
 METADATA = "169.254.169.254"
@@ -92,13 +91,16 @@ def tunnel(s3_https: S3Server) -> Iterator[ConnectProxy]:
         yield server
 
 
-# --- Every error has a kind and something to do ---
+@pytest.fixture
+def named_env(
+    s3_https: S3Server, tunnel: ConnectProxy, prefix: str, lnd: Lnd, staging: Path
+) -> dict[str, str]:
+    """Return the settings with an endpoint whose name nobody but the proxy knows."""
+    through = {"AWS_ENDPOINT_URL_S3": f"https://{HOST}", "HTTPS_PROXY": tunnel.url}
+    return settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging) | through
 
 
-FAILED, AGAIN, DENIED = program.BackupError, program.TransientError, program.AccessDeniedError
-
-
-# --- The user's choices ---
+# --- What the user sets ---
 
 
 def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None:
@@ -122,7 +124,7 @@ def test_the_users_attempts_win(
     AWS_RETRY_MODE is set.
     """
     fake.set_default(answers.SLOW_DOWN)
-    with use(fake_env | choice) as bucket, pytest.raises(AGAIN, match="SlowDown"):
+    with use(fake_env | choice) as bucket, pytest.raises(program.TransientError, match="SlowDown"):
         bucket.put(SOME_NAME, channel_backup(1))
     assert len(fake.requests) == attempts
 
@@ -139,9 +141,10 @@ def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) 
         "max_attempts = 2\n"
         "request_checksum_calculation = when_supported\n"
     )
+    secret = f"aws_secret_access_key = {MADE_UP.secret_key}\n"
     keys.write_text(
-        f"[default]\naws_access_key_id = AKIDDEFAULT\naws_secret_access_key = {SECRET}\n"
-        f"[node]\naws_access_key_id = AKIDNODE\naws_secret_access_key = {SECRET}\n"
+        f"[default]\naws_access_key_id = AKIDDEFAULT\n{secret}"
+        f"[node]\naws_access_key_id = AKIDNODE\n{secret}"
     )
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         del fake_env[name]
@@ -179,7 +182,7 @@ def test_regions_are_honoured(
     assert f"/{region}/s3/aws4_request" in fake.requests[0].headers["authorization"]
 
 
-# --- the endpoint ---
+# --- The endpoint ---
 
 
 def test_a_path_in_the_endpoint_is_kept(bare_env: dict[str, str]) -> None:
@@ -296,9 +299,6 @@ def test_a_ca_bundle_without_a_certificate_is_wrong_configuration(
     assert str(bundle) in done.stderr
 
 
-# --- the bucket ---
-
-
 def test_a_bucket_in_another_region_is_found(
     s3: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path
 ) -> None:
@@ -314,7 +314,7 @@ def test_a_bucket_in_another_region_is_found(
     assert stored == [version.data for version in lnd.written]
 
 
-# --- What the SDK has settled on ---
+# --- Endpoints and the bucket's name ---
 
 
 def profile(tmp_path: Path, endpoint: str, how: str) -> dict[str, str]:
@@ -404,31 +404,33 @@ def test_a_wrong_value_in_the_sdks_file(
     refused(written_env | at, name)
 
 
+# --- Whom it talks to ---
+
+
 @pytest.mark.unmeasured
 def test_through_a_proxy_only_the_proxy_hears_of_the_program(
     s3_https: S3Server,
+    named_env: dict[str, str],
     tunnel: ConnectProxy,
     talk: Callable[[], Talk],
     prefix: str,
     lnd: Lnd,
-    staging: Path,
 ) -> None:
     """With HTTPS_PROXY every command talks to the proxy alone, looks up no name, and the proxy sees
     one target.
     """
-    bucket = s3_https.create_bucket()
-    through = {"AWS_ENDPOINT_URL_S3": f"https://{HOST}", "HTTPS_PROXY": tunnel.url}
-    env = settings_for(s3_https, bucket, prefix, lnd, staging) | through
     version = lnd.write()
-    with Daemon(env) as daemon:
+    with Daemon(named_env) as daemon:
         daemon.wait_for_stored(version)
         version = lnd.write()
         daemon.wait_for_stored(version)
         assert daemon.stop() == 0
-    reader = reader_settings(s3_https, bucket, prefix, s3_https.reader_user(bucket)) | through
+    bucket = named_env["S3_BUCKET_NAME"]
+    reader = named_env | reader_settings(s3_https, bucket, prefix, s3_https.reader_user(bucket))
+    reader["AWS_ENDPOINT_URL_S3"] = named_env["AWS_ENDPOINT_URL_S3"]
     output = lnd.directory.parent / "restored"
     for command in (["list"], ["check"], ["restore", "--output", str(output)]):
-        done = run_script(reader | {"MONITOR_FILE_PATH": str(lnd.path)}, *command)
+        done = run_script(reader, *command)
         assert done.returncode == 0, done.stderr
     assert output.read_bytes() == version.data
     assert {(host, port) for _, host, port in talk()} == {tunnel.address}
@@ -440,24 +442,14 @@ def test_through_a_proxy_only_the_proxy_hears_of_the_program(
 
 @pytest.mark.unmeasured
 def test_the_heartbeat_goes_through_the_proxy_too(
-    s3_https: S3Server,
-    tunnel: ConnectProxy,
-    talk: Callable[[], Talk],
-    prefix: str,
-    lnd: Lnd,
-    staging: Path,
+    named_env: dict[str, str], tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
     """The heartbeat is the only other request, its name is looked up by nobody but the proxy, and
     it loses nothing.
     """
-    env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
-    through = {
-        "AWS_ENDPOINT_URL_S3": f"https://{HOST}",
-        "HTTPS_PROXY": tunnel.url,
-        "HTTP_PROXY": tunnel.url,
-    }
+    beating = {"HEARTBEAT_URL": "http://heartbeat.example.org/ping", "HTTP_PROXY": tunnel.url}
     version = lnd.write()
-    with Daemon(env | through | {"HEARTBEAT_URL": "http://heartbeat.example.org/ping"}) as daemon:
+    with Daemon(named_env | beating) as daemon:
         daemon.wait_for_stored(version)
         daemon.wait_for_log("cannot reach HEARTBEAT_URL")  # this proxy knows CONNECT alone
         assert daemon.stop() == 0
@@ -481,19 +473,15 @@ def test_without_a_proxy_only_the_endpoint_is_asked(
 @pytest.mark.unmeasured
 def test_an_endpoint_in_no_proxy_is_asked_itself(
     s3_https: S3Server,
+    named_env: dict[str, str],
     tunnel: ConnectProxy,
     talk: Callable[[], Talk],
-    prefix: str,
     lnd: Lnd,
-    staging: Path,
 ) -> None:
     """NO_PROXY is honoured: the endpoint that it names is asked without the proxy."""
-    env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
     lnd.write()
-    assert (
-        run_script(env | {"HTTPS_PROXY": tunnel.url, "NO_PROXY": "127.0.0.1"}, "once").returncode
-        == 0
-    )
+    itself = {"AWS_ENDPOINT_URL_S3": s3_https.endpoint, "NO_PROXY": "127.0.0.1"}
+    assert run_script(named_env | itself, "once").returncode == 0
     assert {port for _, _, port in talk()} == {s3_https.port}
     assert tunnel.asked == []
 
@@ -501,9 +489,8 @@ def test_an_endpoint_in_no_proxy_is_asked_itself(
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("there", [True, False], ids=["unknown name", "no proxy"])
 def test_a_proxy_that_fails_is_never_passed_by(
-    s3_https: S3Server,
+    named_env: dict[str, str],
     talk: Callable[[], Talk],
-    prefix: str,
     lnd: Lnd,
     staging: Path,
     *,
@@ -512,18 +499,13 @@ def test_a_proxy_that_fails_is_never_passed_by(
     """When the proxy refuses the name, or is not there, nothing goes out by another way, and the
     message names it.
     """
-    env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
     versions = [lnd.write()]
-    with ConnectProxy({}) as tunnel:
+    with ConnectProxy({}) as failing:
         if not there:
-            tunnel.__exit__()
-        through = {
-            "AWS_ENDPOINT_URL_S3": f"https://{HOST}",
-            "HTTPS_PROXY": tunnel.url,
-            "SHUTDOWN_GRACE_SECONDS": "0",
-        }
-        with Script(env | through) as script:
-            script.wait_for_log(f"cannot store: .*proxy.*{tunnel.url}")
+            failing.__exit__()
+        through = {"HTTPS_PROXY": failing.url, "SHUTDOWN_GRACE_SECONDS": "0"}
+        with Script(named_env | through) as script:
+            script.wait_for_log(f"cannot store: .*proxy.*{failing.url}")
             tried = len(talk())
             versions.append(lnd.write())  # it is tried at once
             deadline = time.monotonic() + PATIENCE_SECONDS
@@ -531,7 +513,7 @@ def test_a_proxy_that_fails_is_never_passed_by(
                 assert time.monotonic() < deadline, script.log
                 time.sleep(0.02)
             assert script.stop() == 0
-    assert {(host, port) for _, host, port in talk()} == {tunnel.address}
+    assert {(host, port) for _, host, port in talk()} == {failing.address}
     assert [path.read_bytes() for path in sorted(staging.glob("2*"))] == [
         version.data for version in versions
     ]
@@ -539,31 +521,22 @@ def test_a_proxy_that_fails_is_never_passed_by(
 
 @pytest.mark.unmeasured
 def test_the_configured_source_of_credentials_is_asked(
-    s3_https: S3Server,
-    tunnel: ConnectProxy,
-    talk: Callable[[], Talk],
-    prefix: str,
-    lnd: Lnd,
-    staging: Path,
+    named_env: dict[str, str], tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
     """Credentials that a container's service gives are fetched from it, and from nowhere else."""
-    env = settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging)
-    key, secret = env.pop("AWS_ACCESS_KEY_ID"), env.pop("AWS_SECRET_ACCESS_KEY")
     given = {
-        "AccessKeyId": key,
-        "SecretAccessKey": secret,
+        "AccessKeyId": named_env.pop("AWS_ACCESS_KEY_ID"),
+        "SecretAccessKey": named_env.pop("AWS_SECRET_ACCESS_KEY"),
         "Token": "",
         "Expiration": "2099-01-01T00:00:00Z",
     }
     lnd.write()
     with FakeS3(defaults={"GET": Answer(body=json.dumps(given).encode())}) as service:
-        through = {
-            "AWS_ENDPOINT_URL_S3": f"https://{HOST}",
-            "HTTPS_PROXY": tunnel.url,
+        source = {
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{service.endpoint}/role",
             "AWS_EC2_METADATA_DISABLED": "",
         }
-        source = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{service.endpoint}/role"}
-        done = run_script(env | through | source, "once")
+        done = run_script(named_env | source, "once")
         assert done.returncode == 0, done.stderr
         assert {(host, port) for _, host, port in talk()} == {
             tunnel.address,

@@ -17,7 +17,7 @@ import s3_backup_lnd_channels as program
 REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
 
 
-# --- --env-file: accepted is what systemd reads alike ---
+# --- What is accepted ---
 
 
 def read(text: str | bytes) -> dict[str, str]:
@@ -163,7 +163,7 @@ def test_plain_file_is_accepted(values: dict[str, str]) -> None:
     assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
 
 
-# --- the command line ---
+# --- What is read ---
 
 
 def test_no_file_is_read_unasked(good: dict[str, str], tmp_path: Path) -> None:
@@ -196,15 +196,6 @@ def test_env_file_is_read_and_the_environment_wins(good: dict[str, str], tmp_pat
     ]
 
 
-def test_env_file_that_is_missing_is_wrong_configuration(
-    good: dict[str, str], tmp_path: Path
-) -> None:
-    """An --env-file that is not there is told with its path, and exits 78."""
-    lines = start(good, "--env-file", str(tmp_path / "missing"), "once")
-    assert f"{tmp_path / 'missing'}: No such file" in lines[0]
-    assert "hint: " in lines[1]
-
-
 def test_env_file_with_nul_is_wrong_configuration(good: dict[str, str], tmp_path: Path) -> None:
     """An --env-file with a NUL byte, which no variable can hold, is told with its path and line,
     and exits 78.
@@ -228,9 +219,6 @@ def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path
     with as_nobody(), pytest.raises(program.ConfigError, match=re.escape(str(path))) as caught:
         program.read_env_file(path)
     assert caught.value.exit_code == 78
-
-
-# --- The file of settings, and the command line ---
 
 
 @pytest.mark.unmeasured
@@ -275,7 +263,8 @@ def test_the_env_file_before_and_after_the_command(
     for args in (("--env-file", "/nowhere", "once"), ("once", "--env-file", "/nowhere")):
         done = run_script(written_env, *args)
         assert done.returncode == 78
-        assert "/nowhere" in done.stderr
+        assert "/nowhere: No such file" in done.stderr
+        assert "hint: " in done.stderr
     assert run_script(written_env, "once", "--env-file").returncode == 2
 
 

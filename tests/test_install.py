@@ -51,9 +51,6 @@ needs_python = pytest.mark.skipif(
 )
 
 
-# --- the installer ---
-
-
 class Package:
     """A checkout to install from, whose only requirement is a wheel that lends it the packages of
     the tests' venv.
@@ -745,9 +742,6 @@ def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> 
         assert released.make("uninstall", root).returncode == 0
         assert not (root / UNITS / "lnd-backup.service.d").exists()
         assert not check.parent.exists()
-
-
-# --- the settings ---
 
 
 def test_a_line_that_is_misread_is_named_by_the_program(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from kit import (
 )
 from kit import fake_s3 as answers
 from kit.raw_s3 import framed, listing
-from shared import HOUR, NOON, put_version
+from shared import HOUR, NOON, NOWHERE, put_version, restore
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -381,10 +381,11 @@ def test_a_list_needs_no_get(s3: S3Server, bucket: str, prefix: str) -> None:
     assert [row["name"] for row in listed(reader_settings(s3, bucket, prefix, user))] == [name]
 
 
-def test_s3_refuses_connections(reader: dict[str, str]) -> None:
+@pytest.mark.parametrize("args", [("list", "--json"), ("restore",)], ids=["list", "restore"])
+def test_s3_refuses_connections(reader: dict[str, str], args: tuple[str, ...]) -> None:
     """Exit 75 at once when nobody listens."""
     began = time.monotonic()
-    done = run_script(reader | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, "list", "--json")
+    done = run_script(reader | {"AWS_ENDPOINT_URL_S3": NOWHERE}, *args)
     assert (done.returncode, done.stdout) == (75, "")
     assert time.monotonic() - began < ONE_MINUTE
     assert "Traceback" not in done.stderr
@@ -474,24 +475,26 @@ def test_a_missing_bucket(s3: S3Server, prefix: str) -> None:
 @pytest.mark.parametrize(
     "node",
     [
+        {},
         {"MONITOR_FILE_PATH": "", "BACKUP_DIRECTORY": ""},
         {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
         {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
         {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
         {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"},
     ],
-    ids=["empty", "tilde", "nowhere", "impossible", "reporting"],
+    ids=["absent", "empty", "tilde", "nowhere", "impossible", "reporting"],
 )
 def test_the_node_is_not_needed(
-    s3: S3Server, bucket: str, reader: dict[str, str], node: dict[str, str]
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, node: dict[str, str]
 ) -> None:
-    """The node's settings may be absent, empty or wrong; nothing is said of them."""
+    """The bucket's settings suffice for `list` and `restore`; the node's may be absent, empty or
+    wrong, and nothing is said of them.
+    """
     name = put(s3, bucket, NOON)
     done = run_script(reader | node, "list", "--json")
     assert [row["name"] for row in json.loads(done.stdout)] == [name]
-    assert not any(
-        text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere")
-    )
+    said = done.stderr + restore(reader | node, home).stderr
+    assert not any(text in said for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere"))
 
 
 def test_a_wrong_bucket_name(reader: dict[str, str]) -> None:
@@ -501,23 +504,12 @@ def test_a_wrong_bucket_name(reader: dict[str, str]) -> None:
     assert "S3_BUCKET_NAME" in done.stderr
 
 
-def test_an_env_file_is_enough(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
-) -> None:
-    """Everything may come from one file, as a new user keeps it."""
-    name = put(s3, bucket, NOON)
-    file = tmp_path / "reader.env"
-    file.write_text("".join(f"{key}={value}\n" for key, value in reader.items()))
-    done = run_script({}, "--env-file", str(file), "list", "--json")
-    assert [row["name"] for row in json.loads(done.stdout)] == [name]
-
-
 def test_wrong_usage(reader: dict[str, str]) -> None:
     """An option of another command is wrong usage."""
     assert run_script(reader, "list", "--key", "x").returncode == 2
 
 
-# --- list ---
+# --- Drops and folders ---
 
 
 @pytest.mark.unmeasured

@@ -7,11 +7,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,6 +37,7 @@ import s3_backup_lnd_channels as program
 if TYPE_CHECKING:
     from collections.abc import Callable
     from functools import partial
+    from pathlib import Path
 
 # What could end a line, move the cursor, turn the text around, or not be written at all.
 NASTY = [
@@ -56,10 +55,9 @@ NASTY = [
     "\ufeff",
     "\udc80",
 ]
-SECRET = MADE_UP.secret_key
 
 
-# --- log lines ---
+# --- A line ---
 
 
 def record(message: str, level: int = logging.INFO, **extra: object) -> logging.LogRecord:
@@ -213,7 +211,7 @@ def test_a_password_in_a_url_is_masked(password: str) -> None:
     assert "s3.example.org/bucket" in text
 
 
-# --- a lasting problem ---
+# --- A lasting problem ---
 
 
 class Clock:
@@ -325,7 +323,7 @@ def test_what_passes_by_itself_is_a_warning(
     assert [line.levelno for line in caplog.records] == [level]
 
 
-# --- manners ---
+# --- A session ---
 
 
 def test_the_journal_gets_priorities(
@@ -367,7 +365,7 @@ def test_a_session_has_no_warnings(env: dict[str, str], lnd: Lnd, check: partial
     check()
 
 
-# --- What the log says, and never says ---
+# --- What is in use ---
 
 
 @pytest.mark.parametrize(
@@ -375,11 +373,12 @@ def test_a_session_has_no_warnings(env: dict[str, str], lnd: Lnd, check: partial
     [(False, "env"), (True, "shared-credentials-file")],
     ids=["environment", "file"],
 )
-def test_the_log_says_what_is_in_use(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, tmp_path: Path, method: str, *, in_file: bool
+def test_the_log_says_at_the_start_what_is_in_use(
+    fake: FakeS3, fake_env: dict[str, str], tmp_path: Path, method: str, *, in_file: bool
 ) -> None:
-    """The log says endpoint, region and credential method, and never the secret."""
-    lnd.write()
+    """Endpoint, region and credential method stand in the log also while LND has written nothing,
+    and the secret never does.
+    """
     if in_file:
         keys = tmp_path / "credentials"
         key, secret = (
@@ -387,47 +386,17 @@ def test_the_log_says_what_is_in_use(
         )
         keys.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
         fake_env["AWS_SHARED_CREDENTIALS_FILE"] = str(keys)
-    done = run_script(fake_env, "once")
-    assert done.returncode == 0
-    [line] = [line for line in done.stderr.splitlines() if "endpoint" in line]
-    assert fake.endpoint in line
-    assert "us-east-1" in line
-    assert method in line
-    assert SECRET not in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "HTTP_PROXY"])
-def test_passwords_in_urls_are_masked(fake_env: dict[str, str], lnd: Lnd, name: str) -> None:
-    """A user name and password in the URL of endpoint or proxy never get into the log, also when it
-    fails.
-    """
-    lnd.write()
-    with socket.socket() as refusing:
-        refusing.bind(("127.0.0.1", 0))
-        url = f"http://bob:hunter2@127.0.0.1:{refusing.getsockname()[1]}"
-        with Script({**fake_env, name: url, "SHUTDOWN_GRACE_SECONDS": "0"}) as script:
-            script.wait_for_log("using .*endpoint")
-            script.wait_for_log("cannot store: .*\n.*hint: ")
-            assert script.stop() == 0
-    assert "hunter2" not in script.log
-    assert "bob" not in script.log
-
-
-# --- the endpoint ---
-
-
-def test_the_log_says_at_the_start_what_is_in_use(bare_env: dict[str, str]) -> None:
-    """Endpoint, region and credentials stand in the daemon's log also while LND has written
-    nothing.
-    """
-    Path(bare_env["MONITOR_FILE_PATH"]).unlink()
-    with FakeS3() as fake, Script(bare_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as script:
-        script.wait_for_log(f"using endpoint {fake.endpoint}, region us-east-1, credentials: env$")
+    with Script(fake_env) as script:
+        script.wait_for_log(
+            f"using endpoint {fake.endpoint}, region us-east-1, credentials: {method}$"
+        )
         assert script.stop() == 0
-        assert not fake.requests
+        assert script.log.count("using endpoint") == 1
+        assert MADE_UP.secret_key not in script.stdout + script.log
+    assert not fake.requests
 
 
-# --- secrets and journald ---
+# --- Secrets and faults ---
 
 
 PASSWORDS = [f"http://alice:{word}@127.0.0.1:9" for word in ("geheim", "ge/heim", "ge heim")]
@@ -483,7 +452,7 @@ def test_every_line_has_a_priority_for_journald(good: dict[str, str], tmp_path: 
     assert all(line.startswith("<3>") for line in lines)
 
 
-# --- Where a version is restored to ---
+# --- What stdout cannot encode ---
 
 
 @pytest.mark.unmeasured

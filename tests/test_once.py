@@ -33,7 +33,7 @@ from kit import (
 from kit import fake_s3 as answers
 from kit.fake_s3 import HTML
 from kit.raw_s3 import error, framed
-from shared import AWAY, NOON, SELDOM, TRY_AGAIN, staged, staged_data
+from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, staged, staged_data
 
 import s3_backup_lnd_channels as program
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from functools import partial
     from pathlib import Path
 
-MIB = 1 << 20
+    from shared import Session
+
 ONE_MINUTE = 60.0
 PAGE = Answer(403, headers={"Content-Type": "text/html"}, body=HTML, etag=False)
 HURRY = 10
@@ -50,7 +51,7 @@ A_MINUTE = 60 / HURRY
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("size", [None, 0, 44, 16 * MIB + 1])
+@pytest.mark.parametrize("size", [None, 0, 44, LARGEST + 1])
 def test_once_without_a_backup_sends_what_is_staged_and_fails(
     size: int | None, fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
 ) -> None:
@@ -111,21 +112,19 @@ def test_once_puts_an_unchanged_file_again(
 
 @pytest.mark.parametrize("command", ["run", "once"])
 def test_a_second_copy_does_not_start(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, command: str
+    env: dict[str, str], lnd: Lnd, session: Session, staging: Path, command: str
 ) -> None:
     """While one copy holds the staging directory another ends with 75 and says so, and the first
     goes on.
     """
     first = lnd.write()
-    with Daemon(SELDOM | env) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         done = run_script(env, command)
         assert done.returncode == TRY_AGAIN
         assert done.stdout == ""
         assert f"{staging}: another copy holds it" in done.stderr
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 # --- How it ends ---

@@ -381,22 +381,16 @@ def test_the_native_sidecar_of_kubernetes() -> None:
     assert pod["spec"]["terminationGracePeriodSeconds"] > grace_seconds() + 1
 
 
-def test_the_policy_in_the_readme_allows_putting_and_nothing_else() -> None:
-    """The policy that the README tells to use is valid JSON, and allows s3:PutObject below the
-    prefix alone.
+def test_the_policy_of_the_readme_is_the_templates() -> None:
+    """The policy in the README is that of the template's user for the node, and allows
+    s3:PutObject below the prefix alone.
     """
     found = re.search(r'^ +(\{"Version".*?\]\})', README, re.MULTILINE | re.DOTALL)
     assert found
+    assert json.loads(found[1]) == node_policy("BUCKET", "PREFIX/")
     assert json.loads(found[1])["Statement"] == [
         {"Effect": "Allow", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::BUCKET/PREFIX/*"}
     ]
-
-
-def test_the_policy_of_the_readme_is_the_templates() -> None:
-    """The policy in the README is that of the template's user for the node."""
-    found = re.search(r'^ +(\{"Version".*?\]\})', README, re.MULTILINE | re.DOTALL)
-    assert found
-    assert json.loads(found[1]) == node_policy("BUCKET", "PREFIX/")
 
 
 @pytest.mark.unmeasured

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from kit import SCRIPT, Daemon, FakeS3, Lnd, Script, as_nobody, channel_backup, run_script
+from kit import SCRIPT, Daemon, FakeS3, Lnd, as_nobody, channel_backup, run_script
 from kit import script as script_module
-from shared import AT_ONCE, AWAY, OFTEN, SELDOM
+from shared import AT_ONCE, AWAY, LARGEST, OFTEN, SELDOM
 
 import s3_backup_lnd_channels as program
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from functools import partial
 
-MIB = 1 << 20
+    from shared import Session
 
 
 def refusal(path: Path) -> program.BackupError:
@@ -41,12 +41,10 @@ def refusal(path: Path) -> program.BackupError:
     return caught.value
 
 
-LARGEST_SIZE = 16 << 20
-LARGEST = 16 << 20
 MEMORY_MAX_KB = 256 << 10
 
 
-# --- sizes ---
+# --- Sizes ---
 
 
 @pytest.mark.parametrize("size", [45, 46, 415, 416, 100_000])
@@ -69,11 +67,11 @@ def test_file_under_45_bytes_is_refused(size: int, lnd: Lnd) -> None:
 def test_file_of_16_mib_is_read(lnd: Lnd) -> None:
     """A file of 16 MiB, the largest there may be, is returned whole."""
     lnd.place(b"")
-    os.truncate(lnd.path, 16 * MIB)
-    assert len(program.read_channel_backup(lnd.path)) == 16 * MIB
+    os.truncate(lnd.path, LARGEST)
+    assert len(program.read_channel_backup(lnd.path)) == LARGEST
 
 
-@pytest.mark.parametrize("size", [16 * MIB + 1, 1 << 40])
+@pytest.mark.parametrize("size", [LARGEST + 1, 1 << 40])
 def test_larger_file_is_refused_without_being_read_whole(size: int, lnd: Lnd) -> None:
     """A file over 16 MiB is refused with its size, and never takes more memory than the largest
     there may be.
@@ -86,13 +84,13 @@ def test_larger_file_is_refused_without_being_read_whole(size: int, lnd: Lnd) ->
     tracemalloc.start()
     try:
         failure = refusal(lnd.path)
-        assert tracemalloc.get_traced_memory()[1] < 17 * MIB
+        assert tracemalloc.get_traced_memory()[1] < LARGEST + (1 << 20)
     finally:
         tracemalloc.stop()
     assert str(size) in str(failure)
 
 
-# --- what stands at the path ---
+# --- What stands at the path ---
 
 
 @pytest.mark.parametrize("path", ["channel.backup", "mainnet/channel.backup", "dangling"])
@@ -223,7 +221,7 @@ def test_file_that_is_exchanged_before_it_is_opened_is_refused(
     refusal(lnd.path)
 
 
-# --- a file that changes meanwhile ---
+# --- A file that changes meanwhile ---
 
 
 def grow(lnd: Lnd) -> None:
@@ -287,51 +285,18 @@ def test_file_that_is_replaced_while_it_is_read_is_read_whole(
     assert program.read_channel_backup(lnd.path) == lnd.written[1].data
 
 
-# --- the commands ---
-
-
-@pytest.mark.unmeasured
-def test_once_leaves_no_trace_in_lnds_directory(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
-) -> None:
-    """`once` sends the file and changes nothing in LND's directory."""
-    lnd.leave_decoys()
-    version = lnd.write()
-    before = lnd.fingerprint()
-    assert run_script(fake_env, "once").returncode == 0
-    assert [request.body for request in fake.requests] == [version.data]
-    assert lnd.fingerprint() == before
-
-
-@pytest.mark.unmeasured
-def test_run_leaves_no_trace_in_lnds_directory(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
-) -> None:
-    """`run` watches, sends each version and stops, and changes nothing in LND's directory."""
-    lnd.leave_decoys()
-    lnd.write()
-    with Script(fake_env, "run") as script:
-        script.wait_for_log("stored s3://")
-        lnd.write()
-        before = lnd.fingerprint()
-        script.wait_for_log("stored s3://", count=2)
-        assert script.stop() == 0
-    assert [request.body for request in fake.requests] == [version.data for version in lnd.written]
-    assert lnd.fingerprint() == before
-
-
-# --- what cannot be a channel backup ---
+# --- What the daemon makes of it ---
 
 
 @pytest.mark.parametrize("size", [0, 1, 44])
 def test_a_file_that_is_too_small_is_never_staged(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, size: int
+    session: Session, lnd: Lnd, staging: Path, size: int
 ) -> None:
     """Fewer than 45 bytes are one error, and the version before stays the newest until there is
     another.
     """
     first = lnd.write()
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_stored(first)
         lnd.place(bytes(size))
         daemon.wait_for_log(f"error: .*{size} bytes")
@@ -340,48 +305,40 @@ def test_a_file_that_is_too_small_is_never_staged(
         assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
         lnd.placed.clear()
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 @pytest.mark.parametrize("size", [45, 46, 415])
 def test_a_file_that_is_doubtful_is_stored_with_a_warning(
-    env: dict[str, str], lnd: Lnd, check: partial[None], size: int
+    session: Session, lnd: Lnd, size: int
 ) -> None:
     """A file without channels, or of a size that no known LND writes, is stored with a warning."""
     version = lnd.write(data=os.urandom(size))
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_log(f"captured .*: {size} bytes\n.*warning: ")
         daemon.wait_for_stored(version)
-        assert daemon.stop() == 0
-    check()
 
 
 def test_a_file_that_is_too_large_is_never_staged(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path
+    session: Session, lnd: Lnd, staging: Path
 ) -> None:
     """More than 16 MiB are one error, and nothing is staged."""
     first, large = lnd.write(), lnd.directory / "large"
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_stored(first)
         large.touch()
-        os.truncate(large, LARGEST_SIZE + 1)
+        os.truncate(large, LARGEST + 1)
         large.rename(lnd.path)
-        daemon.wait_for_log(f"error: .*{LARGEST_SIZE + 1} bytes")
+        daemon.wait_for_log(f"error: .*{LARGEST + 1} bytes")
         daemon.wait_for_looks()
         assert daemon.log.count("error: cannot read") == 1
         assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
         lnd.path.unlink()
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
-def test_a_pipe_at_the_path_does_not_hang_the_daemon(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_pipe_at_the_path_does_not_hang_the_daemon(session: Session, lnd: Lnd) -> None:
     """A named pipe is an error that is not read from, and LND's next file is stored."""
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_log("No such file")
         os.mkfifo(lnd.directory / "pipe")
         (lnd.directory / "pipe").rename(lnd.path)
@@ -389,18 +346,13 @@ def test_a_pipe_at_the_path_does_not_hang_the_daemon(
         daemon.wait_for_looks()
         lnd.path.unlink()
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
-
-
-# --- manners ---
 
 
 def test_the_directory_of_lnd_is_only_read(
     env: dict[str, str], lnd: Lnd, check: partial[None]
 ) -> None:
-    """Neither a session with an outage and a stop, nor the command once, changes anything in LND's
-    directory.
+    """Neither a session with an outage, an update and a stop, nor the command once, changes
+    anything in LND's directory.
     """
     lnd.leave_decoys()
     version = lnd.write()
@@ -412,13 +364,18 @@ def test_the_directory_of_lnd_is_only_read(
     with Daemon(SELDOM | env | OFTEN) as daemon:
         daemon.wait_for_stored(version)
         daemon.wait_for_looks()
+        assert lnd.fingerprint() == before
+        version = lnd.write()
+        before = lnd.fingerprint()
+        daemon.wait_for_stored(version)
+        daemon.wait_for_looks()
         assert daemon.stop() == 0
     assert run_script(env, "once").returncode == 0
     assert lnd.fingerprint() == before
     check(refreshes=1)
 
 
-# --- The file and its mount ---
+# --- Mounts and large files ---
 
 
 @pytest.mark.unmeasured

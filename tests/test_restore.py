@@ -33,13 +33,12 @@ from kit import (
     version_name,
 )
 from kit import fake_s3 as answers
-from shared import HOUR, NOON, Done, expect_tidy, put_version, restore
+from shared import HOUR, LARGEST, NOON, Done, expect_tidy, put_version, restore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SLOW_BYTES_PER_SECOND = 400_000
-LARGEST = 16 << 20
 SOCKETS = 8 << 20  # what their buffers take
 
 
@@ -427,18 +426,6 @@ def test_too_large(s3: S3Server, bucket: str, reader: dict[str, str], home: Path
     s3.admin.delete_object(Bucket=bucket, Key=large)
 
 
-def test_without_our_metadata(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """What bears a version's name alone, as a copy by another tool, is restored with a warning."""
-    wanted = channel_backup(6)
-    put_version(s3, bucket, NOON, channel_backup(5))
-    foreign = put_version(s3, bucket, NOON + HOUR, wanted, metadata={})
-    done = restore(reader, home)
-    assert (home / "channel.backup").read_bytes() == wanted
-    assert any("warning: " in line and foreign in line for line in done.stderr.splitlines())
-
-
 def test_overwritten_in_a_bucket_with_versioning(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path
 ) -> None:
@@ -504,11 +491,6 @@ def test_an_interrupt_while_asking(reader: dict[str, str], home: Path) -> None:
         assert not list(home.iterdir())
 
 
-def test_s3_refuses_connections(reader: dict[str, str], home: Path) -> None:
-    """When nobody listens it is exit 75."""
-    restore(reader | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, home, code=75)
-
-
 @pytest.mark.parametrize(
     "args", [(), ("--key", "20260301T120000.000000Z-a1b2c3")], ids=["list", "get"]
 )
@@ -560,28 +542,6 @@ def test_what_a_restore_needs(s3: S3Server, bucket: str, prefix: str, home: Path
 
 
 # --- A machine that never saw the node ---
-
-
-@pytest.mark.parametrize(
-    "node",
-    [
-        {},
-        {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
-        {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
-        {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
-        {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"},
-    ],
-    ids=["absent", "tilde", "nowhere", "impossible", "reporting"],
-)
-def test_the_node_is_not_needed(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, node: dict[str, str]
-) -> None:
-    """The bucket's settings suffice in an empty home; the node's may be absent or wrong."""
-    put_version(s3, bucket, NOON, channel_backup(5))
-    done = restore(reader | node, home)
-    assert not any(
-        text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere")
-    )
 
 
 def test_an_env_file_is_enough(
@@ -725,24 +685,3 @@ def test_the_steps_of_the_recovery_page(
         f"lncli verifychanbackup --multi_file {home / 'recovery' / 'channel.backup'}" in done.stdout
     )
     assert reader["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
-
-
-# --- the bucket ---
-
-
-def test_the_names_of_metadata_have_no_case(bare_env: dict[str, str], tmp_path: Path) -> None:
-    """A store that writes X-Amz-Meta-Sha256 with capitals, as those in Go do, keeps the SHA-256 all
-    the same.
-    """
-    data = channel_backup(1)
-    digest = hashlib.sha256(data).hexdigest()
-    kept = Answer(
-        headers={"X-Amz-Meta-Sha256": digest, "Last-Modified": "Fri, 20 Nov 2026 21:55:59 GMT"},
-        body=data,
-    )
-    name = f"20261120T215558.123456Z-{digest[-6:]}"
-    with FakeS3(defaults={"GET": kept}) as fake:
-        env = bare_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-        done = run_script(env, "restore", "--key", name, "--output", str(tmp_path / "restored"))
-    assert done.returncode == 0, done.stderr
-    assert "six digits" not in done.stderr

@@ -243,9 +243,6 @@ def test_the_mode_after_a_crash(
     assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
 
 
-# --- What to do next ---
-
-
 def test_next_steps_that_cannot_be_printed(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path
 ) -> None:
@@ -262,7 +259,7 @@ def test_next_steps_that_cannot_be_printed(
     assert [path.read_bytes() for path in home.iterdir()] in ([], [wanted])
 
 
-# --- restore ---
+# --- The versions before a drop ---
 
 
 def history(s3: S3Server, bucket: str, *sizes: int) -> list[bytes]:
@@ -378,7 +375,7 @@ def test_a_file_that_is_there_is_not_overwritten(
     assert done.returncode == (0 if found else 1)
 
 
-# --- Where a version is restored to ---
+# --- File systems that lack something ---
 
 
 LACKING = {
@@ -463,9 +460,6 @@ def test_what_appears_meanwhile_without_links(
     (only,) = home.iterdir()
     assert only.is_symlink() == (what == "link")
     assert what == "link" or only.read_bytes() == (b"mine" if what == "file" else b"")
-
-
-# --- Errors ---
 
 
 @pytest.mark.unmeasured

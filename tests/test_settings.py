@@ -65,7 +65,7 @@ def warnings(done: subprocess.CompletedProcess[str]) -> str:
     return "\n".join(line for line in lines if "warning: " in line or "hint: " in line)
 
 
-# --- each variable ---
+# --- Each variable ---
 
 
 def test_good_settings_are_taken_as_they_are(good: dict[str, str], lnd: Lnd, staging: Path) -> None:
@@ -484,7 +484,7 @@ def test_fault_of_the_directory_that_systemd_made_names_it(lnd: Lnd, good: dict[
     assert str(lnd.directory) in str(found["BACKUP_DIRECTORY"])
 
 
-# --- the command line ---
+# --- All faults at once ---
 
 
 @pytest.mark.parametrize("command", [[], ["once"]])
@@ -550,9 +550,6 @@ def test_value_that_the_sdk_cannot_use_is_a_fault_that_shows_it(
     assert any(value in line for value in wrong.values() for line in lines)
     assert ["hint: " in line for line in lines] == [False, True] * 2
     assert not (tmp_path / "new").exists()
-
-
-# --- The user's choices ---
 
 
 EMPTY = [
@@ -796,9 +793,6 @@ def test_a_volume_that_belongs_to_root(fake: FakeS3, public: Path, mode: int) ->
     ) as script:
         assert script.wait() == 0, script.log
     assert len(fake.objects("some-bucket")) == 1
-
-
-# --- the settings ---
 
 
 def test_no_time_is_spent_on_the_network_to_find_faults() -> None:

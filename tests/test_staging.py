@@ -40,10 +40,7 @@ if TYPE_CHECKING:
 MADE_AFTER = "29990101T000000.000000Z-"
 
 
-@pytest.fixture(autouse=True)
-def _log_level(caplog: pytest.LogCaptureFixture) -> None:
-    """Record the program's log."""
-    caplog.set_level(logging.INFO, "lnd-backup")
+pytestmark = pytest.mark.usefixtures("_log_level")
 
 
 EARLIER, LATER = "20260101T000000.000000Z", "20290101T000000.000000Z"
@@ -131,7 +128,7 @@ def is_version(thing: Thing) -> bool:
     return thing.name in names and thing.kind == "file" and len(thing.data) >= 45
 
 
-# --- what it does every day ---
+# --- What it does every day ---
 
 
 def test_version_is_staged_offered_and_discarded(queue: program.Staging, staging: Path) -> None:
@@ -177,7 +174,7 @@ def test_nobody_else_may_read_what_is_staged(umask: int, tmp_path: Path) -> None
     }
 
 
-# --- the lock ---
+# --- The lock ---
 
 
 def test_second_queue_in_the_same_directory_is_refused(
@@ -202,7 +199,7 @@ def test_lock_ends_with_the_process(staging: Path) -> None:
     restart(staging)
 
 
-# --- what lies around ---
+# --- What lies around ---
 
 
 def make_directory(path: Path) -> None:
@@ -468,7 +465,7 @@ def test_whatever_lies_around_is_neither_sent_nor_lost(things: dict[bytes, bytes
     assert all(entry.startswith(".") and entry.endswith(".partial") for entry in lost)
 
 
-# --- what is named, and what is held in memory ---
+# --- What is staged ---
 
 
 @pytest.mark.parametrize(("number", "count"), [(0, 3), (1, 2), (2, 3)])
@@ -509,9 +506,6 @@ def test_unusual_sizes_are_staged_with_a_warning(
     assert ("no channels" in said[-1].getMessage()) == (size == 45)
 
 
-# --- a directory that cannot be used ---
-
-
 def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> None:
     """A link, and a file, in the directory's place are refused as wrong configuration."""
     (tmp_path / "real").mkdir()
@@ -525,7 +519,7 @@ def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> No
     assert list((tmp_path / "real").iterdir()) == []
 
 
-# --- what is put, and how often ---
+# --- What somebody does to it meanwhile ---
 
 
 @pytest.mark.parametrize("damage", ["edited", "removed"])

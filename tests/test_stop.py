@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from functools import partial
     from pathlib import Path
 
+    from shared import Session
+
 
 def write_unseen(lnd: Lnd) -> Written:
     """Let LND's file be replaced by a link, of which no event tells that is listened to."""
@@ -23,9 +25,6 @@ def write_unseen(lnd: Lnd) -> Written:
     lnd.path.hardlink_to(elsewhere.path)
     lnd.written.append(version)
     return version
-
-
-# --- signals ---
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -71,7 +70,7 @@ def test_the_grace_period_is_kept(
     env: dict[str, str],
     lnd: Lnd,
     s3_line: FaultProxy,
-    check: partial[None],
+    session: Session,
     staging: Path,
     mode: Mode,
     grace: int,
@@ -89,10 +88,8 @@ def test_the_grace_period_is_kept(
         assert daemon.stop(timeout=grace + 4) == 0
         assert len(staged(staging)) == 1
     s3_line.set("pass", cut=True)
-    with Daemon(SELDOM | env) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(version)
-        assert daemon.stop() == 0
-    check()
 
 
 def test_it_looks_after_the_signal_and_before_it_leaves(
@@ -133,9 +130,6 @@ def test_a_second_signal_ends_it_at_once(
         daemon.signal(second)
         assert daemon.wait() == 128 + second
     check_stepped()
-
-
-# --- clock and disk ---
 
 
 def test_a_staging_directory_that_cannot_be_listed_spoils_no_stop(

@@ -906,7 +906,7 @@ def test_a_staged_version_that_can_be_read_again(
         beat.wait_for_requests(1, method="GET")
 
 
-# --- What this user can read beside the file ---
+# --- What the user that runs it could read ---
 
 
 @pytest.mark.parametrize("name", ["admin.macaroon", "wallet.db"])
@@ -934,9 +934,6 @@ def test_no_warning_of_secrets_that_cannot_be_read(
     with Daemon(telling_env) as daemon:
         assert "can read" not in daemon.log
         daemon.wait_for_stored(lnd.written[-1])
-
-
-# --- The request of a heartbeat ---
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,6 @@ if TYPE_CHECKING:
 SOME_NAME = "20261120T215558.123456Z-a1b2c3"
 
 
-# --- Every error has a kind and something to do ---
-
-
-FAILED, AGAIN, DENIED = program.BackupError, program.TransientError, program.AccessDeniedError
-
-
-# --- A bucket in this process ---
-
-
 def md5(data: bytes) -> str:
     """Return the value of Content-MD5."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
@@ -237,7 +228,9 @@ def test_false_receipts_are_refused(
     if host:
         fake_env |= {"AWS_ENDPOINT_URL_S3": host, "HTTP_PROXY": fake.endpoint}
     with use(fake_env) as bucket:
-        with pytest.raises(AGAIN, match=r"cannot store: s3://some-bucket/.*: .*no receipt"):
+        with pytest.raises(
+            program.TransientError, match=r"cannot store: s3://some-bucket/.*: .*no receipt"
+        ):
             bucket.put(SOME_NAME, channel_backup(1))
         assert bucket.put(SOME_NAME, channel_backup(1))
 
@@ -305,7 +298,7 @@ def test_a_silent_server_is_given_up(
     ):
         proxy.set("blackhole")
         began = time.monotonic()
-        with pytest.raises(AGAIN):
+        with pytest.raises(program.TransientError):
             made.put(SOME_NAME, data)
         assert 0.4 < time.monotonic() - began < 5
         proxy.set("pass", cut=True)
@@ -373,7 +366,7 @@ def test_a_lost_answer_leaves_one_object(
         use(env | {"AWS_ENDPOINT_URL_S3": proxy.endpoint(s3.scheme)}) as made,
     ):
         proxy.set("swallow_response")
-        with pytest.raises(AGAIN):
+        with pytest.raises(program.TransientError):
             made.put(SOME_NAME, data)
         assert [entry.data for entry in s3.objects(bucket).values()] == [data]
         proxy.set("pass", cut=True)
@@ -381,7 +374,7 @@ def test_a_lost_answer_leaves_one_object(
     assert list(s3.objects(bucket)) == [receipt.key]
 
 
-# --- the bucket ---
+# --- Stores with wishes of their own ---
 
 
 def test_a_default_retention_locks_what_is_put(
@@ -404,9 +397,6 @@ def test_a_default_retention_locks_what_is_put(
     assert done.returncode == 0, done.stderr
     [key] = s3.objects(bucket)
     assert s3.admin.head_object(Bucket=bucket, Key=key)["ObjectLockMode"] == "GOVERNANCE"
-
-
-# --- S3_PUT_EXTRA_ARGS ---
 
 
 @pytest.mark.unmeasured

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from functools import partial
     from pathlib import Path
 
+    from shared import Session
+
 DIGEST = "0" * 58 + "a1b2c3"
 NAME = "20261120T215558.123456Z-a1b2c3"
 NOW = datetime(2026, 11, 20, 21, 55, 58, 123456, UTC)
@@ -37,7 +39,7 @@ digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 clocks = st.datetimes(datetime(1970, 1, 1), datetime(9000, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - hypothesis adds the zone
 
 
-# --- names ---
+# --- Names ---
 
 
 def name_at(moment: datetime, sha256: str, newest: str = "") -> str:
@@ -139,7 +141,7 @@ def test_year_9999_is_no_time_of_capture() -> None:
     assert name_at(NOW, DIGEST, "99991231T235959.999999Z-a1b2c3") == NAME
 
 
-# --- what is put, and how often ---
+# --- What is put, and how often ---
 
 
 def test_every_start_puts_the_version_once(
@@ -159,7 +161,7 @@ def test_every_start_puts_the_version_once(
 
 
 def test_a_staged_version_counts_as_the_put_of_a_start(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path
+    env: dict[str, str], lnd: Lnd, session: Session, staging: Path
 ) -> None:
     """A version that is still staged with the bytes on disk gets no second name at the next
     start.
@@ -170,10 +172,8 @@ def test_a_staged_version_counts_as_the_put_of_a_start(
             daemon.wait_for_log("cannot store")
             assert daemon.stop() == 0
             assert len(staged(staging)) == 1
-    with Daemon(SELDOM | env) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(version)
-        assert daemon.stop() == 0
-    check()
 
 
 def test_an_unchanged_file_is_put_again(
@@ -207,17 +207,15 @@ def test_a_refresh_does_not_pile_up(
     check()
 
 
-def test_a_refresh_can_be_turned_off(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_refresh_can_be_turned_off(session: Session, lnd: Lnd) -> None:
     """With REFRESH_SECONDS=0 an unchanged file is never put again."""
     version = lnd.write()
-    with Daemon(SELDOM | env | {"RESCAN_SECONDS": "0.02", "REFRESH_SECONDS": "0"}) as daemon:
+    with session({"RESCAN_SECONDS": "0.02", "REFRESH_SECONDS": "0"}) as daemon:
         daemon.wait_for_stored(version)
         daemon.wait_for_looks(20)
-        assert daemon.stop() == 0
-    check()
 
 
-# --- S3 is away ---
+# --- What is put last ---
 
 
 def test_the_newest_comes_first_even_within_a_drain(
@@ -245,9 +243,6 @@ def test_the_newest_comes_first_even_within_a_drain(
         version.sha256[-6:] for version in (first, third, fourth, second, fourth)
     ]
     check_stepped(refreshes=1)
-
-
-# --- The clock ---
 
 
 @pytest.mark.unmeasured

@@ -42,7 +42,7 @@ class Node(NamedTuple):
 
     def run(self, commands: str) -> str:
         """Run commands of the page, and return all that they print."""
-        values = {"user": "bitcoin", "archive": "no-backup-archive=1"}
+        values = {"unit": "lnd", "user": "bitcoin", "archive": "no-backup-archive=1"}
         values |= {"conf": str(self.conf), "old": str(self.old), "new": str(self.new)}
         told = {"PATH": f"{self.calls.parent}/bin:{os.environ['PATH']}", "CALLS": str(self.calls)}
         return subprocess.run(
@@ -150,6 +150,14 @@ def test_it_can_be_undone(node: Node) -> None:
     assert node.run(LOOK_AGAIN).startswith("STOP")
     node.lnd_writes(node.old)
     assert node.run(LOOK_AGAIN).startswith("LND writes to")
+
+
+def test_undoing_what_lnd_never_used_keeps_the_newer_file(node: Node) -> None:
+    """If LND went on writing to the old place, the copy does not take the place of what it wrote."""
+    node.run(MOVE)
+    node.lnd_writes(node.old)
+    assert node.run(UNDO).splitlines()[-1].startswith("done")
+    assert node.old.read_bytes() == b"by LND"
 
 
 def test_a_path_that_stays_stops_the_undoing(node: Node) -> None:

@@ -153,7 +153,7 @@ def test_it_can_be_undone(node: Node) -> None:
 
 
 def test_undoing_what_lnd_never_used_keeps_the_newer_file(node: Node) -> None:
-    """If LND went on writing to the old place, the copy does not take the place of what it wrote."""
+    """If LND went on writing to the old place, what it wrote there stays."""
     node.run(MOVE)
     node.lnd_writes(node.old)
     assert node.run(UNDO).splitlines()[-1].startswith("done")

@@ -491,7 +491,7 @@ def test_from_nothing_to_the_first_version(box: Box, s3_http: S3Server) -> None:
         f"AWS_ENDPOINT_URL_S3={s3_http.endpoint}",
     )
     seconds = time.monotonic() - began
-    assert "left to fill in" not in done.stdout
+    assert "fill in the settings" not in done.stdout
     assert "sudo systemctl start lnd-backup" in done.stdout
     assert box.show("lnd-backup", "UnitFileState") == "enabled"
     edit = (
@@ -968,7 +968,7 @@ def test_another_node_on_the_same_host(alerts: Alerts, node: Node) -> None:
         f"AWS_ENDPOINT_URL_S3={node.s3.endpoint}",
         "AWS_REGION=us-east-1",
     ).stdout
-    assert "left to fill in" not in told
+    assert "fill in the settings" not in told
     assert "sudo lnd-backup @alice check" in told
     settings = "/etc/default/lnd-backup@alice-env"
     node.fill_in(settings, key)
@@ -1006,7 +1006,7 @@ def test_a_second_bucket_is_a_second_instance_on_the_same_file(node: Node) -> No
         "S3_BACKUP_PREFIX=box/",
         f"AWS_ENDPOINT_URL_S3={node.s3.endpoint}",
     ).stdout
-    assert "left to fill in" not in told
+    assert "fill in the settings" not in told
     node.fill_in("/etc/default/lnd-backup@second-env", key)
     node.systemctl("start", "lnd", "lnd-backup", "lnd-backup@second")
     for _ in range(2):

@@ -665,7 +665,7 @@ def test_a_wrong_configuration_does_not_loop(node: Node, listener: Listener) -> 
         "0",
     ]
     (body,) = listener.bodies
-    sentence = "lnd-backup has stopped: its settings are wrong; new versions of channel.backup"
+    sentence = "lnd-backup has stopped: its settings are wrong. New versions of channel.backup"
     assert body.startswith(f"{node.box.name()}: {sentence}")
     assert "S3_BUCKET_NAME=: is not set" in body
     assert node.box.show("lnd-backup.timer", "ActiveState") == "active"
@@ -687,8 +687,8 @@ def test_a_service_that_fails_is_told_once_a_day_by_each_way(alerts: Alerts, nod
     node.systemctl("start", alert)
     assert (len(alerts.mails()), len(listener.bodies)) == (1, 2)
     log = node.box.run("journalctl", "--no-pager", "--output=cat", f"--unit={alert}").stdout
-    assert "the message could not be sent: ALERT_URL" in log
-    assert "not sent: it was told within the day" in log
+    assert "cannot send the message by ALERT_URL" in log
+    assert "not sent again: it was sent less than a day ago" in log
     assert "secret-topic" not in log
     assert node.is_active(alert) is False
 
@@ -818,8 +818,8 @@ def test_the_check_sees_what_the_service_sees_and_writes_nothing(
     (subject,) = alerts.wait_for(1)
     node.box.run("mv", f"{SETTINGS}.away", SETTINGS)
     assert subject == (
-        f"{node.box.name()}: lnd-backup: UNKNOWN: the check itself could not run: "
-        "systemd could not prepare its start"
+        f"{node.box.name()}: lnd-backup: UNKNOWN: the check did not run: "
+        "systemd could not start it, perhaps because the settings file is missing"
     )
     assert alerts.wait_for(2)[1].startswith(f"{node.box.name()}: lnd-backup: BACKED UP again: ")
 
@@ -836,7 +836,7 @@ def test_a_test_alert_goes_out_by_every_way(alerts: Alerts, node: Node) -> None:
     node.box.sh("rm /usr/sbin/sendmail")
     failed = node.box.run("lnd-backup", "test-alert", check=False)
     assert failed.returncode == 1
-    assert "the message could not be sent: ALERT_MAIL" in failed.stderr
+    assert "cannot send the message by ALERT_MAIL" in failed.stderr
     assert "secret-topic" not in failed.stderr
     node.box.write("/etc/default/lnd-backup-alert", "")
     nobody = node.box.run("lnd-backup", "test-alert", check=False)

@@ -39,6 +39,8 @@ ORDER = [  # this program, the floors, the peers
     for each in sorted([*CONTESTANTS, TWIN], key=lambda each: (each is not THIS, not each.is_floor))
 ]
 
+VERDICTS = ("met", "not met", "not measured")
+
 # The tables, by their titles.
 SIZES = "rename to stored, http on loopback, warm"
 COUNTED = "round trips of an update, counted"
@@ -97,9 +99,10 @@ class Rows(list[Row]):
         self, group: str, figure: str, unit: str, contestant: str, *values: float, **case: str | int
     ) -> None:
         """Add values to their row."""
-        found = (row for row in self if row[:5] == (group, figure, unit, contestant, case))
-        row = next(found, None) or Row(group, figure, unit, contestant, case, [])
-        if row not in self:
+        key = (group, figure, unit, contestant, case)
+        row = next((each for each in self if each[:5] == key), None)
+        if row is None:
+            row = Row(*key, [])
             self.append(row)
         row.values.extend(float(f"{value:.{DIGITS}g}") for value in values)
 
@@ -131,9 +134,8 @@ class Results:
             "Python": platform.python_version(),
             "load before": load,
         }
-        return cls(
-            datetime.now(UTC).isoformat(timespec="minutes"), machine, versions, missing, rows
-        )
+        date = datetime.now(UTC).isoformat(timespec="minutes")
+        return cls(date, machine, versions, missing, rows)
 
     @classmethod
     def load(cls, path: Path = STORED) -> Self:
@@ -143,17 +145,13 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Store everything, a row in a line, so that a diff of two runs can be read."""
-        *head, rows = [
-            (name, json.dumps(value, ensure_ascii=False))
-            if name != "rows"
-            else (
-                name,
-                ",\n  ".join(json.dumps(row._asdict(), ensure_ascii=False) for row in value),
-            )
+        rows = ",\n  ".join(json.dumps(row._asdict(), ensure_ascii=False) for row in self.rows)
+        lines = [
+            f' "{name}": {json.dumps(value, ensure_ascii=False)}'
             for name, value in vars(self).items()
+            if name != "rows"
         ]
-        lines = [f' "{name}": {value}' for name, value in head]
-        path.write_text("{\n" + ",\n".join([*lines, f' "rows": [\n  {rows[1]}\n ]']) + "\n}\n")
+        path.write_text("{\n" + ",\n".join([*lines, f' "rows": [\n  {rows}\n ]']) + "\n}\n")
 
     def find(
         self, group: str, contestant: str, figure: str = "", case: Case | None = None
@@ -190,7 +188,9 @@ class Target(NamedTuple):
     cells: list[tuple[Cell, Cell | None]]  # the worst one counts
 
     def measured(self, results: Results) -> float | None:
-        """Return the median or the ratio of medians; None if the run did not measure it."""
+        """Return the median or the ratio of medians, as it is told; None if the run did not measure
+        it.
+        """
         values = []
         for cells in self.cells:
             rows = [results.find(*cell) for cell in cells if cell]
@@ -198,12 +198,12 @@ class Target(NamedTuple):
             if len(medians) < len(rows):
                 return None
             values.append(medians[0] / (medians[1:] or [1.0])[0])
-        return max(values)
+        return float(f"{max(values):.3g}")
 
     def verdict(self, results: Results) -> str:
         """Tell whether it is met."""
         value = self.measured(results)
-        return "not measured" if value is None else "met" if value <= self.limit else "not met"
+        return VERDICTS[2 if value is None else int(value > self.limit)]
 
 
 def beside(group: str, other: str, figure: str = "", case: Case | None = None) -> tuple[Cell, Cell]:
@@ -269,11 +269,14 @@ class Table(NamedTuple):
     title: str
     header: list[str]
     lines: list[list[str]]
+    note: str = ""
 
     def markdown(self) -> str:
         """Return it for a document."""
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.lines]
-        return f"### {self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return f"### {self.title}\n\n{self.note}" + "".join(
+            f"| {' | '.join(line)} |\n" for line in lines
+        )
 
     def print(self, to: Console) -> None:
         """Print it on a terminal."""
@@ -337,25 +340,33 @@ def targets(results: Results) -> Table:
         value = target.measured(results)
         measured = "" if value is None else number(value)
         lines.append([target.what, f"≤ {target.limit:g}", measured, target.verdict(results)])
-    return Table("Targets", ["ratio or number", "target", "measured", ""], lines)
+    note = f"{summary(results)}\n"
+    return Table("Targets", ["ratio or number", "target", "measured", ""], lines, note)
+
+
+def summary(results: Results) -> str:
+    """Tell how many targets are met and how many are not."""
+    verdicts = [each.verdict(results) for each in TARGETS]
+    met, missed, unknown = (verdicts.count(each) for each in VERDICTS)
+    return (
+        f"Of its {len(TARGETS)} targets this program met {met} on {results.date[:10]}, missed "
+        f"{missed}, and {unknown} were not measured:\n"
+    )
 
 
 def in_words(results: Results) -> str:
-    """Tell how many and which targets are met and not."""
-    found: dict[str, list[str]] = {"met": [], "not met": [], "not measured": []}
+    """Tell which targets are met and which are not."""
+    told: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for target in TARGETS:
         value, limit = target.measured(results), f"target {target.limit:g}"
-        told = limit if value is None else f"{number(value)}, {limit}"
-        found[target.verdict(results)].append(f"{target.what} ({told})")
-    met, missed, unknown = map(len, found.values())
-    counts = f"met {met} on {results.date[:10]}, missed {missed}, and {unknown} were not measured"
-    parts = [f"Of its {len(TARGETS)} targets this program {counts}:\n"]
-    for verdict, each in found.items():
-        text = f"- **{verdict.capitalize()}**: {'; '.join(each) or 'none'}."
-        parts.append(
-            textwrap.fill(text, PAGE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-        )
-    return "\n".join(parts)
+        numbers = limit if value is None else f"{number(value)}, {limit}"
+        told[target.verdict(results)].append(f"{target.what} ({numbers})")
+    lines = [
+        f"- **{verdict.capitalize()}**: {'; '.join(each) or 'none'}."
+        for verdict, each in told.items()
+    ]
+    wrap = textwrap.TextWrapper(PAGE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join([summary(results), *map(wrap.fill, lines)])
 
 
 def setting(results: Results) -> str:
@@ -437,7 +448,7 @@ def svg(height: int, title: str, parts: Iterable[str]) -> str:
     return "\n".join([head, f"<title>{escape(title)}</title>", ground, *parts, "</svg>\n"])
 
 
-def text(x: float, y: float, what: str, anchor: str = "start", colour: str = "#000000") -> str:
+def label(x: float, y: float, what: str, anchor: str = "start", colour: str = "#000000") -> str:
     """Return a line of text."""
     at = f'x="{x:.1f}" y="{y:.1f}"'
     return f'<text {at} text-anchor="{anchor}" fill="{colour}">{escape(what)}</text>'
@@ -457,13 +468,13 @@ def latency(results: Results) -> str:
         share = (math.log10(value) - low) / (high - low)
         return LEFT + (RIGHT - LEFT) * distance / DISTANCES[-1], BOTTOM - (BOTTOM - TOP) * share
 
-    parts = [text(LEFT, TOP - 20, "LND's rename to stored, ms; 6,775 bytes over https, warm")]
+    parts = [label(LEFT, TOP - 20, "LND's rename to stored, ms; 6,775 bytes over https, warm")]
     for power in range(low, high + 1):
         y = place(0, 10.0**power)[1]
         parts.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="#d0d7de"/>')
-        parts.append(text(LEFT - 8, y + 4, f"{10**power:,}", "end"))
-    parts += [text(place(ms, 1)[0], BOTTOM + 18, str(ms), "middle") for ms in DISTANCES]
-    parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 38, "round-trip time to S3, ms", "middle"))
+        parts.append(label(LEFT - 8, y + 4, f"{10**power:,}", "end"))
+    parts += [label(place(ms, 1)[0], BOTTOM + 18, str(ms), "middle") for ms in DISTANCES]
+    parts.append(label((LEFT + RIGHT) / 2, BOTTOM + 38, "round-trip time to S3, ms", "middle"))
     lowest = 0.0
     for name, points in sorted(curves.items(), key=lambda item: -item[1][-1][1]):
         colour, width = COLOURS[name], 3 if name == PROGRAM else 1.5
@@ -473,7 +484,7 @@ def latency(results: Results) -> str:
         parts.append(f'<polyline points="{dots}" fill="none" {stroke}{dashes}/>')
         x, y = place(*points[-1])
         lowest = max(y, lowest + 15)  # names do not cover each other
-        parts.append(text(x + 8, lowest + 4, name, colour=colour))
+        parts.append(label(x + 8, lowest + 4, name, colour=colour))
     return svg(BOTTOM + 50, "Latency against round-trip time", parts)
 
 
@@ -483,14 +494,14 @@ def footprint(results: Results) -> str:
     for figure, unit in (("PSS", "MB"), ("CPU time", "ms per hour")):
         rows = [row for name in COLOURS if (row := results.find(REST, name, figure))]
         most = max([row.median for row in rows], default=0) or 1
-        parts.append(text(10, y, f"while nothing happens: {figure}, {unit}"))
+        parts.append(label(10, y, f"while nothing happens: {figure}, {unit}"))
         y += 14
         for row in rows:
             length = (RIGHT + 40 - FLAT_LEFT) * row.median / most
             at = f'x="{FLAT_LEFT}" y="{y:.1f}" width="{length:.1f}" height="{BAR}"'
-            parts.append(text(FLAT_LEFT - 8, y + BAR - 2, row.contestant, "end"))
+            parts.append(label(FLAT_LEFT - 8, y + BAR - 2, row.contestant, "end"))
             parts.append(f'<rect {at} fill="{COLOURS[row.contestant]}"/>')
-            parts.append(text(FLAT_LEFT + length + 6, y + BAR - 2, number(row.median)))
+            parts.append(label(FLAT_LEFT + length + 6, y + BAR - 2, number(row.median)))
             y += BAR + 5
         y += GAP
     return svg(round(y - GAP + 10), "Memory and CPU time while nothing happens", parts)

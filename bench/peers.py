@@ -201,17 +201,15 @@ class Script(Contestant):
 
 
 class Floor(Contestant):
-    """A bare put by a warm client: no watching, no staging, no retry. The twin has the unit's
-    settings for malloc, and only its memory is measured.
-    """
+    """A bare put by a warm client: no watching, no staging, no retry."""
 
     ready, done = r"^ready", r"^put "
     is_floor = True
 
-    def __init__(self, name: str, kind: str, malloc: str = "") -> None:
-        """Put by the SDK or over http, with those of this program's settings that begin so."""
+    def __init__(self, name: str, kind: str, twin_of: Program | None = None) -> None:
+        """Put by the SDK or over http; a twin has the program's settings for malloc."""
         super().__init__(name)
-        self.kind, self.malloc = kind, malloc
+        self.kind, self.twin_of = kind, twin_of
 
     def install(self) -> None:
         """Find out the version; it is installed in the venv that runs the benchmark."""
@@ -223,8 +221,8 @@ class Floor(Contestant):
 
     def environment(self, place: Place) -> dict[str, str]:
         """Add the settings for malloc."""
-        unit = THIS.installed.environment if self.malloc else {}
-        malloc = {name: value for name, value in unit.items() if name.startswith(self.malloc)}
+        unit = self.twin_of.installed.environment if self.twin_of else {}
+        malloc = {name: value for name, value in unit.items() if name.startswith("MALLOC_")}
         return super().environment(place) | malloc
 
 
@@ -306,10 +304,8 @@ def rclone(place: Place) -> list[str | Path]:
     ca_file = ["--ca-cert", str(place.line.ca_file)] if place.line.ca_file else []
     store = ["--s3-provider", "Other", "--s3-endpoint", place.line.endpoint, "--s3-region", REGION]
     key = [
-        "--s3-access-key-id",
-        place.key.access_key,
-        "--s3-secret-access-key",
-        place.key.secret_key,
+        f"--s3-access-key-id={place.key.access_key}",
+        f"--s3-secret-access-key={place.key.secret_key}",
     ]
     quiet = ["--s3-no-check-bucket", "--config", ""]
     target = f":s3:{place.bucket}/{place.prefix}"
@@ -339,7 +335,7 @@ def curl(place: Place) -> list[str | Path]:
 
 THIS = Program(PROGRAM)
 BARE_PUT = Floor(BARE, "sdk")
-TWIN = Floor("bare put_object, the unit's malloc", "sdk", malloc="MALLOC_")
+TWIN = Floor("bare put_object, the unit's malloc", "sdk", THIS)  # for its memory alone
 CONTESTANTS: list[Contestant] = [
     THIS,
     Script("watchdog + boto3"),

@@ -358,7 +358,7 @@ def in_words(results: Results) -> str:
     """Tell which targets are met and which are not."""
     told: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for target in TARGETS:
-        value, limit = target.measured(results), f"target {target.limit:g}"
+        value, limit = target.measured(results), f"at most {target.limit:g}"
         numbers = limit if value is None else f"{number(value)}, {limit}"
         told[target.verdict(results)].append(f"{target.what} ({numbers})")
     lines = [
@@ -393,7 +393,7 @@ def beside_loops(results: Results) -> str:
     ]
     for label, (group, figure, case) in figures.items():
         rows = [results.find(group, name, figure, case) for name in names]
-        lines.append([label, *(f"{row.median:.3g}" for row in rows if row)])
+        lines.append([label, *(number(row.median) for row in rows if row)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -278,8 +278,8 @@ def test_a_target_is_met_or_not_or_not_measured() -> None:
     assert idle(made_up(rows)) == "met"
     told = " ".join(report.in_words(made_up(rows)).split())
     assert f"met 1 on 2026-01-01, missed 1, and {len(verdict) - 2} were not measured" in told
-    assert "**Met**: idle processor time, ms an hour (90, target 90)." in told
-    assert "against `aws s3 cp` (0.81, target 0.8)." in told
+    assert "**Met**: idle processor time, ms an hour (90, at most 90)." in told
+    assert "against `aws s3 cp` (0.81, at most 0.8)." in told
 
 
 def test_every_target_finds_its_figures() -> None:

@@ -73,6 +73,7 @@ class Place(NamedTuple):
             path = self.staging / name
             path.touch(mode=0o600)
             path.write_bytes(data)
+        os.sync()  # what waits has long been on disk; else the program's own syncs would write it
         return [hashlib.sha256(data).hexdigest() for _, data in staged]
 
 

@@ -348,7 +348,7 @@ def summary(results: Results) -> str:
     verdicts = [each.verdict(results) for each in TARGETS]
     met, missed, unknown = (verdicts.count(each) for each in VERDICTS)
     return (
-        f"Of its {len(TARGETS)} targets this program met {met} on {results.date[:10]}, missed "
+        f"Of {len(TARGETS)} targets this program met {met} on {results.date[:10]}, missed "
         f"{missed}, and {unknown} were not measured."
     )
 
@@ -385,7 +385,7 @@ def documents(results: Results) -> dict[Path, str]:
     """Return what is made from the results: the documents with their tables, and the plots."""
     whole = [targets(results), *tables(results)]
     made = {
-        README: f"{beside_loops(results)}\n\n{summary(results)}",
+        README: beside_loops(results),
         DOCUMENT: "\n".join([setting(results), *(each.markdown() for each in whole)]),
     }
     for path, content in made.items():

@@ -476,7 +476,8 @@ class Daemon:
         if is_once:
             grace, last = ONE_SHOT_SECONDS, TELLING_SECONDS
         install_signal_handlers(self.stop)
-        stopped, never = asyncio.create_task(self.stop.wait()), asyncio.Future[None]()
+        stopped = asyncio.create_task(self.stop.wait())
+        never = asyncio.Future[None]()
         deadline = fewest = FOREVER
         self.watch_directory()
         notify_systemd("READY=1")
@@ -695,7 +696,9 @@ class Daemon:
     def report(self, deadline: float) -> None:
         """Tell systemd and the rest how it goes, and keep the copy; none can hold this up."""
         settings, receipt = self.settings, self.staging.receipt
-        waiting = self.staging.pending + ([self.unstaged.name] if self.unstaged else [])
+        waiting = list(self.staging.pending)
+        if self.unstaged:
+            waiting.append(self.unstaged.name)
         problems = [self.reading, self.disk, self.storing, self.watching, self.copy.problem]
         wrong = [problem for problem in problems if problem.error]  # worst first
         lasting = [str(each.error) for each in wrong if each.seconds() >= ALARM_SECONDS]
@@ -1138,10 +1141,7 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
     if daemon.list_at == 0.0 or daemon.staging.unreadable:  # what waits there was not all sent
         error = error or daemon.disk.error
     if daemon.is_waiting():
-        error = daemon.storing.error
-        if error is None:
-            error = TransientError(f"S3 did not confirm it in {ONE_SHOT_SECONDS:.0f} s", NETWORK)
-            error.log()
+        error = daemon.storing.error or TransientError("S3 is too slow")
         count = len(daemon.staging.pending) + (daemon.unstaged is not None)
         log.error("waiting, and not sent: %d", count)
     return error.exit_code if error else EXIT_DONE
@@ -1197,7 +1197,7 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     """Judge by the last receipt, and by how long LND's file has been waiting."""
     receipt = read_receipt(settings.staging)
     limit = 2 * settings.refresh_seconds
-    written = datetime.fromtimestamp(min(os.path.getmtime(settings.file), time.time()), UTC)
+    written = datetime.fromtimestamp(os.path.getmtime(settings.file), UTC)
     why = f"the version on disk has been waiting since {written:%Y-%m-%d %H:%M} UTC"
     if receipt and (receipt.bucket, receipt.key) == (bucket.place, bucket.prefix + receipt.name):
         stored = f"{receipt.stored_at[:16]} UTC"
@@ -1300,9 +1300,12 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, st
         key = (bucket.prefix if captured_at(options.key) else "") + options.key
         return {key: restore_line(options, "--before", name) if captured_at(name) else ""}
     what = f"cannot restore: s3://{bucket.name}/{bucket.prefix}"
-    limit = options.before
-    earlier = f" before {limit.isoformat()}" if limit else ""
     versions = list_versions(bucket)[0]
+    limit = options.before
+    if isinstance(limit, str):  # a name; its version may count from S3's time, if that is earlier
+        named = [version.counts_from() for version in versions if version.name == limit]
+        limit = max(named, default=captured_at(limit))
+    earlier = f" before {limit.isoformat()}" if limit else ""
     if limit:
         versions = [version for version in versions if version.counts_from() < limit]
     full = [version for version in versions if version.size_bytes > EMPTY_BYTES]
@@ -1341,7 +1344,7 @@ ELSEWHERE = "name a new file, in a directory that is there, with --output"
 def command_restore(options: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
     """Download versions, verify them, write each to a new file, and print what to do with them."""
     output = Path(os.path.abspath(options.output))
-    paths = [output, *(output.with_name(f"{output.name}.{number}") for number in (2, 3, 4))]
+    paths = [Path(f"{output}{end}") for end in ("", ".2", ".3", ".4")]
     if is_lnds(output.parent, settings.file):
         hint = "write it elsewhere: a wrong file there keeps LND from starting"
         raise BackupError(f"cannot restore: {output}: it is in a directory of LND's", hint)
@@ -1836,10 +1839,10 @@ COMMANDS = {
 }
 
 
-def point_in_time(text: str) -> datetime:
-    """Parse a time of the command line: ISO 8601, local without an offset; or a version's name."""
+def time_or_name(text: str) -> datetime | str:
+    """Parse a time of the command line, ISO 8601, local without an offset; or a version's name."""
     try:
-        return captured_at(text) or datetime.fromisoformat(text).astimezone(UTC)
+        return text if captured_at(text) else datetime.fromisoformat(text).astimezone(UTC)
     except (ValueError, OverflowError):
         example = "write it like 2026-11-20, 2026-11-20T18:00:00+01:00, or a version's name"
         raise argparse.ArgumentTypeError(example) from None
@@ -1865,7 +1868,7 @@ def build_parser() -> argparse.ArgumentParser:
     restore = commands.choices["restore"]
     which, name = restore.add_mutually_exclusive_group(), "channel.backup"
     which.add_argument("--key", help="this version: a whole key, or the name alone")
-    which.add_argument("--before", metavar="TIME", type=point_in_time, help="the newest before it")
+    which.add_argument("--before", metavar="TIME", type=time_or_name, help="the newest before it")
     restore.add_argument("--output", metavar="FILE", default=name, help=f"default: {name}")
     return parser
 

@@ -208,11 +208,16 @@ def test_before(
     assert (home / "channel.backup").read_bytes() == data[expected]
 
 
-def test_before_a_name(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """`--before` takes a version's name as well, as `list` prints it."""
+@pytest.mark.parametrize("ahead", [timedelta(0), timedelta(seconds=20), timedelta(days=365)])
+def test_before_a_name(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, ahead: timedelta
+) -> None:
+    """`--before` takes a version's name as well, as `list` prints it, and never means that version
+    itself, wherever the clock was that named it.
+    """
     older = channel_backup(1)
     put_version(s3, bucket, NOON, older)
-    key = put_version(s3, bucket, NOON + HOUR, channel_backup(2))
+    key = put_version(s3, bucket, datetime.now(UTC) + ahead, channel_backup(2))
     restore(reader, home, "--before", key.removeprefix("alice/"))
     assert (home / "channel.backup").read_bytes() == older
 

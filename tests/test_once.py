@@ -133,7 +133,7 @@ def test_a_second_copy_does_not_start(
 @pytest.fixture
 def once(fake_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Return what runs `once` in this process with less patience, and returns its exit code."""
-    monkeypatch.setattr(program, "ONE_SHOT_SECONDS", 2.0)
+    monkeypatch.setattr(program, "ONE_SHOT_SECONDS", 5.0)
     monkeypatch.setattr(program.TransientError, "retry_seconds_max", 0.1)
     monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
     for source in ("ProcessProvider", "AssumeRoleProvider"):  # which the program limits

@@ -25,7 +25,7 @@ from kit import (
     settings_for,
 )
 from kit import script as script_module
-from kit.script import MEASURED
+from kit.script import MEASURED, warm_starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,6 +55,20 @@ def _measured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if (case and any(case.indices.values())) or request.node.get_closest_marker("unmeasured"):
         for name in MEASURED:
             monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warm_starts() -> Iterator[None]:
+    """Load the program's libraries once for all tests of this process."""
+    with warm_starts():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start the program cold where a test says that the start, memory or time is its subject."""
+    if any(map(request.node.get_closest_marker, ("alone", "cold"))):
+        monkeypatch.setattr(script_module, "_warm", None)
 
 
 @pytest.fixture(scope="session")

@@ -358,6 +358,7 @@ def test_a_hundred_thousand_updates(
     assert Counter(names_in(fake)).most_common(1)[0][1] <= 2, "a version was sent again and again"
 
 
+@pytest.mark.cold
 @pytest.mark.once
 @pytest.mark.timeout(900)
 def test_a_month_away(

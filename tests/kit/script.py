@@ -20,9 +20,10 @@ from typing import IO, TYPE_CHECKING, Self
 
 from .invariant import normalised_prefix
 from .s3 import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
+from .warm import WarmProcess, WarmServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .lnd import Lnd, Written
     from .s3 import S3Server
@@ -33,6 +34,8 @@ STUCK_SECONDS = 90.0
 
 MEASURED = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _COVERAGE = (*MEASURED, "COVERAGE_FILE", "COVERAGE_CORE")
+
+_warm: WarmServer | None = None  # where nobody asks for warm starts, there are none
 
 
 def reader_settings(
@@ -104,32 +107,75 @@ def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
     return minimum | {name: os.environ[name] for name in _COVERAGE if name in os.environ} | env
 
 
+@contextlib.contextmanager
+def warm_starts() -> Iterator[None]:
+    """Start the program warm in this block, wherever that makes no difference."""
+    global _warm  # noqa: PLW0603 - all of a test run share the one server
+    with (
+        tempfile.TemporaryDirectory() as home,
+        WarmServer(SCRIPT, script_environment({}, home)) as _warm,
+    ):
+        try:
+            yield
+        finally:
+            _warm = None
+
+
+def start(
+    env: Mapping[str, str],
+    *args: str,
+    cwd: str | Path,
+    streams: Sequence[int],
+    command: Sequence[str] = (),
+) -> subprocess.Popen[bytes] | WarmProcess:
+    """Start the program, or another command, in exactly this environment, with these descriptors as
+    stdin, stdout and stderr.
+    """
+    if _warm and not command and _warm.can_start(env):
+        return _warm.start([str(SCRIPT), *args], env, str(cwd), streams)
+    stdin, stdout, stderr = streams
+    return subprocess.Popen(
+        [*(command or (sys.executable, str(SCRIPT))), *args],
+        env=env,
+        cwd=cwd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+    )
+
+
 def run_script(
     env: dict[str, str],
     *args: str,
     timeout: float = STUCK_SECONDS,
-    input: str | None = None,  # noqa: A002 - the name that subprocess.run uses
     cwd: Path | None = None,
-    stdout: int | IO[str] = subprocess.PIPE,
+    stdout: IO[str] | None = None,
     measured: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end, and return its exit code and output; not measured, it costs half
-    as much.
+    """Run the program to its end, and return its exit code and output; not measured, it costs
+    less.
     """
     unmeasured = {} if measured else dict.fromkeys(MEASURED, "")
-    with tempfile.TemporaryDirectory() as home:
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), *args],
-            env=script_environment(env | unmeasured, home),
+    with (
+        tempfile.TemporaryDirectory() as home,
+        open(os.devnull, encoding="utf-8") as nothing,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as err,
+    ):
+        process = start(
+            script_environment(env | unmeasured, home),
+            *args,
             cwd=cwd or home,
-            input="" if input is None else input,
-            timeout=timeout,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
+            streams=[file.fileno() for file in (nothing, stdout or out, err)],
         )
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(list(args), code, out.read(), err.read())
 
 
 def unlistable_while(there: Path) -> str:
@@ -149,7 +195,7 @@ os.scandir = scandir
 
 def hurried(factor: float) -> str:
     """Return code that runs the program with each `*_SECONDS` so many times shorter, and with two
-    attempts as the most that may hang. LATE_SECONDS stays: the contract tells how long it is.
+    attempts as the most that may hang. LATE_SECONDS stays: operators are told how long it is.
 
     How long a test has to wait for the end of an attempt is then up to the test.
     """
@@ -273,18 +319,21 @@ class Script:
         another command.
         """
         self._home = tempfile.mkdtemp(prefix="kit-home-")
-        self.process = subprocess.Popen(
-            [*(command or (sys.executable, str(SCRIPT))), *args],
-            env=script_environment(env, self._home),
-            cwd=cwd or self._home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        if not (self.process.stderr and self.process.stdout):
-            raise AssertionError("a pipe is missing")
-        self._log = _Text("the log", self.process.stderr.fileno())
-        self._stdout = _Text("stdout", self.process.stdout.fileno())
+        out, err = os.pipe(), os.pipe()
+        self._ends = [os.fdopen(pipe[0], "rb") for pipe in (out, err)]
+        streams = [os.open(os.devnull, os.O_RDONLY), out[1], err[1]]
+        try:
+            self.process = start(
+                script_environment(env, self._home),
+                *args,
+                cwd=cwd or self._home,
+                streams=streams,
+                command=command,
+            )
+        finally:
+            for descriptor in streams:
+                os.close(descriptor)
+        self._stdout, self._log = _Text("stdout", out[0]), _Text("the log", err[0])
 
     def __enter__(self) -> Self:
         """Return the running program."""
@@ -347,9 +396,8 @@ class Script:
         self.process.wait()
         for text in (self._log, self._stdout):
             text.join()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream:
-                stream.close()
+        for end in self._ends:
+            end.close()
         shutil.rmtree(self._home, ignore_errors=True)
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kit import Installed, Written
+    from kit.line import Stored
 
-    from bench.line import Stored
     from bench.world import Place
 
 HERE = Path(__file__).resolve().parent

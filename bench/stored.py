@@ -14,7 +14,8 @@ from bench.rows import Row
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from bench.line import Line
+    from kit.line import Line
+
     from bench.peers import Contestant, Running
     from bench.plan import Plan
     from bench.rows import Case

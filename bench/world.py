@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from kit import CHECKOUT, Credentials, Lnd, S3Server
-
-from bench.line import Line
+from kit.line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

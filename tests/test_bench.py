@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from kit import Answer, FakeS3
+from kit.line import Line, content
 
 from bench import losses, report
-from bench.line import Line, content
 from bench.report import BARE, PROGRAM
 from bench.results import Results
 from bench.rows import Row

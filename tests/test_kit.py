@@ -643,11 +643,11 @@ def test_a_connection_of_the_last_moment_leaves_nothing_open() -> None:
 
     with socket.socket() as client:
         with FaultProxy("127.0.0.1", 1) as proxy:
-            proxy._background.loop.call_soon_threadsafe(be_busy)  # noqa: SLF001 - it sees the client and the end at once
+            proxy.loop.call_soon_threadsafe(be_busy)  # it sees the client and the end at once
             busy.wait()
             client.connect(("127.0.0.1", proxy.port))
             threading.Timer(0.1, free.set).start()
-        assert not asyncio.all_tasks(proxy._background.loop)  # noqa: SLF001 - what it left undone
+        assert not asyncio.all_tasks(proxy.loop)  # what it left undone
         client.settimeout(PATIENCE_SECONDS)
         with suppress(ConnectionResetError):
             assert client.recv(1) == b""

@@ -25,7 +25,7 @@ from kit import (
     settings_for,
 )
 from kit import script as script_module
-from kit.script import MEASURED, warm_starts
+from kit.script import MEASURED, warm_starts, write_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,12 +190,7 @@ def started_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     """Return what makes some Python code run before the program, in its process."""
 
     def prepare(code: str) -> None:
-        script = str(script_module.SCRIPT)
-        launcher = tmp_path / "launcher.py"
-        launcher.write_text(
-            f"import runpy\nSCRIPT = {script!r}\n{code}\nrunpy.run_path(SCRIPT, "
-            f"run_name='__main__')\n"
-        )
+        launcher = write_launcher(tmp_path / "launcher.py", code)
         monkeypatch.setattr(script_module, "SCRIPT", launcher)
 
     return prepare

@@ -126,16 +126,18 @@ def start(
     *args: str,
     cwd: str | Path,
     streams: Sequence[int],
+    launcher: Path | None = None,
     command: Sequence[str] = (),
 ) -> subprocess.Popen[bytes] | WarmProcess:
-    """Start the program, or another command, in exactly this environment, with these descriptors as
-    stdin, stdout and stderr.
+    """Start the program, a launcher of it, or another command, in exactly this environment, with
+    these descriptors as stdin, stdout and stderr.
     """
+    script = str(launcher or SCRIPT)
     if _warm and not command and _warm.can_start(env):
-        return _warm.start([str(SCRIPT), *args], env, str(cwd), streams)
+        return _warm.start([script, *args], env, str(cwd), streams)
     stdin, stdout, stderr = streams
     return subprocess.Popen(
-        [*(command or (sys.executable, str(SCRIPT))), *args],
+        [*(command or (sys.executable, script)), *args],
         env=env,
         cwd=cwd,
         stdin=stdin,
@@ -176,6 +178,15 @@ def run_script(
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(list(args), code, out.read(), err.read())
+
+
+def write_launcher(path: Path, code: str) -> Path:
+    """Write a script that runs some Python code, and then the program in the same process."""
+    path.write_text(
+        f"import runpy\nSCRIPT = {str(SCRIPT)!r}\n{code}\nrunpy.run_path(SCRIPT, "
+        f"run_name='__main__')\n"
+    )
+    return path
 
 
 def unlistable_while(there: Path) -> str:
@@ -313,10 +324,15 @@ class Script:
     """The program, running; leaving the `with` block kills what is left of it."""
 
     def __init__(
-        self, env: dict[str, str], *args: str, cwd: Path | None = None, command: Sequence[str] = ()
+        self,
+        env: dict[str, str],
+        *args: str,
+        cwd: Path | None = None,
+        launcher: Path | None = None,
+        command: Sequence[str] = (),
     ) -> None:
         """Start it with these settings and arguments, by default in an empty directory; or start
-        another command.
+        its launcher, or another command.
         """
         self._home = tempfile.mkdtemp(prefix="kit-home-")
         out, err = os.pipe(), os.pipe()
@@ -328,6 +344,7 @@ class Script:
                 *args,
                 cwd=cwd or self._home,
                 streams=streams,
+                launcher=launcher,
                 command=command,
             )
         finally:

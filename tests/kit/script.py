@@ -158,26 +158,9 @@ def run_script(
     less.
     """
     unmeasured = {} if measured else dict.fromkeys(MEASURED, "")
-    with (
-        tempfile.TemporaryDirectory() as home,
-        open(os.devnull, encoding="utf-8") as nothing,
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out,
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as err,
-    ):
-        process = start(
-            script_environment(env | unmeasured, home),
-            *args,
-            cwd=cwd or home,
-            streams=[file.fileno() for file in (nothing, stdout or out, err)],
-        )
-        try:
-            code = process.wait(timeout)
-        finally:
-            process.kill()
-            process.wait()
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(list(args), code, out.read(), err.read())
+    with Script(env | unmeasured, *args, cwd=cwd, stdout=stdout) as script:
+        code = script.wait(timeout)
+        return subprocess.CompletedProcess(list(args), code, script.stdout, script.log)
 
 
 def write_launcher(path: Path, code: str) -> Path:
@@ -328,27 +311,28 @@ class Script:
         env: dict[str, str],
         *args: str,
         cwd: Path | None = None,
+        stdout: IO[str] | None = None,
         launcher: Path | None = None,
         command: Sequence[str] = (),
     ) -> None:
-        """Start it with these settings and arguments, by default in an empty directory; or start
-        its launcher, or another command.
+        """Start it with these settings and arguments, by default in an empty directory and with a
+        pipe for its stdout; or start its launcher, or another command.
         """
         self._home = tempfile.mkdtemp(prefix="kit-home-")
         out, err = os.pipe(), os.pipe()
         self._ends = [os.fdopen(pipe[0], "rb") for pipe in (out, err)]
-        streams = [os.open(os.devnull, os.O_RDONLY), out[1], err[1]]
+        opened = nothing, into_out, into_err = os.open(os.devnull, os.O_RDONLY), out[1], err[1]
         try:
             self.process = start(
                 script_environment(env, self._home),
                 *args,
                 cwd=cwd or self._home,
-                streams=streams,
+                streams=(nothing, stdout.fileno() if stdout else into_out, into_err),
                 launcher=launcher,
                 command=command,
             )
         finally:
-            for descriptor in streams:
+            for descriptor in opened:
                 os.close(descriptor)
         self._stdout, self._log = _Text("stdout", out[0]), _Text("the log", err[0])
 

@@ -1,7 +1,8 @@
 """The process behind `kit.warm`: its libraries are loaded, and it forks the program on request.
 
 It runs as a script, so that nothing of the tests is in it. It never runs a line of the program
-itself: each fork does that, from the first line on.
+itself: each fork does that, from the first line on. One thing is not as it is after an exec: the
+SDK finds its own data, megabytes of it, in memory.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def load(program: Path) -> None:
             for each in node.names:
                 importlib.import_module(each.name)
     sdk: Any = importlib.import_module("botocore.session")
-    sdk.create_loader = cache(sdk.create_loader)  # it reads megabytes of the SDK's own data
+    sdk.create_loader = cache(sdk.create_loader)
     key = {"aws_access_key_id": "-", "aws_secret_access_key": "-"}
     sdk.Session().create_client("s3", region_name="us-east-1", **key).close()
     importlib.import_module("coverage").Coverage(data_file=None)

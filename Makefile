@@ -35,11 +35,11 @@ help: ## show this list
 
 demo: $(VENV) $(VENV_S3) ## watch the daemon back up a stand-in for LND to an S3 server on this machine
 	@mkdir -p "$(TMPDIR)"
-	@$(BIN) tests/demo.py
+	@PYTHONPATH=tests $(BIN) -m demo
 
 picture: $(VENV) $(VENV_S3) ## run the demo and draw docs/demo.svg from it
 	@mkdir -p "$(TMPDIR)"
-	@$(BIN) tests/demo.py --picture docs/demo.svg
+	@PYTHONPATH=tests $(BIN) -m demo --picture docs/demo.svg
 
 test: lint $(VENV_S3) ## check and test everything, with coverage
 	@mkdir -p "$(TMPDIR)"

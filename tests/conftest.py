@@ -4,18 +4,23 @@ each test.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import os
 import shutil
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from inside import NoS3
 from kit import (
     NOBODY,
+    Daemon,
     FakeS3,
+    FaultProxy,
     Lnd,
     S3Server,
     assert_nothing_lost,
@@ -26,9 +31,14 @@ from kit import (
 )
 from kit import script as script_module
 from kit.script import MEASURED, warm_starts, write_launcher
+from shared import NOWHERE, SELDOM, SteppedS3, leave
+
+import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from shared import Session
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +49,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    if program := sys.modules.get("s3_backup_lnd_channels"):
-        program.new_session.cache_clear()  # of another test's settings
+    program.new_session.cache_clear()  # of another test's settings
 
 
 @pytest.fixture(autouse=True)
@@ -124,11 +133,12 @@ def lnd(tmp_path: Path) -> Lnd:
 
 
 @pytest.fixture
-def staging(tmp_path: Path) -> Path:
-    """Return an empty staging directory."""
+def staging(tmp_path: Path) -> Iterator[Path]:
+    """Return an empty staging directory, which is let go of at the end."""
     directory = tmp_path / "staging"
     directory.mkdir(mode=0o700)
-    return directory
+    yield directory
+    leave(directory)
 
 
 @pytest.fixture
@@ -157,6 +167,22 @@ def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
 def check(lnd: Lnd, s3: S3Server, bucket: str, prefix: str, staging: Path) -> partial[None]:
     """Return the invariant, to be called at the end."""
     return partial(assert_nothing_lost, lnd, s3, bucket, prefix, staging)
+
+
+@pytest.fixture
+def session(env: dict[str, str], check: partial[None]) -> Session:
+    """Return what runs the daemon, which has events alone to go by unless told otherwise, stops it
+    in order, and then holds it to the invariant.
+    """
+
+    @contextlib.contextmanager
+    def run(more: dict[str, str] = SELDOM, **allowed: Any) -> Iterator[Daemon]:  # noqa: ANN401 - passed on
+        with Daemon(SELDOM | env | more) as daemon:
+            yield daemon
+            assert daemon.stop() == 0
+        check(**allowed)
+
+    return run
 
 
 @pytest.fixture
@@ -194,3 +220,91 @@ def started_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         monkeypatch.setattr(script_module, "SCRIPT", launcher)
 
     return prepare
+
+
+@pytest.fixture
+def stepped(env: dict[str, str]) -> Iterator[SteppedS3]:
+    """Return a scripted S3 that holds its answers back, and let the program use it."""
+    with SteppedS3() as fake:
+        env["AWS_ENDPOINT_URL_S3"] = fake.endpoint
+        yield fake
+
+
+@pytest.fixture
+def check_stepped(
+    lnd: Lnd, stepped: SteppedS3, bucket: str, prefix: str, staging: Path
+) -> partial[None]:
+    """Return the invariant for the scripted S3."""
+    return partial(assert_nothing_lost, lnd, stepped, bucket, prefix, staging)
+
+
+@pytest.fixture
+def s3_line(s3: S3Server, env: dict[str, str]) -> Iterator[FaultProxy]:
+    """Return a line to the server that fails on demand and counts, and let the program use it."""
+    with FaultProxy(s3.host, s3.port) as line:
+        env["AWS_ENDPOINT_URL_S3"] = line.endpoint(s3.scheme)
+        yield line
+
+
+@pytest.fixture
+def written_env(fake_env: dict[str, str], lnd: Lnd) -> dict[str, str]:
+    """Return the settings for the scripted S3, with a version on disk."""
+    lnd.write()
+    return fake_env
+
+
+@pytest.fixture
+def bare_env(lnd: Lnd, staging: Path) -> dict[str, str]:
+    """Return settings that lack the endpoint, with a file to back up."""
+    lnd.write()
+    env = settings_at("", lnd, staging) | {"SHUTDOWN_GRACE_SECONDS": "0"}
+    del env["AWS_ENDPOINT_URL_S3"]
+    return env
+
+
+@pytest.fixture
+def good(lnd: Lnd, staging: Path) -> dict[str, str]:
+    """Return settings without a fault, for an S3 that is not there."""
+    return {
+        "MONITOR_FILE_PATH": str(lnd.path),
+        "BACKUP_DIRECTORY": str(staging),
+        "S3_BUCKET_NAME": "bucket",
+        "AWS_ENDPOINT_URL_S3": NOWHERE,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "geheim",
+    }
+
+
+@pytest.fixture
+def queue(staging: Path) -> program.Staging:
+    """Return the queue in the empty staging directory."""
+    return program.Staging(staging)
+
+
+@pytest.fixture
+def mute_daemon(lnd: Lnd, staging: Path) -> Callable[[], program.Daemon]:
+    """Return what makes a daemon that sends nothing."""
+    env = settings_at(NOWHERE, lnd, staging) | {"RESCAN_SECONDS": "0.05"}
+    settings = program.load_settings(env, "run")
+    return lambda: program.Daemon(settings, NoS3("some-bucket", "alice/", {}))
+
+
+@pytest.fixture
+def look(mute_daemon: Callable[[], program.Daemon], staging: Path) -> Callable[[], None]:
+    """Return what looks at the file once, as `once` does, and stages what is to be staged."""
+
+    async def scenario() -> None:
+        (one := mute_daemon()).stop.set()
+        await one.run()
+
+    def once() -> None:
+        leave(staging)
+        asyncio.run(scenario())
+
+    return once
+
+
+@pytest.fixture
+def _log_level(caplog: pytest.LogCaptureFixture) -> None:
+    """Record the program's log."""
+    caplog.set_level(logging.INFO, "lnd-backup")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,17 +32,8 @@ from kit import (
     settings_at,
     version_name,
 )
-from kit.raw_s3 import (
-    BLOCK,
-    continuing,
-    dripping,
-    endless,
-    entry,
-    error,
-    framed,
-    head,
-    listing,
-)
+from kit.raw_s3 import BLOCK, continuing, dripping, endless, entry, error, framed, head, listing
+from shared import HOUR, NOON
 
 if TYPE_CHECKING:
     import subprocess
@@ -51,8 +42,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.unmeasured
 
-NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-HOUR = timedelta(hours=1)
 BOUND = 40 << 20  # of bytes taken in: the largest version, what the sockets hold, and some
 LONGEST_LINE = 5000
 HURRY = 10  # so much shorter is the program's patience
@@ -64,24 +53,22 @@ FACTS = {
     "Last-Modified": "Sun, 01 Mar 2026 12:00:00 GMT",
     "x-amz-meta-sha256": DIGEST,
 }
-
-
 KEY = "alice/" + version_name(DATA, NOON)
 
 
 @pytest.fixture
-def env(lnd: Lnd, staging: Path) -> dict[str, str]:
+def raw_env(lnd: Lnd, staging: Path) -> dict[str, str]:
     """Return the settings of a node whose version on disk is the one that the answers hold."""
     lnd.write(data=DATA)
     return settings_at("http://127.0.0.1:1", lnd, staging)
 
 
 def run(
-    env: dict[str, str], endpoint: str, *args: str, cwd: Path | None = None, timeout: float = 40
+    raw_env: dict[str, str], endpoint: str, *args: str, cwd: Path | None = None, timeout: float = 40
 ) -> subprocess.CompletedProcess[str]:
     """Run a command against this endpoint: no traceback, no line without end."""
-    env = env | {"AWS_ENDPOINT_URL_S3": endpoint}
-    done = run_script(env, *args, cwd=cwd, timeout=timeout)
+    raw_env = raw_env | {"AWS_ENDPOINT_URL_S3": endpoint}
+    done = run_script(raw_env, *args, cwd=cwd, timeout=timeout)
     assert "Traceback" not in done.stderr
     assert "fault of this program" not in done.stderr
     assert max(map(len, done.stderr.splitlines()), default=0) < LONGEST_LINE
@@ -107,7 +94,7 @@ def store(
 
 
 @pytest.mark.parametrize("how", ["length", "chunked", "close"])
-def test_a_body_may_end_in_any_way(env: dict[str, str], home: Path, how: str) -> None:
+def test_a_body_may_end_in_any_way(raw_env: dict[str, str], home: Path, how: str) -> None:
     """A version, a list and a receipt are read whole whether a length, a last chunk or the end of
     the connection ends them.
     """
@@ -116,15 +103,15 @@ def test_a_body_may_end_in_any_way(env: dict[str, str], home: Path, how: str) ->
         lambda _: framed([listing(entry(KEY))], how), lambda _: framed(parts, how, headers=FACTS)
     )
     with RawS3(reply) as raw:
-        assert run(env, raw.endpoint, "restore", cwd=home).returncode == 0
-        assert run(env, raw.endpoint, "check").returncode == 0
+        assert run(raw_env, raw.endpoint, "restore", cwd=home).returncode == 0
+        assert run(raw_env, raw.endpoint, "check").returncode == 0
         raw.reply = lambda _: framed([], how, headers={"ETag": '"x"'})
-        assert run(env, raw.endpoint, "once").returncode == 0
+        assert run(raw_env, raw.endpoint, "once").returncode == 0
     assert (home / "channel.backup").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("how", ["length", "chunked", "close"])
-def test_a_version_without_end(env: dict[str, str], home: Path, how: str) -> None:
+def test_a_version_without_end(raw_env: dict[str, str], home: Path, how: str) -> None:
     """Of a version that is too large hardly more is read than the largest one has; it is named, and
     the one before it offered.
     """
@@ -142,19 +129,19 @@ def test_a_version_without_end(env: dict[str, str], home: Path, how: str) -> Non
         return framed([listing(entry(KEY), entry(large))])
 
     with RawS3(store(pages, version)) as raw:
-        done = run(env, raw.endpoint, "restore", cwd=home)
+        done = run(raw_env, raw.endpoint, "restore", cwd=home)
         assert done.returncode == 1
         assert large in done.stderr
         assert f"--key {KEY}" in done.stderr
         assert raw.sent < BOUND
         assert not list(home.iterdir())
-        assert run(env, raw.endpoint, "restore", "--key", large, cwd=home).returncode in (1, 75)
+        assert run(raw_env, raw.endpoint, "restore", "--key", large, cwd=home).returncode in (1, 75)
         assert raw.sent < 2 * BOUND
         assert not list(home.iterdir())
 
 
 @pytest.mark.parametrize("how", ["length", "chunked"])
-def test_a_version_that_is_cut(env: dict[str, str], home: Path, how: str) -> None:
+def test_a_version_that_is_cut(raw_env: dict[str, str], home: Path, how: str) -> None:
     """A version whose connection ends before it does is not written."""
 
     def version(_: Request) -> Iterable[bytes]:
@@ -163,7 +150,7 @@ def test_a_version_that_is_cut(env: dict[str, str], home: Path, how: str) -> Non
         return list(framed([DATA], how, headers=FACTS))[:-1]
 
     with RawS3(store(lambda _: framed([listing(entry(KEY))]), version)) as raw:
-        assert run(env, raw.endpoint, "restore", cwd=home).returncode in (1, 75)
+        assert run(raw_env, raw.endpoint, "restore", cwd=home).returncode in (1, 75)
     assert not list(home.iterdir())
 
 
@@ -178,30 +165,30 @@ def test_a_version_that_is_cut(env: dict[str, str], home: Path, how: str) -> Non
     ],
 )
 def test_a_document_without_end(
-    env: dict[str, str], started_by: Callable[[str], None], command: str, status: str, how: str
+    raw_env: dict[str, str], started_by: Callable[[str], None], command: str, status: str, how: str
 ) -> None:
     """An answer that goes on for ever is left after some megabytes, whatever it was to be."""
     started_by(hurried(HURRY))
     begin = b"<Error><Code>Odd</Code><Message>" if status != "200 OK" else listing()[:-20]
     headers = {"ETag": '"x"', "Content-Type": "application/xml"}
     with RawS3(lambda _: framed(endless(begin), how, status, headers)) as raw:
-        done = run(env, raw.endpoint, command)
+        done = run(raw_env, raw.endpoint, command)
         assert raw.sent < BOUND * len(raw.requests)
     assert done.returncode != 0
 
 
-def test_headers_without_end(env: dict[str, str], started_by: Callable[[str], None]) -> None:
+def test_headers_without_end(raw_env: dict[str, str], started_by: Callable[[str], None]) -> None:
     """Headers that go on for ever are left as well."""
     started_by(hurried(HURRY))
     lines = b"".join(b"X-%d: x\r\n" % number for number in range(BLOCK // 8))
     with RawS3(lambda _: endless(head()[:-2], lines)) as raw:
-        assert run(env, raw.endpoint, "once").returncode in (1, 75)
+        assert run(raw_env, raw.endpoint, "once").returncode in (1, 75)
         assert raw.sent < BOUND * len(raw.requests)
 
 
 @pytest.mark.parametrize("command", ["once", "list"])
 def test_a_message_of_ten_megabytes(
-    env: dict[str, str], started_by: Callable[[str], None], command: str
+    raw_env: dict[str, str], started_by: Callable[[str], None], command: str
 ) -> None:
     """Of a message that fills megabytes a beginning is shown, with the code and the status; no
     answer to a put is read that far.
@@ -209,7 +196,7 @@ def test_a_message_of_ten_megabytes(
     started_by(hurried(HURRY))
     message = error("Odd", "words " + "x" * 10_000_000)
     with RawS3(lambda _: framed([message], status="400 Bad Request")) as raw:
-        done = run(env, raw.endpoint, command)
+        done = run(raw_env, raw.endpoint, command)
     assert len(done.stderr) < 2 * LONGEST_LINE
     if "words" in done.stderr:  # or it was too long to be read at all
         assert "Odd" in done.stderr
@@ -231,16 +218,18 @@ BOMB = b'<!DOCTYPE b [<!ENTITY a0 "boom">' + b"".join(
     ],
     ids=["nothing", "deep", "json", "bomb"],
 )
-def test_a_list_that_is_none(env: dict[str, str], body: bytes) -> None:
+def test_a_list_that_is_none(raw_env: dict[str, str], body: bytes) -> None:
     """What cannot be a list is not taken for an empty bucket."""
     with RawS3(lambda _: framed([body])) as raw:
-        done = run(env, raw.endpoint, "list", "--json")
+        done = run(raw_env, raw.endpoint, "list", "--json")
     assert (done.returncode != 0, done.stdout) == (True, "")
 
 
 # --- Lists ---
 
+
 OLDER = "alice/" + version_name(DATA, NOON - HOUR)
+
 ODD = {
     "no token": listing(entry(KEY), truncated="true"),
     "empty token": listing(entry(KEY), truncated="true", token=""),
@@ -262,47 +251,47 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_a_list_of_which_a_part_is_usable(env: dict[str, str], home: Path, odd: str) -> None:
+def test_a_list_of_which_a_part_is_usable(raw_env: dict[str, str], home: Path, odd: str) -> None:
     """Beside an entry or a page that lacks something, or tells what cannot be, the version that is
     whole is listed, restored, and found by `check`.
     """
     reply = store(lambda _: framed([ODD[odd]]), lambda _: framed([DATA], headers=FACTS))
     with RawS3(reply) as raw:
-        done = run(env, raw.endpoint, "list", "--json")
+        done = run(raw_env, raw.endpoint, "list", "--json")
         assert done.returncode == 0, done.stderr
         assert KEY in [row["key"] for row in json.loads(done.stdout)]
-        done = run(env, raw.endpoint, "restore", cwd=home)
+        done = run(raw_env, raw.endpoint, "restore", cwd=home)
         assert done.returncode == 0, done.stderr
         assert (home / "channel.backup").read_bytes() == DATA
-        done = run(env, raw.endpoint, "check")
+        done = run(raw_env, raw.endpoint, "check")
         assert done.returncode == 0, done.stderr
         assert len(raw.requests) < 30
 
 
 @pytest.mark.parametrize("odd", ["no token", "fields"])
-def test_what_is_wrong_with_a_list_is_told(env: dict[str, str], odd: str) -> None:
+def test_what_is_wrong_with_a_list_is_told(raw_env: dict[str, str], odd: str) -> None:
     """A page that is not the last one and leads nowhere, and an entry that lacks something, are
     warned of.
     """
     with RawS3(lambda _: framed([ODD[odd]])) as raw:
-        assert "warning: " in run(env, raw.endpoint, "list").stderr
+        assert "warning: " in run(raw_env, raw.endpoint, "list").stderr
 
 
 @pytest.mark.parametrize("page", ["nothing", "no token"])
-def test_a_list_of_which_nothing_is_usable(env: dict[str, str], page: str) -> None:
+def test_a_list_of_which_nothing_is_usable(raw_env: dict[str, str], page: str) -> None:
     """When nothing is usable it is a failure, and not an empty bucket."""
     body = {
         "nothing": listing(entry(KEY, missing="Key")),
         "no token": listing(truncated="true"),
     }[page]
     with RawS3(lambda _: framed([body])) as raw:
-        done = run(env, raw.endpoint, "restore")
+        done = run(raw_env, raw.endpoint, "restore")
     assert done.returncode in (1, 75)
 
 
 @pytest.mark.parametrize("tokens", ["the same", "new ones"])
 def test_a_list_that_never_ends(
-    env: dict[str, str], started_by: Callable[[str], None], tokens: str
+    raw_env: dict[str, str], started_by: Callable[[str], None], tokens: str
 ) -> None:
     """A list that leads on for ever, in a circle or not, ends within a minute, with a line."""
     started_by(hurried(HURRY))
@@ -317,14 +306,14 @@ def test_a_list_that_never_ends(
         )
 
     with RawS3(page) as raw:
-        done = run(env, raw.endpoint, "list", "--json", timeout=4 * A_MINUTE)
+        done = run(raw_env, raw.endpoint, "list", "--json", timeout=4 * A_MINUTE)
         assert tokens == "new ones" or len(raw.requests) < 100
     assert "warning: " in done.stderr or "error: " in done.stderr
     assert done.returncode == 0 or done.stdout == ""
 
 
 @pytest.mark.parametrize("lacking", ["x-amz-meta-sha256", "all", "a date"])
-def test_a_version_without_a_header(env: dict[str, str], home: Path, lacking: str) -> None:
+def test_a_version_without_a_header(raw_env: dict[str, str], home: Path, lacking: str) -> None:
     """A version that comes without one of its headers, or with one that cannot be read, is written
     if its bytes can be verified, and refused in words otherwise.
     """
@@ -334,7 +323,7 @@ def test_a_version_without_a_header(env: dict[str, str], home: Path, lacking: st
         lambda _: framed([listing(entry(KEY))]), lambda _: framed([DATA], headers=headers)
     )
     with RawS3(reply) as raw:
-        done = run(env, raw.endpoint, "restore", cwd=home)
+        done = run(raw_env, raw.endpoint, "restore", cwd=home)
     if lacking == "x-amz-meta-sha256":
         assert done.returncode == 0, done.stderr
         assert any("warning: " in line and KEY in line for line in done.stderr.splitlines())
@@ -355,7 +344,7 @@ def test_a_version_without_a_header(env: dict[str, str], home: Path, lacking: st
     ids=["sse-c", "kms", "glacier", "gone"],
 )
 def test_a_version_that_cannot_be_read(
-    env: dict[str, str], home: Path, status: str, code: str, message: str
+    raw_env: dict[str, str], home: Path, status: str, code: str, message: str
 ) -> None:
     """When the newest version cannot be read it is named, with S3's words, and the printed command
     restores the one before it.
@@ -369,14 +358,14 @@ def test_a_version_that_cannot_be_read(
         return framed([error(code, message)], status=status)
 
     with RawS3(store(lambda _: framed(pages), version)) as raw:
-        done = run(env, raw.endpoint, "restore", cwd=home)
+        done = run(raw_env, raw.endpoint, "restore", cwd=home)
         assert (done.returncode, list(home.iterdir())) == (1, [])
         assert any(newest in line and code in line for line in done.stderr.splitlines())
         (command,) = (
             line for line in done.stderr.splitlines() if " restore " in line and f" {KEY}" in line
         )
         words = shlex.split(command[command.index(sys.executable) :])
-        done = run(env, raw.endpoint, *words[words.index("restore") :], cwd=home)
+        done = run(raw_env, raw.endpoint, *words[words.index("restore") :], cwd=home)
         assert done.returncode == 0, done.stderr
     assert (home / "channel.backup").read_bytes() == DATA
 
@@ -401,6 +390,7 @@ def test_versions_without_metadata(s3: S3Server, bucket: str, prefix: str, home:
 
 # --- Answers that hang ---
 
+
 HANGING: dict[str, Callable[[], Iterable[bytes | float]]] = {
     "headers": lambda: dripping(b"HTTP/1.1 200 OK\r\nX-Slow: "),
     "error": lambda: dripping(head("500 Oops") + b"<Error><Code>"),
@@ -411,7 +401,7 @@ HANGING: dict[str, Callable[[], Iterable[bytes | float]]] = {
 
 @pytest.mark.parametrize("how", HANGING)
 def test_one_shots_end_within_a_minute(
-    env: dict[str, str], home: Path, started_by: Callable[[str], None], how: str
+    raw_env: dict[str, str], home: Path, started_by: Callable[[str], None], how: str
 ) -> None:
     """However an answer hangs, each command gives up within a minute, and it may be tried again."""
     started_by(hurried(HURRY))
@@ -423,9 +413,9 @@ def test_one_shots_end_within_a_minute(
             return HANGING[how]()
 
         with RawS3(page) as raw:
-            raw_env = env | {"BACKUP_DIRECTORY": str(home / command)}
+            env = raw_env | {"BACKUP_DIRECTORY": str(home / command)}
             output = ("--output", str(home / "restored")) if command == "restore" else ()
-            done = run(raw_env, raw.endpoint, command, *output)
+            done = run(env, raw.endpoint, command, *output)
             return done.returncode, time.monotonic() - raw.asked_at
 
     with ThreadPoolExecutor(4) as pool:
@@ -437,15 +427,15 @@ def test_one_shots_end_within_a_minute(
 
 @pytest.mark.parametrize("how", HANGING)
 def test_the_daemon_outlives_answers_that_hang(
-    env: dict[str, str], lnd: Lnd, started_by: Callable[[str], None], how: str
+    raw_env: dict[str, str], lnd: Lnd, started_by: Callable[[str], None], how: str
 ) -> None:
     """However many answers hang, each attempt has an end, and versions are stored as soon as S3 is
     well again.
     """
     started_by(hurried(60))
     with RawS3(lambda _: HANGING[how]()) as raw:
-        env["AWS_ENDPOINT_URL_S3"] = raw.endpoint
-        with Daemon(env | {"SHUTDOWN_GRACE_SECONDS": "0"}) as daemon:
+        raw_env["AWS_ENDPOINT_URL_S3"] = raw.endpoint
+        with Daemon(raw_env | {"SHUTDOWN_GRACE_SECONDS": "0"}) as daemon:
             for count in range(1, 4):
                 raw.wait_for_requests(count)
                 daemon.wait_for_captured(lnd.write(1))
@@ -462,8 +452,11 @@ def test_a_heartbeat_that_hangs_is_tried_again(
     """
     started_by(hurried(60))
     with RawS3(lambda _: continuing()) as beat:
-        env = fake_env | {"HEARTBEAT_URL": f"{beat.endpoint}/ping", "SHUTDOWN_GRACE_SECONDS": "0"}
-        with Daemon(env) as daemon:
+        raw_env = fake_env | {
+            "HEARTBEAT_URL": f"{beat.endpoint}/ping",
+            "SHUTDOWN_GRACE_SECONDS": "0",
+        }
+        with Daemon(raw_env) as daemon:
             for count in range(1, 4):
                 daemon.wait_for_stored(lnd.write(1))
                 beat.wait_for_requests(count)
@@ -529,25 +522,10 @@ def test_a_secret_in_an_answer_is_not_shown(
     ],
 )
 def test_an_error_with_odd_fields(
-    env: dict[str, str], started_by: Callable[[str], None], command: str, fields: str
+    raw_env: dict[str, str], started_by: Callable[[str], None], command: str, fields: str
 ) -> None:
     """An error whose fields are empty, nested or there twice may be tried again."""
     started_by(hurried(4 * HURRY))
     body = f"<Error>{fields}</Error>".encode()
     with RawS3(lambda _: framed([body], status="503 Slow Down")) as raw:
-        assert run(env, raw.endpoint, command).returncode == 75
-
-
-def test_garbage_does_not_hide_a_drop(home: Path, s3: S3Server) -> None:
-    """An object too short to be a version, stored between two of them, hides no lost channel."""
-    bucket, prefix = s3.create_bucket(), "alice/"
-    both, one = channel_backup(2), channel_backup(1)
-    for data in (both, b"garbage", one):
-        s3.put_version(bucket, prefix + version_name(data, datetime.now(UTC)), data)
-    env = reader_settings(s3, bucket, prefix, s3.reader_user(bucket))
-    done = run_script(env, "restore", cwd=home)
-    assert done.returncode == 0, done.stderr
-    assert (home / "channel.backup").read_bytes() == one
-    assert (home / "channel.backup.2").read_bytes() == both
-    listed = json.loads(run_script(env, "list", "--json").stdout)
-    assert [each["size_bytes"] for each in listed] == [len(one), len(both)]
+        assert run(raw_env, raw.endpoint, command).returncode == 75

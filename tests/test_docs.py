@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import configparser
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -25,7 +23,6 @@ import s3_backup_lnd_channels as program
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 REFERENCE = (CHECKOUT / "docs/reference.md").read_text(encoding="utf-8")
 EXAMPLE = (CHECKOUT / "lnd-backup-env.example").read_text(encoding="utf-8")
-UNIT = CHECKOUT / "lnd-backup.service"
 COLUMNS = 100
 # These may be lowered, and never raised: a limit that gives way to a change only counts.
 LINES_MAX = 1948
@@ -283,50 +280,6 @@ def test_a_venv_behind_a_link_is_not_emptied(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.startswith(".venv is a symbolic link")
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["kept"]
-
-
-def test_the_policy_in_the_readme_allows_putting_and_nothing_else() -> None:
-    """The policy that the README tells to use is valid JSON, and allows s3:PutObject below the
-    prefix alone.
-    """
-    found = re.search(r'^ +(\{"Version".*?\]\})', README, re.MULTILINE | re.DOTALL)
-    assert found
-    assert json.loads(found[1])["Statement"] == [
-        {"Effect": "Allow", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::BUCKET/PREFIX/*"}
-    ]
-
-
-def test_the_unit_outlives_lnd_and_the_grace_period() -> None:
-    """The unit stops after LND, stops later than the program needs, and does not repeat a wrong
-    configuration.
-    """
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(UNIT, encoding="utf-8")
-    assert unit["Unit"]["Before"] == "lnd.service"
-    assert unit["Service"]["RestartPreventExitStatus"] == str(program.EXIT_CONFIG)
-    assert (
-        float(unit["Service"]["TimeoutStopSec"])
-        > float(program.SETTINGS["SHUTDOWN_GRACE_SECONDS"][0] or 0) + 1
-    )
-    assert unit["Service"]["WatchdogSec"] == "3min"
-    assert 3 * float(program.SETTINGS["RESCAN_SECONDS"][0] or 0) <= 180
-
-
-@pytest.mark.skipif(
-    not shutil.which("systemd-analyze"), reason="needs systemd-analyze (Debian: systemd)"
-)
-def test_systemd_understands_the_unit() -> None:
-    """Of the unit, systemd has nothing to say but that the program is not installed."""
-    told = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", UNIT],  # noqa: S607 - it is looked for above
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-    ).stderr
-    assert [
-        line for line in told.splitlines() if UNIT.name in line and "is not executable" not in line
-    ] == []
 
 
 def test_the_program_has_one_version() -> None:

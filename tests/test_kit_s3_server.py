@@ -62,7 +62,7 @@ def test_a_put_only_user_can_put_below_the_prefix_and_do_nothing_else(
         lambda: client.delete_object(Bucket=bucket, Key="alice/a"),
     ]
     for call in forbidden:
-        with pytest.raises(ClientError, match="AccessDenied|403"):
+        with pytest.raises(ClientError, match=r"AccessDenied|403"):
             call()
     stored = s3.objects(bucket)["alice/a"]
     assert (stored.data, stored.metadata) == (b"data", {"sha256": "00"})

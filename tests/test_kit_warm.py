@@ -103,7 +103,7 @@ def test_a_warm_process_is_like_a_cold_one_and_leaves_nothing_to_the_next(
 
 
 @pytest.mark.usefixtures("program")
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT, signal.SIGALRM])
 def test_signals_end_a_warm_process(sig: signal.Signals) -> None:
     """A signal reaches the process itself, and its end tells of it."""
     with Script({}, "stay") as script:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pty
@@ -21,6 +22,8 @@ from kit import (
     FakeS3,
     FaultProxy,
     Lnd,
+    RawS3,
+    Request,
     S3Server,
     Script,
     allow,
@@ -30,15 +33,15 @@ from kit import (
     script_environment,
 )
 from kit import fake_s3 as answers
+from kit.raw_s3 import framed, listing
+from shared import HOUR, NOON, NOWHERE, put_version, restore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 ONE_MINUTE = 60.0
 CROWD = 2500
-NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-HOUR = timedelta(hours=1)
 YEAR = timedelta(days=365)
 FIELDS = {"key", "name", "captured_at", "stored_at", "size_bytes", "empty"}
 EMPTY, AHEAD = "no channels", "named later than stored"
@@ -378,10 +381,11 @@ def test_a_list_needs_no_get(s3: S3Server, bucket: str, prefix: str) -> None:
     assert [row["name"] for row in listed(reader_settings(s3, bucket, prefix, user))] == [name]
 
 
-def test_s3_refuses_connections(reader: dict[str, str]) -> None:
+@pytest.mark.parametrize("args", [("list", "--json"), ("restore",)], ids=["list", "restore"])
+def test_s3_refuses_connections(reader: dict[str, str], args: tuple[str, ...]) -> None:
     """Exit 75 at once when nobody listens."""
     began = time.monotonic()
-    done = run_script(reader | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, "list", "--json")
+    done = run_script(reader | {"AWS_ENDPOINT_URL_S3": NOWHERE}, *args)
     assert (done.returncode, done.stdout) == (75, "")
     assert time.monotonic() - began < ONE_MINUTE
     assert "Traceback" not in done.stderr
@@ -471,24 +475,26 @@ def test_a_missing_bucket(s3: S3Server, prefix: str) -> None:
 @pytest.mark.parametrize(
     "node",
     [
+        {},
         {"MONITOR_FILE_PATH": "", "BACKUP_DIRECTORY": ""},
         {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
         {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
         {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
         {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"},
     ],
-    ids=["empty", "tilde", "nowhere", "impossible", "reporting"],
+    ids=["absent", "empty", "tilde", "nowhere", "impossible", "reporting"],
 )
 def test_the_node_is_not_needed(
-    s3: S3Server, bucket: str, reader: dict[str, str], node: dict[str, str]
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, node: dict[str, str]
 ) -> None:
-    """The node's settings may be absent, empty or wrong; nothing is said of them."""
+    """The bucket's settings suffice for `list` and `restore`; the node's may be absent, empty or
+    wrong, and nothing is said of them.
+    """
     name = put(s3, bucket, NOON)
     done = run_script(reader | node, "list", "--json")
     assert [row["name"] for row in json.loads(done.stdout)] == [name]
-    assert not any(
-        text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere")
-    )
+    said = done.stderr + restore(reader | node, home).stderr
+    assert not any(text in said for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere"))
 
 
 def test_a_wrong_bucket_name(reader: dict[str, str]) -> None:
@@ -498,17 +504,67 @@ def test_a_wrong_bucket_name(reader: dict[str, str]) -> None:
     assert "S3_BUCKET_NAME" in done.stderr
 
 
-def test_an_env_file_is_enough(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
-) -> None:
-    """Everything may come from one file, as a new user keeps it."""
-    name = put(s3, bucket, NOON)
-    file = tmp_path / "reader.env"
-    file.write_text("".join(f"{key}={value}\n" for key, value in reader.items()))
-    done = run_script({}, "--env-file", str(file), "list", "--json")
-    assert [row["name"] for row in json.loads(done.stdout)] == [name]
-
-
 def test_wrong_usage(reader: dict[str, str]) -> None:
     """An option of another command is wrong usage."""
     assert run_script(reader, "list", "--key", "x").returncode == 2
+
+
+# --- Drops and folders ---
+
+
+@pytest.mark.unmeasured
+def test_drops_are_marked(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
+    """A version that is at least 300 bytes smaller than the one before it is marked, an empty one
+    counts, and no other is.
+    """
+    sizes = [1000, 700, 401, 2000, 1300, 1300, 45, 700, 401, 101, 45, 45]
+    dropped = [False, True, False, False, True, False, True, False, False, True, False, False]
+    for hours, size in enumerate(sizes):
+        put_version(s3, bucket, NOON + HOUR * hours, os.urandom(size))
+    done = run_script(reader, "list")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[:0:-1]  # without the head
+    words = "(?i)smaller|drop|shr[aiu]nk|lack|fewer|less"
+    assert [bool(re.search(words, line)) for line in lines] == dropped
+    assert [bool(re.search("no channels", line)) for line in lines] == [
+        size == 45 for size in sizes
+    ]
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("prefix", ["", "bob/regtest"])
+def test_folders_in_place_of_versions(s3: S3Server, bucket: str, prefix: str) -> None:
+    """A list without a version names the folders that are there, escaped, and no key that lies in
+    them.
+    """
+    for folder in ("Alice/", "bob/mainnet/", "carol\x1b[31m/"):
+        key = put_version(s3, bucket, NOON, channel_backup(1), prefix=folder)
+    reader = reader_settings(s3, bucket, prefix, s3.reader_user(bucket))
+    done = run_script(reader, "list")
+    assert done.returncode == 0
+    assert not re.search(r"\d{8}T", done.stdout)
+    for folder in ("Alice/", "bob/", "carol"):
+        assert folder in done.stderr
+    assert key[-30:] not in done.stderr
+    assert all(character.isprintable() for character in done.stderr if character != "\n")
+
+
+@pytest.mark.unmeasured
+def test_more_folders_than_anybody_reads(reader: dict[str, str]) -> None:
+    """Of folders without end some are named."""
+    pages = itertools.count()
+
+    def page(request: Request) -> Iterable[bytes]:
+        if "prefix=alice" in request.path:
+            return framed([listing()])
+        number = next(pages)
+        names = (f"{'x' * 200}{number}-{each}/" for each in range(500))
+        found = (f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in names)
+        return framed([listing(*found, truncated="true", token=f"token-{number}")])
+
+    with RawS3(page) as raw:
+        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": raw.endpoint}, "list")
+        assert len(raw.requests) < 20
+    assert done.returncode == 0, done.stderr
+    assert f"{'x' * 200}0-0/" in done.stderr
+    assert max(map(len, done.stderr.splitlines())) < 10_000

@@ -4,6 +4,7 @@ and all is sent.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import os
@@ -30,11 +31,14 @@ from kit import (
     settings_at,
 )
 from kit import fake_s3 as answers
+from shared import AT_ONCE, expect_newest_last
+
+import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = pytest.mark.unmeasured
+    from shared import Session
 
 AWAY_STAGED = 10_000
 # One attempt lasts half a second instead of half a minute; names are resolved unless a file says
@@ -100,7 +104,8 @@ class Outage:
         self.dns_is_dead.unlink(missing_ok=True)
         self.proxy.upstream = ("127.0.0.1", self.fake.port)
         self.fake.set_default(answers.STORED)
-        self.proxy.set("pass", cut=True)
+        # A cut in the middle of an answer would be a second fault, with words of its own.
+        self.proxy.set("pass", cut=self.proxy.mode != "pass")
 
     def attempts(self) -> int:
         """Return how many times a version was sent to S3 until now."""
@@ -184,17 +189,18 @@ def outage(tmp_path: Path, scheme: str) -> Iterator[Outage]:
 
 
 @pytest.fixture
-def env(lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
+def nowhere_env(lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
     """Return the settings, with an endpoint that is nowhere, for events alone."""
     seldom = {"RESCAN_SECONDS": "600", "SHUTDOWN_GRACE_SECONDS": "5"}
     return settings_at("http://127.0.0.1:1", lnd, staging, prefix=prefix) | seldom
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(("fault", "scheme"), CASES)
 def test_a_fault_is_told_survived_and_over(
     fault: Fault,
     outage: Outage,
-    env: dict[str, str],
+    nowhere_env: dict[str, str],
     lnd: Lnd,
     staging: Path,
     prefix: str,
@@ -206,7 +212,7 @@ def test_a_fault_is_told_survived_and_over(
     started_by(LAUNCHER.format(dead=str(outage.dns_is_dead)))
     fault.begin(outage)
     lnd.write()
-    with Daemon(env | outage.settings()) as daemon:
+    with Daemon(nowhere_env | outage.settings()) as daemon:
         daemon.wait_for_log(rf"cannot store: .*({fault.says}).*\n.*hint: .*{fault.hint}")
         daemon.wait_for_captured(lnd.write())
         assert daemon.stored_names() == []
@@ -230,9 +236,12 @@ def test_a_fault_is_told_survived_and_over(
     assert outage.attempts() - before <= len(lnd.written) + 2, (
         "one may have been on its way when the fault ended"
     )
-    assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging, refreshes=1)
+    assert_nothing_lost(
+        lnd, outage.fake, nowhere_env["S3_BUCKET_NAME"], prefix, staging, refreshes=1
+    )
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("scheme", ["http"])
 @pytest.mark.parametrize(
     "answer",
@@ -242,7 +251,7 @@ def test_a_fault_is_told_survived_and_over(
 def test_it_never_gives_up(
     answer: Answer,
     outage: Outage,
-    env: dict[str, str],
+    nowhere_env: dict[str, str],
     lnd: Lnd,
     staging: Path,
     prefix: str,
@@ -255,14 +264,14 @@ def test_it_never_gives_up(
     started_by(LAUNCHER.format(dead=str(outage.dns_is_dead)).replace("sys.exit", hurried))
     outage.fake.script(*[answer] * 7)
     version = lnd.write()
-    with Daemon(env | outage.settings()) as daemon:
+    with Daemon(nowhere_env | outage.settings()) as daemon:
         daemon.wait_for_stored(version)
         assert daemon.stop() == 0
         assert "(failures: 7)" in daemon.log
         assert daemon.log.count("cannot store") == 1, daemon.log
     assert outage.attempts() == 8
     assert len({request.path for request in outage.fake.requests}) == 1
-    assert_nothing_lost(lnd, outage.fake, env["S3_BUCKET_NAME"], prefix, staging)
+    assert_nothing_lost(lnd, outage.fake, nowhere_env["S3_BUCKET_NAME"], prefix, staging)
 
 
 class TimedS3(FakeS3):
@@ -279,12 +288,15 @@ class TimedS3(FakeS3):
         return super().take(request)
 
 
-def test_it_does_not_storm(env: dict[str, str], lnd: Lnd, staging: Path, prefix: str) -> None:
+@pytest.mark.unmeasured
+def test_it_does_not_storm(
+    nowhere_env: dict[str, str], lnd: Lnd, staging: Path, prefix: str
+) -> None:
     """While S3 answers with errors, it is asked ever more seldom: the pauses are 1, 2 and 4 s, half
     of it by chance.
     """
     lnd.write()
-    with TimedS3() as fake, Daemon(env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as daemon:
+    with TimedS3() as fake, Daemon(nowhere_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}) as daemon:
         fake.wait_for_requests(4)
         daemon.signal(signal.SIGKILL)
         daemon.wait()
@@ -293,7 +305,7 @@ def test_it_does_not_storm(env: dict[str, str], lnd: Lnd, staging: Path, prefix:
         assert all(
             pause > shortest for pause, shortest in zip(pauses, [0.45, 0.95, 1.95], strict=False)
         ), pauses
-        assert_nothing_lost(lnd, fake, env["S3_BUCKET_NAME"], prefix, staging)
+        assert_nothing_lost(lnd, fake, nowhere_env["S3_BUCKET_NAME"], prefix, staging)
 
 
 def fill(staging: Path, lnd: Lnd, count: int) -> None:
@@ -327,8 +339,9 @@ def processor_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+@pytest.mark.unmeasured
 def test_a_month_of_versions_is_no_burden(
-    env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path
+    nowhere_env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
     """With 10,000 versions staged the start and the memory are hardly more than with none."""
     fill(staging, lnd, AWAY_STAGED)
@@ -336,7 +349,7 @@ def test_a_month_of_versions_is_no_burden(
     away = {"SHUTDOWN_GRACE_SECONDS": "0"}
     empty = {"BACKUP_DIRECTORY": str(tmp_path / "empty")}
     memory, ticks = [], []
-    with Daemon(env | away | empty) as twin, Daemon(env | away) as daemon:
+    with Daemon(nowhere_env | away | empty) as twin, Daemon(nowhere_env | away) as daemon:
         for each in (twin, daemon):
             each.wait_for_log("cannot store")
             memory.append(proportional_set_size(each.pid))
@@ -347,3 +360,82 @@ def test_a_month_of_versions_is_no_burden(
             each.signal(signal.SIGKILL)
     assert memory[1] < 1.2 * memory[0]
     assert ticks[1] < 3 * ticks[0]
+
+
+@pytest.mark.parametrize("mode", ["refuse", "rst"])
+def test_an_outage_delays_and_loses_nothing(
+    session: Session, lnd: Lnd, s3_line: FaultProxy, mode: Mode
+) -> None:
+    """What LND writes during an outage is stored when it is over, newest first; its begin and its
+    end are logged.
+    """
+    s3_line.set(mode)
+    lnd.write()
+    with session(refreshes=1) as daemon:
+        daemon.wait_for_log("cannot store")
+        for _ in range(10):
+            daemon.wait_for_captured(lnd.write())
+        s3_line.set("pass")
+        daemon.wait_for_captured(lnd.write())
+        for version in lnd.written:
+            daemon.wait_for_stored(version)
+        assert daemon.log.count("cannot store") == 1, daemon.log
+        assert len(re.findall(r"again, after \d+ s", daemon.log)) == 1, daemon.log
+        assert daemon.stop() == 0
+        expect_newest_last(daemon, lnd.written[-1])
+        names = daemon.stored_names()[:-1]
+        # some may have been on their way before the newest was there
+        names = names[names.index(max(names)) :]
+        assert names == sorted(names, reverse=True)
+        assert len(names) > 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest"), [(program.TransientError, 60), (program.BackupError, 300)]
+)
+def test_the_pause_after_a_failure_has_an_end(
+    mute_daemon: Callable[[], program.Daemon], kind: type[program.BackupError], longest: float
+) -> None:
+    """However often S3 failed, the next attempt is at most a minute away, or five minutes where the
+    settings are at fault.
+    """
+
+    async def fail() -> program.Receipt:
+        raise kind("cannot store", "wait")
+
+    async def scenario() -> float:
+        one = mute_daemon()
+        one.failures = 10
+        one.upload = asyncio.create_task(fail())
+        await asyncio.wait([one.upload])
+        began = time.monotonic()
+        one.finish_upload()
+        return float(one.retry_at) - began
+
+    assert longest / 2 <= asyncio.run(scenario()) < longest + 1
+
+
+@pytest.mark.unmeasured
+def test_no_thread_can_be_started(
+    fake_env: dict[str, str], fake: FakeS3, lnd: Lnd, started_by: Callable[[str], None]
+) -> None:
+    """When the system grants no thread, versions are captured, the log says why they are not sent,
+    and they are sent once it grants one.
+    """
+    started_by("""
+import threading
+start = threading.Thread.start
+left = [3]
+def refuse(thread):
+    if left[0]:
+        left[0] -= 1
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = refuse
+""")
+    version = lnd.write()
+    with Daemon(fake_env | AT_ONCE) as daemon:
+        daemon.wait_for_log("warning: cannot store: can't start new thread\n.*hint: ")
+        daemon.wait_for_stored(version)
+        assert daemon.stop() == 0
+    assert {request.body for request in fake.requests} == {version.data}

@@ -1,29 +1,30 @@
-"""How LND's channel.backup is read: whole or not at all, nothing else in its place, and without a
-trace.
-"""
+"""How LND's channel.backup is read: whole or not at all, nothing else in its place, no trace."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
+import re
 import socket
 import stat
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from kit import FakeS3, Lnd, Script, as_nobody, channel_backup, run_script
+from kit import SCRIPT, Daemon, FakeS3, Lnd, as_nobody, channel_backup, run_script
+from kit import script as script_module
+from shared import AT_ONCE, AWAY, LARGEST, OFTEN, SELDOM
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from functools import partial
 
-pytestmark = pytest.mark.unmeasured
-
-MIB = 1 << 20
+    from shared import Session
 
 
 def refusal(path: Path) -> program.BackupError:
@@ -40,7 +41,10 @@ def refusal(path: Path) -> program.BackupError:
     return caught.value
 
 
-# --- sizes ---
+MEMORY_MAX_KB = 256 << 10
+
+
+# --- Sizes ---
 
 
 @pytest.mark.parametrize("size", [45, 46, 415, 416, 100_000])
@@ -63,11 +67,11 @@ def test_file_under_45_bytes_is_refused(size: int, lnd: Lnd) -> None:
 def test_file_of_16_mib_is_read(lnd: Lnd) -> None:
     """A file of 16 MiB, the largest there may be, is returned whole."""
     lnd.place(b"")
-    os.truncate(lnd.path, 16 * MIB)
-    assert len(program.read_channel_backup(lnd.path)) == 16 * MIB
+    os.truncate(lnd.path, LARGEST)
+    assert len(program.read_channel_backup(lnd.path)) == LARGEST
 
 
-@pytest.mark.parametrize("size", [16 * MIB + 1, 1 << 40])
+@pytest.mark.parametrize("size", [LARGEST + 1, 1 << 40])
 def test_larger_file_is_refused_without_being_read_whole(size: int, lnd: Lnd) -> None:
     """A file over 16 MiB is refused with its size, and never takes more memory than the largest
     there may be.
@@ -80,13 +84,13 @@ def test_larger_file_is_refused_without_being_read_whole(size: int, lnd: Lnd) ->
     tracemalloc.start()
     try:
         failure = refusal(lnd.path)
-        assert tracemalloc.get_traced_memory()[1] < 17 * MIB
+        assert tracemalloc.get_traced_memory()[1] < LARGEST + (1 << 20)
     finally:
         tracemalloc.stop()
     assert str(size) in str(failure)
 
 
-# --- what stands at the path ---
+# --- What stands at the path ---
 
 
 @pytest.mark.parametrize("path", ["channel.backup", "mainnet/channel.backup", "dangling"])
@@ -217,7 +221,7 @@ def test_file_that_is_exchanged_before_it_is_opened_is_refused(
     refusal(lnd.path)
 
 
-# --- a file that changes meanwhile ---
+# --- A file that changes meanwhile ---
 
 
 def grow(lnd: Lnd) -> None:
@@ -281,55 +285,182 @@ def test_file_that_is_replaced_while_it_is_read_is_read_whole(
     assert program.read_channel_backup(lnd.path) == lnd.written[1].data
 
 
-# --- the commands ---
+# --- What the daemon makes of it ---
 
 
-def test_once_leaves_no_trace_in_lnds_directory(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
+@pytest.mark.parametrize("size", [0, 1, 44])
+def test_a_file_that_is_too_small_is_never_staged(
+    session: Session, lnd: Lnd, staging: Path, size: int
 ) -> None:
-    """`once` sends the file and changes nothing in LND's directory."""
+    """Fewer than 45 bytes are one error, and the version before stays the newest until there is
+    another.
+    """
+    first = lnd.write()
+    with session(OFTEN) as daemon:
+        daemon.wait_for_stored(first)
+        lnd.place(bytes(size))
+        daemon.wait_for_log(f"error: .*{size} bytes")
+        daemon.wait_for_looks()
+        assert daemon.log.count("error: cannot read") == 1
+        assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
+        lnd.placed.clear()
+        daemon.wait_for_stored(lnd.write())
+
+
+@pytest.mark.parametrize("size", [45, 46, 415])
+def test_a_file_that_is_doubtful_is_stored_with_a_warning(
+    session: Session, lnd: Lnd, size: int
+) -> None:
+    """A file without channels, or of a size that no known LND writes, is stored with a warning."""
+    version = lnd.write(data=os.urandom(size))
+    with session() as daemon:
+        daemon.wait_for_log(f"captured .*: {size} bytes\n.*warning: ")
+        daemon.wait_for_stored(version)
+
+
+def test_a_file_that_is_too_large_is_never_staged(
+    session: Session, lnd: Lnd, staging: Path
+) -> None:
+    """More than 16 MiB are one error, and nothing is staged."""
+    first, large = lnd.write(), lnd.directory / "large"
+    with session(OFTEN) as daemon:
+        daemon.wait_for_stored(first)
+        large.touch()
+        os.truncate(large, LARGEST + 1)
+        large.rename(lnd.path)
+        daemon.wait_for_log(f"error: .*{LARGEST + 1} bytes")
+        daemon.wait_for_looks()
+        assert daemon.log.count("error: cannot read") == 1
+        assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
+        lnd.path.unlink()
+        daemon.wait_for_stored(lnd.write())
+
+
+def test_a_pipe_at_the_path_does_not_hang_the_daemon(session: Session, lnd: Lnd) -> None:
+    """A named pipe is an error that is not read from, and LND's next file is stored."""
+    with session(OFTEN) as daemon:
+        daemon.wait_for_log("No such file")
+        os.mkfifo(lnd.directory / "pipe")
+        (lnd.directory / "pipe").rename(lnd.path)
+        daemon.wait_for_log("error: .*regular file")
+        daemon.wait_for_looks()
+        lnd.path.unlink()
+        daemon.wait_for_stored(lnd.write())
+
+
+def test_the_directory_of_lnd_is_only_read(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """Neither a session with an outage, an update and a stop, nor the command once, changes
+    anything in LND's directory.
+    """
     lnd.leave_decoys()
     version = lnd.write()
     before = lnd.fingerprint()
-    assert run_script(fake_env, "once").returncode == 0
-    assert [request.body for request in fake.requests] == [version.data]
-    assert lnd.fingerprint() == before
-
-
-def test_run_leaves_no_trace_in_lnds_directory(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
-) -> None:
-    """`run` watches, sends each version and stops, and changes nothing in LND's directory."""
-    lnd.leave_decoys()
-    lnd.write()
-    with Script(fake_env, "run") as script:
-        script.wait_for_log("stored s3://")
-        lnd.write()
+    with Daemon(SELDOM | env | OFTEN | AWAY) as daemon:
+        daemon.wait_for_log("cannot store")
+        daemon.wait_for_looks()
+        assert daemon.stop() == 0
+    with Daemon(SELDOM | env | OFTEN) as daemon:
+        daemon.wait_for_stored(version)
+        daemon.wait_for_looks()
+        assert lnd.fingerprint() == before
+        version = lnd.write()
         before = lnd.fingerprint()
-        script.wait_for_log("stored s3://", count=2)
-        assert script.stop() == 0
-    assert [request.body for request in fake.requests] == [version.data for version in lnd.written]
+        daemon.wait_for_stored(version)
+        daemon.wait_for_looks()
+        assert daemon.stop() == 0
+    assert run_script(env, "once").returncode == 0
     assert lnd.fingerprint() == before
+    check(refreshes=1)
 
 
-@pytest.mark.parametrize("size", [None, 0, 44, 16 * MIB + 1])
-def test_once_without_a_backup_sends_what_is_staged_and_fails(
-    size: int | None, fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+# --- Mounts and large files ---
+
+
+@pytest.mark.unmeasured
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize("command", ["run", "once", "check"])
+def test_a_single_file_that_is_mounted(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, tmp_path: Path, command: str
 ) -> None:
-    """`once` with no file, or one that is no channel backup, exits 1 and says why, after sending
-    what was staged.
+    """A file that was bound into a container, and replaced outside, shows the old content for ever:
+    a problem, and no success.
     """
-    data = channel_backup(2)
-    name = f"20261120T215558.123456Z-{hashlib.sha256(data).hexdigest()[-6:]}"
-    (staging / name).write_bytes(data)
-    if size is not None:
-        lnd.place(b"")
-        os.truncate(lnd.path, size)
-    before = lnd.fingerprint()
+    lnd.write()
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "channel.backup").touch()
+    mount = f'mount --bind {lnd.path} {inside}/channel.backup && exec "$@"'
+    wrapper = ["/usr/bin/unshare", "--mount", "/bin/sh", "-c", mount, "sh"]
+    if subprocess.run([*wrapper, "true"], check=False).returncode:
+        pytest.skip("no mounts here")
+    env = fake_env | AT_ONCE | {"MONITOR_FILE_PATH": str(inside / "channel.backup")}
+    if command == "run":
+        with Daemon(env, command=[*wrapper, sys.executable, str(SCRIPT)]) as daemon:
+            daemon.wait_for_stored(lnd.written[0])
+            lnd.write()
+            said = daemon.wait_for_log(r"(warning|error): .*\n.*hint: .*").group()
+            assert re.search("(?i)directory|bind|mount", said)
+            daemon.systemd.wait_for("(?i)STATUS=.*(deleted|no name|replaced|mount|removed)")
+            assert daemon.stop() == 0
+        return
+    code = (
+        "import os, subprocess, sys\n"
+        f"os.rename({str(lnd.path)!r} + '.new', {str(lnd.path)!r})\n"
+        f"sys.exit(subprocess.call([sys.executable, {str(SCRIPT)!r}, {command!r}]))"
+    )
+    if command == "check":
+        assert run_script(fake_env, "once").returncode == 0
+    asked = len(fake.requests)
+    lnd.path.with_suffix(".backup.new").write_bytes(channel_backup(3))
+    shell = [*wrapper, sys.executable, "-c", code]
+    done = subprocess.run(
+        shell,
+        env=script_module.script_environment(env, str(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert not done.stdout.startswith("BACKED UP")
+    assert "Traceback" not in done.stderr
+    assert not [request for request in fake.requests[asked:] if request.method == "PUT"]
+
+
+@pytest.mark.unmeasured
+def test_the_largest_version(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
+    """A file of 16 MiB is backed up, and one that has a byte more is refused, while what is staged
+    is sent all the same.
+    """
+    lnd.place(bytes(LARGEST))
+    assert run_script(fake_env, "once").returncode == 0
+    lnd.place(bytes(LARGEST + 1))
     done = run_script(fake_env, "once")
     assert done.returncode == 1
-    assert "cannot read channel.backup" in done.stderr
-    assert [(request.path, request.body) for request in fake.requests] == [
-        (f"/some-bucket/alice/{name}", data)
-    ]
-    assert lnd.fingerprint() == before
+    assert str(LARGEST + 1) in done.stderr.replace(",", "")
+    assert [len(request.body) for request in fake.requests] == [LARGEST]
+
+
+@pytest.mark.unmeasured
+def test_large_versions_fit_into_the_units_memory(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
+) -> None:
+    """With three of the largest versions staged at once, and more that are too large, the daemon
+    stays below the unit's MemoryMax=.
+    """
+    fake.hold()
+    with Daemon(fake_env | AT_ONCE) as daemon:
+        for _ in range(3):
+            daemon.wait_for_captured(lnd.write(data=os.urandom(LARGEST)))
+        for _ in range(3):
+            lnd.place(os.urandom(63 << 20))
+            daemon.wait_for_looks()
+        lnd.path.unlink()
+        fake.release()
+        for version in lnd.written:
+            daemon.wait_for_stored(version)
+        assert {len(request.body) for request in fake.requests} == {LARGEST}
+        status = Path(f"/proc/{daemon.pid}/status").read_text()
+        assert int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) < MEMORY_MAX_KB
+        assert daemon.stop() == 0

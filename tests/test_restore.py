@@ -1,6 +1,4 @@
-"""What `restore` does on the worst day: the right version, verified, in a new file, and what to do
-with it.
-"""
+"""What `restore` does on the worst day: the right version, verified, and what to do with it."""
 
 from __future__ import annotations
 
@@ -25,7 +23,6 @@ from kit import (
     Answer,
     FakeS3,
     FaultProxy,
-    Lnd,
     S3Server,
     Script,
     allow,
@@ -33,26 +30,16 @@ from kit import (
     reader_settings,
     run_script,
     script_environment,
+    version_name,
 )
 from kit import fake_s3 as answers
+from shared import HOUR, LARGEST, NOON, Done, expect_tidy, put_version, restore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-HOUR = timedelta(hours=1)
 SLOW_BYTES_PER_SECOND = 400_000
-LARGEST = 16 << 20
 SOCKETS = 8 << 20  # what their buffers take
-Done = subprocess.CompletedProcess[str]
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """Return the working directory of the one who restores."""
-    directory = tmp_path / "home"
-    directory.mkdir()
-    return directory
 
 
 @pytest.fixture
@@ -63,64 +50,6 @@ def interruptible() -> Iterator[None]:
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
-
-
-def name_of(data: bytes, at: datetime) -> str:
-    """Return the name of a version."""
-    return f"{at:%Y%m%dT%H%M%S.%f}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
-
-
-def put(
-    server: S3Server,
-    bucket: str,
-    at: datetime,
-    data: bytes,
-    *,
-    name: str = "",
-    metadata: dict[str, str] | None = None,
-) -> str:
-    """Store a version captured at this time, by default under its right name and metadata, and
-    return its key.
-    """
-    key = "alice/" + (name or name_of(data, at))
-    metadata = {"sha256": hashlib.sha256(data).hexdigest()} if metadata is None else metadata
-    server.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
-    return key
-
-
-def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
-    """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
-    before = set(home.iterdir())
-    done = run_script(env, "restore", *args, cwd=home)
-    assert done.returncode == code, done.stderr
-    expect_tidy(
-        home,
-        done,
-        before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()),
-    )
-    return done
-
-
-def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
-    """Expect no traceback, nothing on stdout after a failure, and no file but those expected."""
-    assert "Traceback" not in done.stderr
-    assert (done.stdout == "") == (done.returncode != 0)
-    left = set(home.iterdir()) - expected
-    assert not {path for path in left if path.name.startswith(".")}
-    assert done.returncode == 0 or not left
-
-
-def wrapped(env: dict[str, str], home: Path, wrapper: Sequence[str], *args: str) -> Done:
-    """Run the program by another command, in that directory."""
-    return subprocess.run(
-        [*wrapper, sys.executable, str(SCRIPT), *args],
-        env=script_environment(env, str(home)),
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def command_for_the_one_before(done: Done) -> list[str]:
@@ -152,10 +81,10 @@ def test_the_trap(s3: S3Server, bucket: str, reader: dict[str, str], home: Path)
     """Of a newest version without channels and one with, the latter is restored, and what was
     passed over is told.
     """
-    put(s3, bucket, NOON, channel_backup(3))
+    put_version(s3, bucket, NOON, channel_backup(3))
     wanted = channel_backup(12)
-    key = put(s3, bucket, NOON + HOUR, wanted)
-    empty = [put(s3, bucket, NOON + HOUR * hours, channel_backup(0)) for hours in (2, 3)]
+    key = put_version(s3, bucket, NOON + HOUR, wanted)
+    empty = [put_version(s3, bucket, NOON + HOUR * hours, channel_backup(0)) for hours in (2, 3)]
     done = restore(reader, home)
     assert (home / "channel.backup").read_bytes() == wanted
     assert f"restored {key}" in done.stdout
@@ -174,10 +103,10 @@ def test_newest_is_not_what_is_named_newest(
     stored later.
     """
     old, ahead, latest = channel_backup(1), channel_backup(2), channel_backup(3)
-    put(s3, bucket, NOON, old)
-    put(s3, bucket, datetime.now(UTC) + timedelta(days=365), ahead)
+    put_version(s3, bucket, NOON, old)
+    put_version(s3, bucket, datetime.now(UTC) + timedelta(days=365), ahead)
     time.sleep(1.1)  # S3's own time is told in seconds
-    put(s3, bucket, datetime.now(UTC), latest)
+    put_version(s3, bucket, datetime.now(UTC), latest)
     restore(reader, home)
     assert (home / "channel.backup").read_bytes() == latest
 
@@ -189,8 +118,8 @@ def test_a_key(
 ) -> None:
     """`--key` takes the whole key, and the name alone."""
     wanted = channel_backup(5)
-    key = put(s3, bucket, NOON, wanted)
-    put(s3, bucket, NOON + HOUR, channel_backup(6))
+    key = put_version(s3, bucket, NOON, wanted)
+    put_version(s3, bucket, NOON + HOUR, channel_backup(6))
     restore(reader, home, "--key", key if whole else key.removeprefix("alice/"))
     assert (home / "channel.backup").read_bytes() == wanted
 
@@ -200,7 +129,7 @@ def test_a_key_of_another_prefix(
 ) -> None:
     """A whole key need not lie under the prefix."""
     wanted = channel_backup(5)
-    key = put(s3, bucket, NOON, wanted)
+    key = put_version(s3, bucket, NOON, wanted)
     restore(reader | {"S3_BACKUP_PREFIX": "bob/"}, home, "--key", key)
     assert (home / "channel.backup").read_bytes() == wanted
 
@@ -212,7 +141,7 @@ def test_an_unknown_key(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path, key: str
 ) -> None:
     """A key that is not there is exit 1, and is named."""
-    put(s3, bucket, NOON, channel_backup(5))
+    put_version(s3, bucket, NOON, channel_backup(5))
     assert key in restore(reader, home, "--key", key, code=1).stderr
 
 
@@ -222,7 +151,7 @@ def test_the_hint_for_an_unknown_key(
     """The hint is one for somebody who restores: how to find another version, nothing of staging
     or of trying again.
     """
-    put(s3, bucket, NOON, channel_backup(5))
+    put_version(s3, bucket, NOON, channel_backup(5))
     done = restore(reader, home, "--key", "alice/20260301T120000.000000Z-a1b2c3", code=1)
     error, hint = (line for line in done.stderr.splitlines() if "error: " in line)
     assert "NoSuchKey" in error
@@ -232,7 +161,7 @@ def test_the_hint_for_an_unknown_key(
 
 def test_an_empty_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """An empty key, as from a variable that is not set, is no order to take the newest."""
-    put(s3, bucket, NOON, channel_backup(5))
+    put_version(s3, bucket, NOON, channel_backup(5))
     done = run_script(reader, "restore", "--key", "", cwd=home)
     assert done.returncode in (1, 2)
     assert not list(home.iterdir())
@@ -272,16 +201,16 @@ def test_before(
 ) -> None:
     """`--before` takes a date or a time, local or with its offset, and means strictly before."""
     data = {count: channel_backup(count) for count in (1, 2, 3)}
-    put(s3, bucket, datetime(2026, 3, 1, 12, tzinfo=UTC), data[1])
-    put(s3, bucket, datetime(2026, 3, 2, 21, tzinfo=UTC), data[2])
-    put(s3, bucket, datetime(2026, 3, 3, 3, tzinfo=UTC), data[3])
+    put_version(s3, bucket, datetime(2026, 3, 1, 12, tzinfo=UTC), data[1])
+    put_version(s3, bucket, datetime(2026, 3, 2, 21, tzinfo=UTC), data[2])
+    put_version(s3, bucket, datetime(2026, 3, 3, 3, tzinfo=UTC), data[3])
     restore(reader | {"TZ": zone}, home, "--before", before)
     assert (home / "channel.backup").read_bytes() == data[expected]
 
 
 def test_before_the_first(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """When there is no version before that time it is exit 1."""
-    put(s3, bucket, NOON, channel_backup(5))
+    put_version(s3, bucket, NOON, channel_backup(5))
     assert "no version" in restore(reader, home, "--before", NOON.isoformat(), code=1).stderr
 
 
@@ -316,9 +245,9 @@ def test_no_version_has_channels(
     """When no version holds channels it is exit 1 with the key to ask for, and asking for it
     restores it.
     """
-    put(s3, bucket, NOON, channel_backup(0))
+    put_version(s3, bucket, NOON, channel_backup(0))
     wanted = channel_backup(0)
-    key = put(s3, bucket, NOON + HOUR, wanted)
+    key = put_version(s3, bucket, NOON + HOUR, wanted)
     done = restore(reader, home, code=1)
     assert f"--key {key}" in done.stderr
     restore(reader, home, "--key", key)
@@ -334,8 +263,8 @@ def test_others_are_left_alone(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path
 ) -> None:
     """Other nodes' versions and foreign files are not restored."""
-    put(s3, bucket, NOON, channel_backup(5), name="regtest/" + name_of(b"", NOON))
-    put(s3, bucket, NOON, channel_backup(5), name="channel.backup")
+    put_version(s3, bucket, NOON, channel_backup(5), name="regtest/" + version_name(b"", NOON))
+    put_version(s3, bucket, NOON, channel_backup(5), name="channel.backup")
     assert "no version" in restore(reader, home, code=1).stderr
 
 
@@ -349,15 +278,19 @@ def put_damaged(server: S3Server, bucket: str, at: datetime, damage: str) -> str
     """Store a version that disagrees with itself, and return its key."""
     data = channel_backup(7)
     digest = {"sha256": hashlib.sha256(data).hexdigest()}
-    name = name_of(data, at)
+    name = version_name(data, at)
     if damage == "metadata":
-        return put(server, bucket, at, data, metadata={"sha256": hashlib.sha256(b"").hexdigest()})
+        return put_version(
+            server, bucket, at, data, metadata={"sha256": hashlib.sha256(b"").hexdigest()}
+        )
     if damage == "name":
-        return put(server, bucket, at, data, name=name[:-6] + f"{int(name[-6:], 16) ^ 1:06x}")
+        return put_version(
+            server, bucket, at, data, name=name[:-6] + f"{int(name[-6:], 16) ^ 1:06x}"
+        )
     if damage == "short":
-        return put(server, bucket, at, os.urandom(46 - 2))
+        return put_version(server, bucket, at, os.urandom(46 - 2))
     wrong = bytes([data[0] ^ 1]) + data[1:] if damage == "bytes" else data[:-1]
-    return put(server, bucket, at, wrong, name=name, metadata=digest)
+    return put_version(server, bucket, at, wrong, name=name, metadata=digest)
 
 
 @pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage != "short"])
@@ -368,7 +301,7 @@ def test_a_damaged_version(
     version before is printed.
     """
     wanted = channel_backup(5)
-    put(s3, bucket, NOON, wanted)
+    put_version(s3, bucket, NOON, wanted)
     bad = put_damaged(s3, bucket, NOON + HOUR, damage)
     done = restore(reader, home, code=1)
     assert any(bad in line and "damaged" in line for line in done.stderr.splitlines())
@@ -415,9 +348,9 @@ def test_several_damaged_versions(
     are printed for the one before run as they are printed, and lead to the next good one.
     """
     wanted = channel_backup(5)
-    put(s3, bucket, NOON, channel_backup(4))
-    put(s3, bucket, NOON + HOUR, wanted)
-    empty = put(s3, bucket, NOON + HOUR * 9, channel_backup(0))
+    put_version(s3, bucket, NOON, channel_backup(4))
+    put_version(s3, bucket, NOON + HOUR, wanted)
+    empty = put_version(s3, bucket, NOON + HOUR * 9, channel_backup(0))
     bad = [
         put_damaged(s3, bucket, NOON + HOUR * hours, damage)
         for hours, damage in enumerate(DAMAGES[:4], 2)
@@ -443,7 +376,7 @@ def test_a_store_that_writes_metadata_in_capitals(reader: dict[str, str], home: 
     """
     data = channel_backup(7)
     digest = hashlib.sha256(data).hexdigest()
-    key = f"alice/{name_of(data, NOON)}"
+    key = f"alice/{version_name(data, NOON)}"
     headers = {"X-Amz-Meta-Sha256": digest, "Last-Modified": "Sun, 01 Mar 2026 12:00:00 GMT"}
     with FakeS3(defaults={"GET": Answer(headers=headers, body=data)}) as fake:
         env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
@@ -465,7 +398,7 @@ def test_a_bit_flipped_on_the_way(reader: dict[str, str], home: Path) -> None:
         "Last-Modified": "Sun, 01 Mar 2026 12:00:00 GMT",
         "x-amz-checksum-sha256": base64.b64encode(bytes.fromhex(digest)).decode(),
     }
-    key = f"alice/{name_of(data, NOON)}"
+    key = f"alice/{version_name(data, NOON)}"
     with FakeS3(defaults={"GET": Answer(headers=headers, body=flipped)}) as fake:
         env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
         assert "damaged" in restore(env, home, "--key", key, code=1).stderr
@@ -479,8 +412,8 @@ def test_too_large(s3: S3Server, bucket: str, reader: dict[str, str], home: Path
     key, and the command for the one before is printed.
     """
     wanted = channel_backup(5)
-    put(s3, bucket, NOON, wanted)
-    large = put(s3, bucket, NOON + HOUR, bytes(4 * LARGEST))
+    put_version(s3, bucket, NOON, wanted)
+    large = put_version(s3, bucket, NOON + HOUR, bytes(4 * LARGEST))
     with FaultProxy(s3.host, s3.port) as proxy:
         proxy.set("throttle", bps=LARGEST)
         env = reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}
@@ -493,217 +426,15 @@ def test_too_large(s3: S3Server, bucket: str, reader: dict[str, str], home: Path
     s3.admin.delete_object(Bucket=bucket, Key=large)
 
 
-def test_without_our_metadata(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """What bears a version's name alone, as a copy by another tool, is restored with a warning."""
-    wanted = channel_backup(6)
-    put(s3, bucket, NOON, channel_backup(5))
-    foreign = put(s3, bucket, NOON + HOUR, wanted, metadata={})
-    done = restore(reader, home)
-    assert (home / "channel.backup").read_bytes() == wanted
-    assert any("warning: " in line and foreign in line for line in done.stderr.splitlines())
-
-
 def test_overwritten_in_a_bucket_with_versioning(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path
 ) -> None:
     """A version that was overwritten in a bucket with versioning is refused as damaged."""
     s3.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     data = channel_backup(7)
-    key = put(s3, bucket, NOON, data)
-    put(s3, bucket, NOON, channel_backup(7), name=name_of(data, NOON))
+    key = put_version(s3, bucket, NOON, data)
+    put_version(s3, bucket, NOON, channel_backup(7), name=version_name(data, NOON))
     assert "damaged" in restore(reader, home, "--key", key, code=1).stderr
-
-
-# --- Where it is written ---
-
-
-def test_the_output(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """`--output` names the file, and nothing else appears beside it."""
-    wanted = channel_backup(5)
-    put(s3, bucket, NOON, wanted)
-    restore(reader, home, "--output", "sub.backup")
-    assert [path.name for path in home.iterdir()] == ["sub.backup"]
-    assert (home / "sub.backup").read_bytes() == wanted
-
-
-@pytest.mark.parametrize("what", ["file", "empty", "directory", "dangling", "fifo"])
-def test_the_output_exists(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, what: str
-) -> None:
-    """What exists is never overwritten, followed or written into."""
-    put(s3, bucket, NOON, channel_backup(5))
-    output = home / "channel.backup"
-    if what == "directory":
-        output.mkdir()
-    elif what == "dangling":
-        output.symlink_to(home / "elsewhere")
-    elif what == "fifo":
-        os.mkfifo(output)
-    else:
-        output.write_bytes(b"mine" if what == "file" else b"")
-    before = Lnd(home).fingerprint()
-    assert str(output) in restore(reader, home, code=1).stderr
-    restore(reader, home, "--output", str(output), code=1)
-    assert Lnd(home).fingerprint() == before
-
-
-def test_the_output_appears_meanwhile(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """A file that appears while the version is being downloaded is not overwritten, either."""
-    put(s3, bucket, NOON, os.urandom(2 << 20))  # some seconds are left when the file appears
-    with FaultProxy(s3.host, s3.port) as proxy:
-        proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
-        with Script(
-            reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}, "restore", cwd=home
-        ) as script:
-            proxy.wait_until(lambda counts: counts.bytes_down > SLOW_BYTES_PER_SECOND // 2)
-            (home / "channel.backup").write_bytes(b"mine")
-            assert script.wait() == 1
-            assert "Traceback" not in script.log
-    assert [(path.name, path.read_bytes()) for path in home.iterdir()] == [
-        ("channel.backup", b"mine")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("mark", "way"),
-    [
-        ("wallet.db", "direct"),
-        ("channel.db", "direct"),
-        ("readonly.macaroon", "direct"),
-        ("chan-backup-archives", "direct"),
-        ("wallet.db", "link"),
-        ("wallet.db", "working directory"),
-    ],
-)
-def test_the_output_in_lnds_directory(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, mark: str, way: str
-) -> None:
-    """Nothing is written into a directory that looks like LND's, by whatever way it is named."""
-    put(s3, bucket, NOON, channel_backup(5))
-    directory = tmp_path / "data"
-    directory.mkdir()
-    (directory / mark).touch()
-    (tmp_path / "link").symlink_to(directory)
-    before = Lnd(directory).fingerprint()
-    output = {"direct": directory, "link": tmp_path / "link", "working directory": Path()}[
-        way
-    ] / "restored"
-    done = run_script(reader, "restore", "--output", str(output), cwd=directory)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "LND" in done.stderr
-    assert Lnd(directory).fingerprint() == before
-
-
-@pytest.mark.parametrize("way", ["direct", "link", "monitored by link", "file is a link"])
-def test_the_output_beside_the_monitored_file(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, way: str
-) -> None:
-    """Nothing is written beside the monitored file, also where links hide that it is there."""
-    put(s3, bucket, NOON, channel_backup(5))
-    lnd = Lnd(tmp_path / "lnd")
-    lnd.write()
-    (tmp_path / "link").symlink_to(lnd.directory)
-    (tmp_path / "channel.backup").symlink_to(lnd.path)
-    monitored = {
-        "monitored by link": tmp_path / "link/channel.backup",
-        "file is a link": tmp_path / "channel.backup",
-    }
-    output = (tmp_path / "link" if way == "link" else lnd.directory) / "restored"
-    before = lnd.fingerprint()
-    env = reader | {"MONITOR_FILE_PATH": str(monitored.get(way, lnd.path))}
-    done = run_script(env, "restore", "--output", str(output))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "LND" in done.stderr
-    assert lnd.fingerprint() == before
-
-
-def test_a_missing_directory(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """A directory that is not there is exit 1, and is not made."""
-    put(s3, bucket, NOON, channel_backup(5))
-    assert "nowhere" in restore(reader, home, "--output", "nowhere/channel.backup", code=1).stderr
-
-
-@pytest.mark.parametrize(
-    "which", [(), ("--key", "alice/20260301T120000.000000Z-a1b2c3")], ids=["newest", "key"]
-)
-def test_an_output_that_cannot_be_costs_no_download(
-    reader: dict[str, str], home: Path, which: tuple[str, ...]
-) -> None:
-    """A missing directory, or a file that is there, is told before S3 is asked for anything, with
-    what to do.
-    """
-    (home / "there").touch()
-    with FakeS3() as fake:
-        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-        for output in ("nowhere/channel.backup", "there"):
-            done = run_script(env, "restore", "--output", output, *which, cwd=home)
-            assert (done.returncode, done.stdout) == (1, "")
-            assert str(home / output) in done.stderr
-            assert re.search("hint: .*--output", done.stderr)
-        assert fake.requests == []
-    assert [path.name for path in home.iterdir()] == ["there"]
-
-
-def test_no_permission_to_write(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """Without permission to write it is exit 1 with the path and the reason."""
-    put(s3, bucket, NOON, channel_backup(5))
-    ordinary = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
-    home.chmod(0o500)
-    try:
-        done = wrapped(reader, home, ordinary, "restore")
-    finally:
-        home.chmod(0o700)
-    assert done.returncode == 1
-    assert f"{home / 'channel.backup'}: Permission denied" in done.stderr
-    expect_tidy(home, done, set())
-
-
-def test_a_full_disk(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """When the disk takes only a part it is exit 1 and nothing is left; with room it works."""
-    data = os.urandom(1 << 20)
-    put(s3, bucket, NOON, data)
-    limited = ["/bin/sh", "-c", 'ulimit -f 1024; exec "$@"', "sh"]  # blocks of 512 bytes
-    done = wrapped(reader, home, limited, "restore")
-    assert done.returncode == 1
-    assert str(home / "channel.backup") in done.stderr
-    expect_tidy(home, done, set())
-    restore(reader, home)
-    assert (home / "channel.backup").read_bytes() == data
-
-
-@pytest.mark.parametrize("umask", ["000", "022", "077", "777"])
-def test_the_mode(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, umask: str
-) -> None:
-    """The file is its owner's alone, whatever the umask."""
-    put(s3, bucket, NOON, channel_backup(5))
-    done = wrapped(reader, home, ["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"], "restore")
-    assert done.returncode == 0, done.stderr
-    assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
-
-
-def test_the_mode_after_a_crash(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """What was left under the temporary name, open to all, neither stops a restore nor becomes the
-    file.
-    """
-    wanted = channel_backup(5)
-    put(s3, bucket, NOON, wanted)
-    left = home / ".channel.backup.partial"
-    left.write_bytes(b"left")
-    left.chmod(0o666)
-    with left.open("rb+") as held:
-        run_script(reader, "restore", cwd=home)
-        held.write(b"forged")
-    assert (home / "channel.backup").read_bytes() == wanted
-    assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
 
 
 # --- Faults on the way ---
@@ -715,7 +446,7 @@ def test_s3_away_in_the_middle(
 ) -> None:
     """When the download is cut it is exit 75, nothing is left, and the next try works."""
     data = os.urandom(2 << 20)
-    put(s3, bucket, NOON, data)
+    put_version(s3, bucket, NOON, data)
     with FaultProxy(s3.host, s3.port) as proxy:
         through = reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint(s3.scheme)}
         proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
@@ -732,7 +463,7 @@ def test_s3_away_in_the_middle(
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """Ctrl-C in the middle of the download leaves nothing behind, and says nothing but exit 130."""
-    put(s3, bucket, NOON, os.urandom(2 << 20))
+    put_version(s3, bucket, NOON, os.urandom(2 << 20))
     with FaultProxy(s3.host, s3.port) as proxy:
         proxy.set("throttle", bps=SLOW_BYTES_PER_SECOND)
         with Script(
@@ -758,11 +489,6 @@ def test_an_interrupt_while_asking(reader: dict[str, str], home: Path) -> None:
             assert "Traceback" not in script.log
             assert "fault" not in script.log
         assert not list(home.iterdir())
-
-
-def test_s3_refuses_connections(reader: dict[str, str], home: Path) -> None:
-    """When nobody listens it is exit 75."""
-    restore(reader | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, home, code=75)
 
 
 @pytest.mark.parametrize(
@@ -799,7 +525,7 @@ def test_a_key_that_may_not_read(
     """A key that may only put, or list and not get, is exit 1; the hint is to use the reader's key,
     and nobody is told to let the node's key read.
     """
-    key = put(s3, bucket, NOON, channel_backup(5))
+    key = put_version(s3, bucket, NOON, channel_backup(5))
     listing = may == "list"
     user = s3.user(allow("s3:ListBucket", bucket)) if listing else s3.put_only_user(bucket, prefix)
     which = ("--key", key) if may == "put, by key" else ()
@@ -810,7 +536,7 @@ def test_a_key_that_may_not_read(
 
 def test_what_a_restore_needs(s3: S3Server, bucket: str, prefix: str, home: Path) -> None:
     """With leave to list the bucket and to get below the prefix, and nothing else, it works."""
-    put(s3, bucket, NOON, channel_backup(5))
+    put_version(s3, bucket, NOON, channel_backup(5))
     user = s3.user(allow("s3:ListBucket", bucket), allow("s3:GetObject", f"{bucket}/alice/*"))
     restore(reader_settings(s3, bucket, prefix, user), home)
 
@@ -818,35 +544,13 @@ def test_what_a_restore_needs(s3: S3Server, bucket: str, prefix: str, home: Path
 # --- A machine that never saw the node ---
 
 
-@pytest.mark.parametrize(
-    "node",
-    [
-        {},
-        {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
-        {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
-        {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
-        {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"},
-    ],
-    ids=["absent", "tilde", "nowhere", "impossible", "reporting"],
-)
-def test_the_node_is_not_needed(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, node: dict[str, str]
-) -> None:
-    """The bucket's settings suffice in an empty home; the node's may be absent or wrong."""
-    put(s3, bucket, NOON, channel_backup(5))
-    done = restore(reader | node, home)
-    assert not any(
-        text in done.stderr for text in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "nowhere")
-    )
-
-
 def test_an_env_file_is_enough(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path, tmp_path: Path
 ) -> None:
     """With an --env-file the printed command for the version before runs as it is printed, too."""
     older = channel_backup(4)
-    put(s3, bucket, NOON, older)
-    put(s3, bucket, NOON + HOUR, channel_backup(5))
+    put_version(s3, bucket, NOON, older)
+    put_version(s3, bucket, NOON + HOUR, channel_backup(5))
     file = tmp_path / "my reader.env"
     file.write_text("".join(f"{key}={value}\n" for key, value in reader.items()))
     done = run_script({}, "--env-file", str(file), "restore", cwd=home)
@@ -867,7 +571,7 @@ def test_the_next_steps(
     """What is printed can be pasted: the whole path, quoted, in each of lncli's commands, verifying
     first.
     """
-    put(s3, bucket, NOON, channel_backup(5))
+    put_version(s3, bucket, NOON, channel_backup(5))
     done = restore(reader, home, "--output", output)
     path = shlex.quote(str(home / output))
     steps = ["verifychanbackup", "restorechanbackup"]
@@ -887,13 +591,13 @@ def test_the_version_before(
     first.
     """
     older = channel_backup(4)
-    put(s3, bucket, NOON, older)
+    put_version(s3, bucket, NOON, older)
     late = datetime.now(UTC) + timedelta(days=365)
-    key = put(
+    key = put_version(
         s3, bucket, late if when == "named later than stored" else NOON + HOUR, channel_backup(5)
     )
     if when == "by key":
-        put(s3, bucket, NOON + 2 * HOUR, channel_backup(6))
+        put_version(s3, bucket, NOON + 2 * HOUR, channel_backup(6))
     chosen = ("--key", key) if when == "by key" else ()
     words = printed_command(restore(reader, home, "--output", output, *chosen), "restore --")
     assert Path(words[0]).name == SCRIPT.name
@@ -908,7 +612,7 @@ def test_lines_for_people_and_scripts(
 ) -> None:
     """What was restored goes to stdout: key, size, SHA-256 and path."""
     data = channel_backup(5)
-    key = put(s3, bucket, NOON, data)
+    key = put_version(s3, bucket, NOON, data)
     done = restore(reader, home)
     for fact in (
         key,
@@ -920,27 +624,11 @@ def test_lines_for_people_and_scripts(
         assert len(done.stdout.splitlines()) < 25
 
 
-def test_next_steps_that_cannot_be_printed(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """When stdout takes nothing it is exit 1 and one line, and what is at the path is the whole
-    version or nothing.
-    """
-    wanted = channel_backup(5)
-    put(s3, bucket, NOON, wanted)
-    done = wrapped(reader, home, ["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"], "restore")
-    assert done.returncode == 1
-    assert len(re.findall("error: (?!hint)", done.stderr)) == 1
-    assert "No space left on device" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert [path.read_bytes() for path in home.iterdir()] in ([], [wanted])
-
-
 def test_below_a_home_of_lnd_nothing_is_written(
     s3: S3Server, bucket: str, reader: dict[str, str], home: Path
 ) -> None:
     """A directory below one with lnd.conf is LND's too, also before there is a wallet."""
-    put(s3, bucket, NOON, channel_backup(5))
+    put_version(s3, bucket, NOON, channel_backup(5))
     network = home / ".lnd" / "data" / "chain"
     network.mkdir(parents=True)
     (home / ".lnd" / "lnd.conf").touch()
@@ -956,7 +644,7 @@ def test_the_steps_of_the_recovery_page(
     the file.
     """
     wanted = channel_backup(5)
-    put(s3, bucket, NOON, wanted)
+    put_version(s3, bucket, NOON, wanted)
     page = (CHECKOUT / "docs" / "recovery.md").read_text(encoding="utf-8")
     day = page[page.index("### 5. ") : page.index("### 8. ")]
     steps = "".join(re.findall(r"^```sh\n(.*?)^```", day, re.MULTILINE | re.DOTALL))

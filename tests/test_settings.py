@@ -1,29 +1,40 @@
-"""Every setting and the --env-file: what is accepted, and that faults are told all at once, with
-what to do.
-"""
+"""Every setting: what is accepted, and that faults are told all at once, with what to do."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import boto3
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import NOBODY, SCRIPT, Lnd, Script, as_nobody, run_script, script_environment
+from kit import (
+    NOBODY,
+    SCRIPT,
+    FakeS3,
+    Lnd,
+    S3Server,
+    Script,
+    as_nobody,
+    channel_backup,
+    run_script,
+    settings_at,
+)
+from shared import done_well, refused, start
 
 import s3_backup_lnd_channels as program
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
-NOWHERE = "http://127.0.0.1:9"
-
-
 SESSION = boto3.Session(region_name="us-east-1")
 
 
@@ -48,20 +59,13 @@ def faults(environ: dict[str, str]) -> dict[str, program.ConfigError]:
     return found
 
 
-@pytest.fixture
-def good(lnd: Lnd, staging: Path) -> dict[str, str]:
-    """Return settings without a fault, for an S3 that is not there."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": "bucket",
-        "AWS_ENDPOINT_URL_S3": NOWHERE,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "geheim",
-    }
+def warnings(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the warnings, each with its hint."""
+    lines = done.stderr.splitlines()
+    return "\n".join(line for line in lines if "warning: " in line or "hint: " in line)
 
 
-# --- each variable ---
+# --- Each variable ---
 
 
 def test_good_settings_are_taken_as_they_are(good: dict[str, str], lnd: Lnd, staging: Path) -> None:
@@ -210,6 +214,7 @@ def test_any_value_is_taken_or_a_fault(name: str, value: str) -> None:
 
 
 # --- MONITOR_FILE_PATH ---
+
 
 FORBIDDEN = [
     "channel.db",
@@ -479,167 +484,7 @@ def test_fault_of_the_directory_that_systemd_made_names_it(lnd: Lnd, good: dict[
     assert str(lnd.directory) in str(found["BACKUP_DIRECTORY"])
 
 
-# --- --env-file: accepted is what systemd reads alike ---
-
-
-def read(text: str | bytes) -> dict[str, str]:
-    """Return what an --env-file with this content sets."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "env")
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return program.read_env_file(path)
-
-
-def simple_reading(text: str) -> dict[str, str]:
-    """Read lines of KEY=value as systemd does where it needs none of its special rules."""
-    values = {}
-    for line in re.split(r"\r\n|\n|\r", text):
-        bare = line.strip(" \t")
-        if bare and not bare.startswith("#"):
-            name, _, value = bare.partition("=")
-            value = value.strip(" \t")
-            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-            values[name.strip(" \t")] = value[1:-1] if quoted else value
-    return values
-
-
-ALIKE = {
-    "A=b": "b",
-    "A=": "",
-    "A = b": "b",
-    "  A=b  ": "b",
-    "A=b c": "b c",
-    "A=b#c": "b#c",
-    "A=a=b=c": "a=b=c",
-    "A=$HOME": "$HOME",
-    "A=${HOME}": "${HOME}",
-    "A='${HOME}'": "${HOME}",
-    'A="${HOME}"': "${HOME}",
-    "A=$(id)": "$(id)",
-    "A=`id`": "`id`",
-    "A=b;c": "b;c",
-    'A="b c"': "b c",
-    "A='b c'": "b c",
-    "A='b\"c'": 'b"c',
-    'A="it\'s"': "it's",
-    'A=""': "",
-    "A=b\r\n": "b",
-    "A=\u00fcber": "\u00fcber",
-    "\n\n# comment\n  # another\nA=b": "b",
-    "A=first\nA=b": "b",
-}
-
-
-@pytest.mark.parametrize(("text", "value"), ALIKE.items(), ids=ascii)
-def test_line_that_systemd_reads_alike_is_accepted(text: str, value: str) -> None:
-    """A line that means the same to systemd is read, and nothing in it is replaced."""
-    assert read(text + "\n") == {"A": value} == simple_reading(text)
-    assert read(text) == {"A": value}
-
-
-OTHERWISE = [
-    "A=b # comment",
-    "A=b\t#comment",
-    'A="b" # comment',
-    "A= # comment",
-    "export A=b",
-    "export =b",
-    "# comment \\",
-    'A="a\\nb"',
-    "A=a\\nb",
-    'A="a\\$b"',
-    "A='a\\\\b'",
-    'A="a"b',
-    "A='a'b'",
-    "A=b\\",
-    'A="b',
-    "A='b",
-    "A",
-    "A b=c",
-    "=b",
-    "1A=b",
-    "A-B=c",
-    "A.B=c",
-    "\u00c4=b",
-    "A\u00e9=b",
-    "\ufeffA=b",
-    "; comment",
-    "A: b",
-    "A=b\0c",
-    "\u00a0A=b",
-    "A=b\u00a0",
-    "A=b\x85#c",
-    "A=b\x0c#c",
-    "A\u2003=b",
-]
-
-
-@pytest.mark.parametrize("line", OTHERWISE, ids=ascii)
-def test_line_that_systemd_reads_otherwise_is_refused(line: str) -> None:
-    """A line that systemd reads otherwise, or not at all, is refused, and the fault names the line
-    by its number.
-    """
-    with pytest.raises(program.ConfigError, match=r"line 2\b") as caught:
-        read(f"# first\n{line}\nB=c\n")
-    assert caught.value.exit_code == 78
-    assert caught.value.hint
-
-
-def test_every_refused_line_is_named() -> None:
-    """All lines that are refused are named at once."""
-    with pytest.raises(program.ConfigError, match="line 1, 3"):
-        read("export A=b\nB=c\nC=d # comment\n")
-
-
-pieces = st.sampled_from(
-    [*"AB_1=#;$ \t\"'\\\n\r\f\v\0", "\r\n", "KEY=", "export ", "\x85", "\u00a0", "\u2028", "\u00e9"]
-)
-
-
-@settings(deadline=None, max_examples=500)
-@given(st.lists(pieces, max_size=12).map("".join) | st.text(st.characters(codec="utf-8")))
-@example("A=b\x85#c")
-@example("A=b\u00a0")
-def test_accepted_file_means_what_a_simple_reading_gives(text: str) -> None:
-    """Any file that is accepted sets what a plain reading of its lines sets, to values that a
-    process can have.
-    """
-    try:
-        values = read(text)
-    except program.ConfigError:
-        return
-    assert values == simple_reading(text)
-    assert all(re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) for name in values)
-    assert not any("\0" in value for value in values.values())
-
-
-plain_values = st.text(
-    st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="\"'\\#")
-).map(str.strip)
-
-
-@settings(deadline=None)
-@given(st.dictionaries(st.from_regex("[A-Z_][A-Z0-9_]{0,20}", fullmatch=True), plain_values))
-def test_plain_file_is_accepted(values: dict[str, str]) -> None:
-    """Any file of KEY=value without quotes, backslashes and # is accepted as it is."""
-    assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
-
-
-# --- the command line ---
-
-
-def start(good: dict[str, str], *arguments: str, code: int = 78) -> list[str]:
-    """Run the program to its early end, in which nothing was made or watched, and return the lines
-    of its log.
-    """
-    staging = Path(good.get("BACKUP_DIRECTORY") or "/nowhere")
-    before = list(staging.iterdir()) if staging.is_dir() else None
-    done = run_script(good, *arguments)
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    assert (list(staging.iterdir()) if staging.is_dir() else None) == before
-    assert not re.search("watching|Traceback", done.stderr)
-    return done.stderr.splitlines()
+# --- All faults at once ---
 
 
 @pytest.mark.parametrize("command", [[], ["once"]])
@@ -667,16 +512,6 @@ def test_all_faults_are_told_at_once(command: list[str], lnd: Lnd) -> None:
     assert not any("heim" in line for line in lines)
     assert ["hint: " in line for line in lines] == [False, True] * 12
     assert list(lnd.directory.iterdir()) == []
-
-
-def test_no_file_is_read_unasked(good: dict[str, str], tmp_path: Path) -> None:
-    """Without settings the required ones are told, and a .env in the working directory is not
-    read.
-    """
-    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in good.items()))
-    done = run_script({}, "run", cwd=tmp_path)
-    assert done.returncode == 78
-    assert [name for name in REQUIRED if f"{name}=: is not set" in done.stderr] == list(REQUIRED)
 
 
 AWS_FAULTS = [
@@ -717,143 +552,254 @@ def test_value_that_the_sdk_cannot_use_is_a_fault_that_shows_it(
     assert not (tmp_path / "new").exists()
 
 
-def write_env(path: Path, text: str | bytes) -> Path:
-    """Write an --env-file."""
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def test_env_file_is_read_and_the_environment_wins(good: dict[str, str], tmp_path: Path) -> None:
-    """What the file sets counts as it is, without interpolation, unless the environment has it."""
-    text = "RESCAN_SECONDS=-5\nREFRESH_SECONDS=-6\nS3_BUCKET_NAME=${HOME}\n"
-    path = write_env(tmp_path / "env", text)
-    del good["S3_BUCKET_NAME"]
-    lines = start(good | {"RESCAN_SECONDS": "-7"}, "--env-file", str(path), "run")
-    told = [line.partition("configuration: ")[2] for line in lines if "configuration: " in line]
-    assert sorted(line.rpartition(": ")[0] for line in told) == [
-        "REFRESH_SECONDS=-6",
-        "RESCAN_SECONDS=-7",
-        "S3_BUCKET_NAME=${HOME}",
-    ]
-
-
-def test_env_file_that_is_missing_is_wrong_configuration(
-    good: dict[str, str], tmp_path: Path
-) -> None:
-    """An --env-file that is not there is told with its path, and exits 78."""
-    lines = start(good, "--env-file", str(tmp_path / "missing"), "once")
-    assert f"{tmp_path / 'missing'}: No such file" in lines[0]
-    assert "hint: " in lines[1]
-
-
-def test_env_file_with_nul_is_wrong_configuration(good: dict[str, str], tmp_path: Path) -> None:
-    """An --env-file with a NUL byte, which no variable can hold, is told with its path and line,
-    and exits 78.
-    """
-    path = write_env(tmp_path / "env", b"A=b\0c\n")
-    assert f"{path}: line 1" in start(good, "--env-file", str(path), "once")[0]
-
-
-@pytest.mark.parametrize("what", ["directory", "not UTF-8", "unreadable"])
-def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path) -> None:
-    """An --env-file that is a directory, not UTF-8 or not readable is wrong configuration, with its
-    path.
-    """
-    path = public / "env"
-    if what == "directory":
-        path.mkdir()
-    else:
-        write_env(path, b"A=\xff\n")
-    if what == "unreadable":
-        path.chmod(0)
-    with as_nobody(), pytest.raises(program.ConfigError, match=re.escape(str(path))) as caught:
-        program.read_env_file(path)
-    assert caught.value.exit_code == 78
-
-
-USAGE = [
-    ["nonsense"],
-    ["--nonsense"],
-    ["--env-file"],
-    ["run", "more"],
-    ["--vers"],
+EMPTY = [
+    *[
+        "AWS_PROFILE",
+        "AWS_DEFAULT_REGION",
+        "AWS_CA_BUNDLE",
+        "AWS_CONFIG_FILE",
+        "AWS_SHARED_CREDENTIALS_FILE",
+    ],
+    *[
+        "AWS_SESSION_TOKEN",
+        "AWS_ENDPOINT_URL",
+        "AWS_MAX_ATTEMPTS",
+        "AWS_RETRY_MODE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+    ],
+    *["AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "NO_PROXY"],
+    *["HEARTBEAT_URL", "METRICS_FILE", "RESCAN_SECONDS"],
 ]
 
 
-@pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
-def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """What is no command and no option is told with the usage, and exits 2."""
-    with pytest.raises(SystemExit) as caught:
-        program.main(arguments)
-    assert caught.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("usage: s3_backup_lnd_channels.py")
-
-
-def test_wrong_usage_of_the_real_program_exits_2(good: dict[str, str]) -> None:
-    """The process itself exits 2 before it reads a setting."""
-    start({"BACKUP_DIRECTORY": good["BACKUP_DIRECTORY"]}, "nonsense", code=2)
-
-
-def test_version_is_printed() -> None:
-    """--version needs no settings and prints the program's version."""
-    done = run_script({}, "--version")
-    assert (done.returncode, done.stdout) == (
-        0,
-        f"s3_backup_lnd_channels.py {program.__version__}\n",
-    )
-
-
-# --- secrets and journald ---
-
-PASSWORDS = [f"http://alice:{word}@127.0.0.1:9" for word in ("geheim", "ge/heim", "ge heim")]
-PASSWORDS.append("alice:geheim@127.0.0.1:9")
-
-
-@pytest.mark.parametrize("url", PASSWORDS)
-@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL_S3", "HTTP_PROXY"])
-def test_password_in_a_url_is_never_told(
-    name: str, url: str, good: dict[str, str], lnd: Lnd
-) -> None:
-    """User and password in the URL of the endpoint or the proxy, also in one that is faulty, never
-    reach the output.
-    """
+def test_empty_variables_count_as_not_set(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
+    """Settings that are left empty, as in a file of examples, change nothing."""
     lnd.write()
-    good |= {
-        "SHUTDOWN_GRACE_SECONDS": "0",
-        "AWS_ENDPOINT_URL_S3": "http://s3.example.org",
-        name: url,
-    }
-    with Script(good, "run") as script:
-        script.wait_for_log("error: |cannot store")
-        if script.returncode is None:
-            script.stop()
-        output = script.log + script.stdout
-    assert "alice" not in output
-    assert "heim" not in output
+    done = run_script(fake_env | dict.fromkeys(EMPTY, ""), "once")
+    assert (done.returncode, len(fake.requests)) == (0, 1), done.stderr
 
 
-def test_every_line_has_a_priority_for_journald(good: dict[str, str], tmp_path: Path) -> None:
-    """Where stderr is the journal, every line of every fault, hints included, begins with its
-    priority.
+# --- Misspelt names ---
+
+
+MISSPELT = {
+    "S3_PREFIX": "S3_BACKUP_PREFIX",
+    "S3_BUCKET": "S3_BUCKET_NAME",
+    "S3_PUT_EXTRA_ARG": "S3_PUT_EXTRA_ARGS",
+    "HEARTBEAT_URl": "HEARTBEAT_URL",
+    "REFRESH_SECOND": "REFRESH_SECONDS",
+    "RESCAN_SECS": "RESCAN_SECONDS",
+    "SHUTDOWN_GRACE_SECOND": "SHUTDOWN_GRACE_SECONDS",
+    "METRIC_FILE": "METRICS_FILE",
+    "COPY_DIRECTROY": "COPY_DIRECTORY",
+    "BACKUP_DIRECTORIES": "BACKUP_DIRECTORY",
+    "MONITORED_FILE_PATH": "MONITOR_FILE_PATH",
+}
+
+IN_A_FILE = MISSPELT | {
+    "AWS_REGOIN": "AWS_REGION",
+    "AWS_SECRET_ACESS_KEY": "AWS_SECRET_ACCESS_KEY",
+    "ENDPOINT": "",
+    "PREFIX": "",
+    "BUCKET_NAME": "",
+}
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("where", ["environment", "file"])
+def test_misspelt_names_are_warned_of(
+    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, where: str
+) -> None:
+    """Each name that is none is warned of, with the likely one, in the environment and in a file;
+    its value, which may be a secret, is not shown.
     """
-    out, into = os.pipe()
-    status = os.fstat(into)
-    environ = good | {
-        "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}",
-        "RESCAN_SECONDS": "0\n<0>forged",
-        "S3_BUCKET_NAME": "",
+    names = MISSPELT if where == "environment" else IN_A_FILE
+    values = dict.fromkeys(names, "https://hc.example.org/s3cret")
+    (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+    if where == "environment":
+        done = done_well(written_env | values)
+    else:
+        done = done_well(written_env, "--env-file", str(tmp_path / "env"), "once")
+    told = warnings(done)
+    for name, likely in names.items():
+        assert re.search(rf"\b{name}\b", told), name
+        assert re.search(rf"\b{likely}\b", told), likely
+    assert "s3cret" not in done.stderr
+    assert len(fake.objects("some-bucket", "alice/")) == 1
+
+
+@pytest.mark.unmeasured
+def test_right_names_are_not_warned_of(written_env: dict[str, str], tmp_path: Path) -> None:
+    """Neither our names, nor the SDK's, nor those of the system are taken for misspelt."""
+    ours = {"RESCAN_SECONDS": "60", "REFRESH_SECONDS": "86400", "SHUTDOWN_GRACE_SECONDS": "10"}
+    of_the_sdk = {
+        "AWS_MAX_ATTEMPTS": "3",
+        "AWS_RETRY_MODE": "standard",
+        "AWS_DEFAULT_REGION": "eu-west-1",
+        "AWS_SDK_UA_APP_ID": "node",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_METADATA_SERVICE_TIMEOUT": "1",
+        "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
+        "AWS_ENDPOINT_URL_STS": "http://127.0.0.1:1",
+        "NO_PROXY": "127.0.0.1",
+        "HTTPS_PROXY": "http://127.0.0.1:1",
     }
-    with os.fdopen(out, "rb") as reader:
-        try:
-            environment = script_environment(environ, str(tmp_path))
-            done = subprocess.run(
-                [sys.executable, str(SCRIPT)], env=environment, stderr=into, check=False
-            )
-        finally:
-            os.close(into)
-        lines = reader.read().decode().splitlines()
+    of_the_system = {"PYTHONUNBUFFERED": "1", "STATE_DIRECTORY": "/x", "INVOCATION_ID": "1"}
+    (tmp_path / "env").write_text(
+        "".join(f"{name}={value}\n" for name, value in (ours | of_the_sdk).items())
+    )
+    assert "warning: " not in done_well(written_env | ours | of_the_sdk | of_the_system).stderr
+    done = done_well(written_env | of_the_system, "--env-file", str(tmp_path / "env"), "once")
+    assert "warning: " not in done.stderr
+
+
+# --- Paths and characters ---
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("how", ['"{}"', "'{}'", "$HOME{}", "${{HOME}}{}", " {}", ".{}", "~{}"])
+def test_paths_that_are_not_absolute(written_env: dict[str, str], tmp_path: Path, how: str) -> None:
+    """A path in quotes that were kept, with a variable that nobody replaced, or below the working
+    directory is refused, with the value.
+    """
+    names = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "METRICS_FILE", "COPY_DIRECTORY")
+    values = {name: how.format(written_env.get(name, str(tmp_path / name))) for name in names}
+    said = refused(written_env | values, *names)
+    assert all(value in said for value in values.values())
+    assert re.search("absolute|whole|full path", said)
+
+
+CONTROL = {
+    "MONITOR_FILE_PATH": "/a\nb",
+    "BACKUP_DIRECTORY": "/a\x7fb",
+    "METRICS_FILE": "/srv/a\tb",
+    "COPY_DIRECTORY": "/srv/a\x1b[31m",
+    "S3_BUCKET_NAME": "some-bucket\n",
+    "S3_BACKUP_PREFIX": "alice\r/",
+    "S3_PUT_EXTRA_ARGS": "ACL=private\n",
+    "HEARTBEAT_URL": "https://hc.example.org/s3cret\n",
+    "RESCAN_SECONDS": "60\n",
+    "AWS_REGION": "eu-central-1\n",
+    "AWS_DEFAULT_REGION": "eu-central-1\n",
+    "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1\n",
+    "AWS_ACCESS_KEY_ID": "AKID\n",
+    "AWS_SECRET_ACCESS_KEY": "s3cret\n",
+    "AWS_SESSION_TOKEN": "s3cret\r",
+    "AWS_PROFILE": "default\n",
+    "AWS_CA_BUNDLE": "/etc/ssl/certs/ca-certificates.crt\n",
+    "HTTPS_PROXY": "http://bob:s3cret@127.0.0.1:1\n",
+}
+
+
+@pytest.mark.unmeasured
+def test_control_characters(written_env: dict[str, str]) -> None:
+    """No value holds a control character, such as the line break that `echo` left; all faults are
+    told at once, and no secret is shown.
+    """
+    said = refused(written_env | CONTROL, *CONTROL)
+    assert all(character.isprintable() for character in said if character != "\n")
+    assert "s3cret" not in said
+    refused(written_env | {"AWS_REGION": "eu-central-1\n"}, "AWS_REGION")
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("arn", ["arn:aws:s3:::some-bucket", "arn:aws-cn:s3:::some-bucket/*"])
+def test_a_bucket_by_its_arn(fake: FakeS3, written_env: dict[str, str], arn: str) -> None:
+    """The ARN of a bucket is refused, with the name to write."""
+    said = refused(written_env | {"S3_BUCKET_NAME": arn}, f"S3_BUCKET_NAME={arn}")
+    (hint,) = (line for line in said.splitlines() if "hint: " in line)
+    assert re.search(r"(?<!:)\bsome-bucket\b", hint)
+    assert not fake.requests
+
+
+@pytest.mark.unmeasured
+def test_where_the_seed_is_kept(written_env: dict[str, str], lnd: Lnd) -> None:
+    """The file in which BTCPay keeps the seed never leaves the node."""
+    path = lnd.directory / "walletunlock.json"
+    path.write_bytes(channel_backup(1))
+    refused(written_env | {"MONITOR_FILE_PATH": str(path)}, "MONITOR_FILE_PATH")
+    lnd.path.unlink()
+    lnd.path.symlink_to(path)
+    refused(written_env, "MONITOR_FILE_PATH")
+
+
+# --- Prefixes ---
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(
+    "prefix", ["node one äöü/", "ノード#%20&b+c=d;e:f/", 'it\'s "here" $x{y}/']
+)
+def test_a_prefix_of_any_characters(
+    s3: S3Server, bucket: str, lnd: Lnd, staging: Path, tmp_path: Path, prefix: str
+) -> None:
+    """A prefix may hold whatever S3 takes: the version is stored, listed, checked and restored."""
+    version = lnd.write()
+    user = s3.read_write_user(bucket)
+    written_env = settings_at(
+        s3.endpoint, lnd, staging, bucket=bucket, prefix=prefix[:-1], user=user
+    )
+    done_well(written_env)
+    ((key, stored),) = s3.objects(bucket).items()
+    assert key.startswith(prefix)
+    assert stored.data == version.data
+    assert [row["key"] for row in json.loads(done_well(written_env, "list", "--json").stdout)] == [
+        key
+    ]
+    done_well(written_env, "check")
+    done_well(written_env, "restore", "--output", str(tmp_path / "restored"))
+    assert (tmp_path / "restored").read_bytes() == version.data
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("prefix", ["x" * 1025, "ü" * 513])
+def test_a_prefix_that_is_too_long(written_env: dict[str, str], prefix: str) -> None:
+    """A prefix with which no key fits into S3's 1,024 bytes is refused."""
+    refused(written_env | {"S3_BACKUP_PREFIX": prefix}, "S3_BACKUP_PREFIX")
+
+
+# --- Volumes ---
+
+
+@pytest.mark.unmeasured
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a volume of root's")
+@pytest.mark.parametrize("mode", [0o2775, 0o777])
+def test_a_volume_that_belongs_to_root(fake: FakeS3, public: Path, mode: int) -> None:
+    """On a volume of root's that the group may write, the hint names a directory inside it, which
+    the program makes itself.
+    """
+    volume = public / "volume"
+    volume.mkdir()
+    os.chown(volume, 0, NOBODY)
+    volume.chmod(mode)
+    lnd = Lnd(public / "lnd")
+    lnd.write()
+    for path in (lnd.directory, *lnd.directory.iterdir()):
+        os.chown(path, NOBODY, NOBODY)
+    written_env = settings_at(fake.endpoint, lnd, volume)
+    nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    command = [*nobody, sys.executable, str(SCRIPT), "once"]
+    with Script(written_env, command=command, cwd=public) as script:
+        assert script.wait() == 78, script.log
+    (hint,) = (line for line in script.log.splitlines() if "hint: " in line)
+    assert "#0" not in hint
+    inside = re.search(rf"{re.escape(str(volume))}/[\w.-]*\w", hint)
+    assert inside, hint
+    with Script(
+        written_env | {"BACKUP_DIRECTORY": inside[0]}, command=command, cwd=public
+    ) as script:
+        assert script.wait() == 0, script.log
+    assert len(fake.objects("some-bucket")) == 1
+
+
+def test_no_time_is_spent_on_the_network_to_find_faults() -> None:
+    """RESCAN_SECONDS=0 is refused with every other fault of the settings, which the installer
+    lists.
+    """
+    done = run_script({"RESCAN_SECONDS": "0", "S3_BUCKET_NAME": "a b"}, "check")
     assert done.returncode == 78
-    assert len(lines) == 4
-    assert all(line.startswith("<3>") for line in lines)
+    faults = re.findall(r"configuration: (\w+)=", done.stderr)
+    assert sorted(faults) == ["MONITOR_FILE_PATH", "RESCAN_SECONDS", "S3_BUCKET_NAME"]

@@ -1,145 +1,134 @@
-"""The staging directory: whole files or none, whatever the disk does, and nothing of others
-touched.
-"""
+"""The staging directory: whole files or none, and nothing of others sent or touched."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import errno
 import hashlib
-import io
 import json
 import logging
 import os
 import re
-import shutil
 import stat
-import subprocess
 import tempfile
-import time
-from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-from unittest import mock
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from kit import (
-    PATIENCE_SECONDS,
-    FakeS3,
-    Lnd,
-    Script,
-    channel_backup,
-    run_script,
-    settings_at,
+from inside import (
+    GOOD,
+    MADE_BEFORE,
+    discard,
+    errors,
+    files,
+    mode,
+    offered,
+    receipt,
+    restart,
+    stage,
+    true_name,
 )
+from kit import Daemon, FakeS3, FaultProxy, Lnd, channel_backup, run_script, settings_at
+from shared import OFTEN, SELDOM, expect_newest_last, leave, staged
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from functools import partial
 
-MADE_BEFORE = "20200101T000000.000000Z-"
 MADE_AFTER = "29990101T000000.000000Z-"
 
 
-def digest(data: bytes) -> str:
-    """Return the SHA-256."""
-    return hashlib.sha256(data).hexdigest()
+pytestmark = pytest.mark.usefixtures("_log_level")
 
 
-def true_name(data: bytes, moment: str = MADE_BEFORE) -> str:
-    """Return the name of these bytes, captured long ago unless another moment is given."""
-    return moment + digest(data)[-6:]
+EARLIER, LATER = "20260101T000000.000000Z", "20290101T000000.000000Z"
+IMPOSSIBLE = "20260230T250000.000000Z"  # no such day, no such hour
+THINGS = ["file", "file", "file", "directory", "link", "dangling link", "link to a device", "fifo"]
 
 
-def receipt(name: str, data: bytes, newest: str = "") -> program.Receipt:
-    """Return S3's proof that it holds this version."""
-    at = datetime.now(UTC).isoformat()
-    return program.Receipt(name, f"alice/{name}", len(data), at, digest(data), "s3/bucket", newest)
+class Thing(NamedTuple):
+    """One thing that lies around."""
+
+    name: bytes
+    kind: str
+    data: bytes
 
 
-def leave(directory: Path) -> None:
-    """Let go of the directory, and its lock, as the end of a process does."""
-    for descriptor in list(Path("/proc/self/fd").iterdir()):
-        with contextlib.suppress(OSError):
-            target = str(descriptor.readlink())
-            if target == str(directory) or target.startswith(f"{directory}/"):
-                os.close(int(descriptor.name))
+def version_name(data: bytes, moment: str) -> bytes:
+    """Return the name that a version of these bytes bears."""
+    return f"{moment}-{hashlib.sha256(data).hexdigest()[-6:]}".encode()
 
 
-def restart(directory: Path) -> program.Staging:
-    """Open the directory as the next process would."""
-    leave(directory)
-    queue = program.Staging(directory)
-    queue.relist()
-    return queue
+odd_names = st.binary(min_size=1, max_size=80).map(
+    lambda name: name.replace(b"/", b"_").replace(b"\0", b"_")
+)
+odd_names |= st.sampled_from(
+    [b"\n", b"-rf", b" ", b"*", b"\xff\xfe", b"channel.backup", b"x" * 255, b"\x1b[2J"]
+)
+odd_names |= st.sampled_from([b".receipt~", b".lock.1", b".damaged-", b"notes.txt", b"..."])
+contents = (
+    st.binary(max_size=100)
+    | st.just(b"{}")
+    | st.just(b'{"name": 1}')
+    | st.binary(min_size=400, max_size=500)
+)
 
 
-def stage(queue: program.Staging, data: bytes) -> str:
-    """Stage a version and return its name."""
-    name = program.new_name(digest(data), max(queue.pending, default=""))
-    queue.stage(program.Version(name, data))
-    return name
+@st.composite
+def things(draw: st.DrawFn) -> list[Thing]:
+    """Return what lies around, each thing under another name."""
+    found: dict[bytes, Thing] = {}
+    for kind in draw(st.lists(st.sampled_from(THINGS), min_size=5, max_size=40)):
+        data = draw(contents)
+        moment = draw(st.sampled_from([EARLIER, LATER, IMPOSSIBLE]))
+        name = draw(
+            odd_names
+            | st.just(version_name(data, moment))
+            | st.just(version_name(data + b"?", moment))
+        )
+        found[name] = Thing(name, kind, data)
+    for own in draw(
+        st.lists(st.sampled_from([b".receipt", b".x.partial", b"..receipt.partial"]), unique=True)
+    ):
+        found[own] = Thing(own, "file", draw(contents))
+    return [thing for name, thing in found.items() if name not in (b".", b"..", b".lock")]
 
 
-def discard(queue: program.Staging, name: str, data: bytes) -> None:
-    """Let S3 acknowledge a version."""
-    queue.acknowledge(receipt(name, data))
-    queue.tidy()
+def lay(directory: Path, thing: Thing) -> None:
+    """Let a thing lie in the directory."""
+    path = os.fsencode(directory) + b"/" + thing.name
+    match thing.kind:
+        case "directory":
+            os.mkdir(path)
+        case "link":
+            os.symlink(os.fsencode(directory.parent / "target"), path)
+        case "dangling link":
+            os.symlink(b"nothing", path)
+        case "link to a device":
+            os.symlink(b"/dev/zero", path)
+        case "fifo":
+            os.mkfifo(path)
+        case _:
+            Path(os.fsdecode(path)).write_bytes(thing.data)
 
 
-def offered(queue: program.Staging) -> list[program.Version]:
-    """Return what is offered, in the order in which it is sent."""
-    versions = []
-    while version := queue.newest():
-        versions.append(version)
-        queue.pending.remove(version.name)
-    queue.relist()
-    return versions
+def identity(path: str) -> tuple[int, ...]:
+    """Return what any change to the thing itself would alter; the name and the link count are left
+    out.
+    """
+    status = os.lstat(path)
+    return status.st_ino, status.st_mode, status.st_uid, status.st_size, status.st_mtime_ns
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    """Return the files in the directory that are no dot files."""
-    return {
-        entry.name: entry.read_bytes()
-        for entry in directory.iterdir()
-        if not entry.name.startswith(".")
-    }
+def is_version(thing: Thing) -> bool:
+    """Tell whether a thing is a staged version, which is to be sent."""
+    names = [version_name(thing.data, moment) for moment in (EARLIER, LATER)]
+    return thing.name in names and thing.kind == "file" and len(thing.data) >= 45
 
 
-def mode(path: Path) -> int:
-    """Return the permissions."""
-    return stat.S_IMODE(path.lstat().st_mode)
-
-
-@pytest.fixture(autouse=True)
-def _log_level(caplog: pytest.LogCaptureFixture) -> None:
-    """Record the program's log."""
-    caplog.set_level(logging.INFO, "lnd-backup")
-
-
-@pytest.fixture
-def staging(staging: Path) -> Iterator[Path]:
-    """Return an empty staging directory, which is let go of at the end."""
-    yield staging
-    leave(staging)
-
-
-@pytest.fixture
-def queue(staging: Path) -> program.Staging:
-    """Return the queue in the empty staging directory."""
-    return program.Staging(staging)
-
-
-def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the errors in the log."""
-    return [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.ERROR]
-
-
-# --- what it does every day ---
+# --- What it does every day ---
 
 
 def test_version_is_staged_offered_and_discarded(queue: program.Staging, staging: Path) -> None:
@@ -185,7 +174,7 @@ def test_nobody_else_may_read_what_is_staged(umask: int, tmp_path: Path) -> None
     }
 
 
-# --- the lock ---
+# --- The lock ---
 
 
 def test_second_queue_in_the_same_directory_is_refused(
@@ -210,20 +199,7 @@ def test_lock_ends_with_the_process(staging: Path) -> None:
     restart(staging)
 
 
-def test_once_beside_a_daemon_says_so_and_may_be_tried_again(lnd: Lnd, staging: Path) -> None:
-    """`once` beside a running daemon exits 75, says what holds the directory, and sends nothing."""
-    lnd.write()
-    with FakeS3() as fake, Script(settings_at(fake.endpoint, lnd, staging), "run") as daemon:
-        daemon.wait_for_log("stored s3://")
-        done = run_script(settings_at(fake.endpoint, lnd, staging), "once")
-        assert done.returncode == 75
-        assert done.stdout == ""
-        assert re.search(f"{staging}.*another copy", done.stderr)
-        assert daemon.stop() == 0
-        assert len(fake.requests) == 1
-
-
-# --- what lies around ---
+# --- What lies around ---
 
 
 def make_directory(path: Path) -> None:
@@ -311,7 +287,6 @@ def test_planted_link_is_not_written_through(
     assert outside.read_bytes() == b"theirs"
 
 
-GOOD = channel_backup(1)
 DAMAGES = {
     "other bytes": GOOD[:-1] + bytes([GOOD[-1] ^ 1]),
     "cut": GOOD[:-100],
@@ -369,6 +344,7 @@ def test_damaged_and_foreign_files_are_never_sent(moment: str, lnd: Lnd, staging
 
 
 GOOD_RECEIPT = json.dumps(receipt(true_name(GOOD), GOOD)._asdict()).encode()
+
 RECEIPTS = {
     "empty": b"",
     "cut": GOOD_RECEIPT[:-20],
@@ -421,6 +397,7 @@ def test_receipt_that_is_a_directory_holds_nobody_up(staging: Path) -> None:
 any_name = st.binary(min_size=1, max_size=60).filter(
     lambda name: b"/" not in name and b"\0" not in name
 )
+
 any_content = st.binary(max_size=200)
 
 
@@ -488,71 +465,7 @@ def test_whatever_lies_around_is_neither_sent_nor_lost(things: dict[bytes, bytes
     assert all(entry.startswith(".") and entry.endswith(".partial") for entry in lost)
 
 
-# --- what is named, and what is held in memory ---
-
-
-class NoS3(program.Bucket):
-    """A bucket that a put does not reach."""
-
-    def put(self, name: str, data: bytes) -> program.Receipt:  # noqa: ARG002 - as in the base class
-        """Refuse, for good."""
-        raise program.BackupError("cannot store", "wait")
-
-
-@pytest.fixture
-def daemon(lnd: Lnd, staging: Path) -> Callable[[], program.Daemon]:
-    """Return what makes a daemon that sends nothing."""
-    env = settings_at("http://127.0.0.1:9", lnd, staging) | {"RESCAN_SECONDS": "0.05"}
-    settings = program.load_settings(env, "run")
-    return lambda: program.Daemon(settings, NoS3("some-bucket", "alice/", {}))
-
-
-@pytest.fixture
-def look(daemon: Callable[[], program.Daemon], staging: Path) -> Callable[[], None]:
-    """Return what looks at the file once, as `once` does, and stages what is to be staged."""
-
-    async def scenario() -> None:
-        (one := daemon()).stop.set()
-        await one.run()
-
-    def once() -> None:
-        leave(staging)
-        asyncio.run(scenario())
-
-    return once
-
-
-@pytest.mark.parametrize("known", ["staged", "receipt", "newest of the receipt"])
-def test_names_increase_when_the_clock_is_set_back(
-    known: str,
-    lnd: Lnd,
-    staging: Path,
-    look: Callable[[], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Names increase across restarts with the clock set back by a day, whether the highest one is
-    still staged, was sent last, or was sent before older ones.
-    """
-
-    class Yesterday(datetime):
-        @classmethod
-        def now(cls, tz: tzinfo | None = None) -> Self:
-            return cls.fromtimestamp(datetime.now(tz).timestamp() - 86400, tz)
-
-    lnd.write()
-    look()
-    ((name, data),) = files(staging).items()
-    if known != "staged":
-        last = name if known == "receipt" else true_name(data)
-        discard(queue := restart(staging), name, data)
-        queue.acknowledge(receipt(last, data, newest=name))
-        queue.tidy()
-    monkeypatch.setattr(program, "datetime", Yesterday)
-    lnd.write()
-    look()
-    at = program.captured_at(name)
-    assert at
-    assert program.captured_at(max(files(staging))) == at + timedelta(microseconds=1)
+# --- What is staged ---
 
 
 @pytest.mark.parametrize(("number", "count"), [(0, 3), (1, 2), (2, 3)])
@@ -593,356 +506,6 @@ def test_unusual_sizes_are_staged_with_a_warning(
     assert ("no channels" in said[-1].getMessage()) == (size == 45)
 
 
-def test_memory_keeps_the_newest_version_alone(
-    lnd: Lnd,
-    staging: Path,
-    daemon: Callable[[], program.Daemon],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """While the disk refuses, the newest version is held, each older one is given up with an error
-    that names it, and what is held is staged as it is once the disk is well.
-    """
-
-    def log(pattern: str) -> list[str]:
-        return re.findall(pattern, "\n".join(errors(caplog) + caplog.messages))
-
-    async def until(is_so: Callable[[], object]) -> None:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while not is_so():  # noqa: ASYNC110 - the log has no event
-                await asyncio.sleep(0.01)
-
-    async def scenario() -> list[str]:
-        running = asyncio.create_task((one := daemon()).run())
-        with mock.patch.object(program, "write_file", side_effect=full):
-            names = []
-            for _ in range(3):
-                ending = lnd.write().sha256[-6:]
-                await until(lambda ending=ending: log(rf"captured \S+-{ending}"))  # type: ignore[misc]
-                names += log(rf"captured (\S+-{ending})")[:1]
-        await until(lambda: files(staging))
-        one.stop.set()
-        await running
-        return names
-
-    monkeypatch.setattr(program, "TROUBLE_SECONDS", 0.02)
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    names = asyncio.run(scenario())
-    assert files(staging) == {names[-1]: lnd.written[-1].data}
-    lost = [message for message in errors(caplog) if any(name in message for name in names)]
-    assert [name in message for name, message in zip(names, lost, strict=False)] == [True, True]
-    assert len([message for message in errors(caplog) if "No space left" in message]) == 1
-    assert restart(staging).pending == names[-1:]
-
-
-# --- a disk that fails ---
-
-
-class PowerCut(BaseException):
-    """The end of the process between two calls."""
-
-
-class Disk:
-    """Records each call that changes or reads the disk, and fails those that it is told to fail."""
-
-    def __init__(
-        self, error: BaseException | None = None, failing: Callable[[int], bool] = lambda _: False
-    ) -> None:
-        """Raise the error at each call, counted from 1, that is to fail."""
-        self.calls: list[tuple[str, str]] = []
-        self.error = error
-        self.failing = failing
-
-    def step(self, call: str, target: object) -> None:
-        """Record a call, and fail it if it is its turn."""
-        self.calls.append((call, _named(target)))
-        if self.error and self.failing(len(self.calls)):
-            raise self.error
-
-    def index(self, call: str, target: str) -> int:
-        """Return when this call was made, which must be once."""
-        assert self.calls.count((call, target)) == 1, self.calls
-        return self.calls.index((call, target))
-
-    def __enter__(self) -> Self:
-        """Stand between the program and its disk."""
-        self._stack = contextlib.ExitStack()
-        for name in (
-            "open",
-            "fsync",
-            "fdatasync",
-            "rename",
-            "replace",
-            "unlink",
-            "remove",
-            "fchmod",
-            "scandir",
-        ):
-            self._stack.enter_context(
-                mock.patch.object(os, name, self._wrap(name, getattr(os, name)))
-            )
-        self._stack.enter_context(mock.patch.object(program, "open", self._open, create=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Step aside."""
-        self._stack.close()
-
-    def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(target: object, *args: object, **options: object) -> object:
-            self.step(name, target)
-            return real(target, *args, **options)
-
-        return call
-
-    def _open(
-        self,
-        file: Any,  # noqa: ANN401 - as open() takes it
-        mode: str = "r",
-        *,
-        opener: Callable[[str, int], int] | None = None,
-    ) -> io.BufferedIOBase:
-        """Open a descriptor, or a name, as open() does, with a write that can fail."""
-        disk = self
-
-        class Raw(io.FileIO):
-            def write(self, data: Any) -> int:  # noqa: ANN401 - as in the base class
-                disk.step("write", self.fileno())
-                return super().write(data) or 0
-
-        raw = Raw(file, mode, opener=opener)
-        return io.BufferedWriter(raw) if "w" in mode else io.BufferedReader(raw)
-
-
-def _named(target: object) -> str:
-    """Return the last name of a path, or of what a descriptor stands for."""
-    return (
-        Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(str(target))
-    ).name
-
-
-def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging: Path) -> None:
-    """The bytes are written and synced before the rename, and the directory after it."""
-    with Disk() as disk:
-        name = stage(queue, GOOD)
-    partial = f".{name}.partial"
-    assert (
-        disk.index("open", partial)
-        < disk.index("write", partial)
-        < disk.index("fsync", partial)
-        < disk.index("rename", partial)
-        < disk.index("fsync", staging.name)
-    )
-
-
-def test_receipt_is_on_disk_before_the_version_is_deleted(
-    queue: program.Staging, staging: Path
-) -> None:
-    """The receipt is written, synced and renamed, and the directory synced, before the staged
-    version is deleted.
-    """
-    name = stage(queue, GOOD)
-    with Disk() as disk:
-        discard(queue, name, GOOD)
-    assert (
-        disk.index("write", "..receipt.partial")
-        < disk.index("fsync", "..receipt.partial")
-        < disk.index("rename", "..receipt.partial")
-        < disk.index("fsync", staging.name)
-        < disk.index("unlink", name)
-    )
-
-
-def assert_whole(directory: Path) -> None:
-    """Fail if there is a version on disk that is not whole."""
-    for name, data in files(directory).items():
-        assert name.endswith(digest(data)[-6:]), f"{name} is half there"
-
-
-def each_call(act: Callable[[Disk, int], None]) -> int:
-    """Act with a disk whose first call fails, then its second, and so on until none is left to
-    fail.
-    """
-    number = 0
-    while True:
-        number += 1
-        disk = Disk()
-        act(disk, number)
-        if len(disk.calls) < number:
-            return number - 1
-
-
-each_error = pytest.mark.parametrize(
-    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror
-)
-
-
-@each_error
-def test_version_is_staged_at_the_next_try_when_any_call_fails(code: int, tmp_path: Path) -> None:
-    """Whichever call the disk refuses while staging, that is said, and the version is staged and
-    offered once at the next try.
-    """
-
-    def act(disk: Disk, number: int) -> None:
-        directory = tmp_path / str(number)
-        queue, version = program.Staging(directory), program.Version(true_name(GOOD), GOOD)
-        disk.error, disk.failing = OSError(code, os.strerror(code)), lambda call: call == number
-        with disk, contextlib.suppress(OSError):
-            queue.stage(version)
-        assert_whole(directory)
-        assert {entry.name for entry in directory.iterdir()} <= {".lock", version.name}
-        queue.relist()
-        queue.stage(version)
-        assert queue.pending == [version.name]
-        assert files(directory) == {version.name: GOOD}
-        assert mode(directory / version.name) == 0o600
-        assert offered(restart(directory)) == [version]
-        assert {entry.name for entry in directory.iterdir()} == {".lock", version.name}
-        leave(directory)
-
-    assert each_call(act) >= 5
-
-
-@each_error
-def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
-    code: int, tmp_path: Path
-) -> None:
-    """Whichever call the disk refuses after a receipt, the version is not offered again, is deleted
-    at the next try, and its name is remembered.
-    """
-
-    def act(disk: Disk, number: int) -> None:
-        directory = tmp_path / str(number)
-        queue = program.Staging(directory)
-        name = stage(queue, GOOD)
-        disk.error, disk.failing = OSError(code, os.strerror(code)), lambda call: call == number
-        with disk, contextlib.suppress(OSError):
-            discard(queue, name, GOOD)
-        assert_whole(directory)
-        remembered = program.read_receipt(directory)
-        assert name in files(directory) or (remembered and remembered.name == name)
-        queue.relist()
-        assert queue.newest() is None
-        queue.tidy()
-        assert {entry.name for entry in directory.iterdir()} == {".lock", ".receipt"}
-        leave(directory)
-
-    assert each_call(act) >= 6
-
-
-@pytest.mark.parametrize("while_discarding", [False, True])
-def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
-    tmp_path: Path, *, while_discarding: bool
-) -> None:
-    """Whichever call is the last one before a crash, the next process finds whole versions and
-    nothing to repair.
-    """
-    old = channel_backup(2)
-
-    def act(disk: Disk, number: int) -> None:
-        directory = tmp_path / str(number)
-        queue = program.Staging(directory)
-        name = stage(queue, old)
-        disk.error, disk.failing = PowerCut(), lambda call: call >= number
-        with disk, contextlib.suppress(PowerCut):
-            if while_discarding:
-                discard(queue, name, old)
-            else:
-                stage(queue, GOOD)
-        queue = restart(directory)
-        assert_whole(directory)
-        left = [version.data for version in offered(queue)]
-        assert left in ([[], [old]] if while_discarding else [[old], [GOOD, old]])
-        assert left or (queue.receipt and queue.receipt.name == name)
-        assert not list(directory.glob(".*.partial"))
-        leave(directory)
-
-    assert each_call(act) >= 5
-
-
-def test_version_that_was_never_on_disk_leaves_its_receipt(
-    queue: program.Staging, staging: Path
-) -> None:
-    """The receipt of a version that was sent from memory is remembered like any other."""
-    discard(queue, true_name(GOOD), GOOD)
-    assert files(staging) == {}
-    assert program.read_receipt(staging) == queue.receipt
-
-
-def test_version_that_cannot_be_read_keeps_its_place(queue: program.Staging, staging: Path) -> None:
-    """A staged file that the disk does not give back is neither deleted nor called damaged, and
-    does not keep back the others.
-    """
-    versions = [(stage(queue, data), data) for data in (channel_backup(1), GOOD)]
-    with (
-        Disk(OSError(errno.EIO, os.strerror(errno.EIO)), lambda _: True),
-        pytest.raises(OSError, match="Input/output error"),
-    ):
-        queue.newest()
-    assert queue.newest() == versions[0]
-    queue.relist()
-    assert offered(queue) == versions[::-1]
-    assert files(staging) == dict(versions)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a mount point with a file system of 64 KiB."""
-    mount, umount = shutil.which("mount"), shutil.which("umount")
-    if os.geteuid() != 0 or not mount or not umount:
-        pytest.skip("mounting a small file system needs root")
-    point = tmp_path / "disk"
-    point.mkdir()
-    options = [mount, "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(point)]
-    done = subprocess.run(options, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
-    yield point
-    leave(point)
-    subprocess.run([umount, str(point)], check=True)
-
-
-def fill(directory: Path) -> Path:
-    """Fill the disk with somebody else's file."""
-    path = directory / "theirs"
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
-    return path
-
-
-def test_disk_that_is_really_full_leaves_nothing_half(small_disk: Path) -> None:
-    """On a file system without a byte left a version is refused and leaves nothing, and is staged
-    when there is room again.
-    """
-    queue = program.Staging(small_disk)
-    filler = fill(small_disk)
-    with pytest.raises(OSError, match="No space left"):
-        stage(queue, data := channel_backup(10))
-    assert set(files(small_disk)) == {"theirs"}
-    filler.unlink()
-    name = stage(queue, data)
-    assert offered(restart(small_disk)) == [(name, data)]
-
-
-def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd) -> None:
-    """`once` on a full disk sends the version from memory, once, and says that it could not stage
-    it.
-    """
-    program.Staging(small_disk)
-    leave(small_disk)
-    fill(small_disk)
-    version = lnd.write()
-    with FakeS3() as fake:
-        done = run_script(settings_at(fake.endpoint, lnd, small_disk), "once")
-        assert [request.body for request in fake.requests] == [version.data]
-    assert "No space left" in done.stderr
-    assert done.returncode == 0
-
-
-# --- a directory that cannot be used ---
-
-
 def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> None:
     """A link, and a file, in the directory's place are refused as wrong configuration."""
     (tmp_path / "real").mkdir()
@@ -956,38 +519,98 @@ def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> No
     assert list((tmp_path / "real").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=os.strerror
-)
-def test_disk_that_refuses_the_lock_is_refused(code: int, staging: Path) -> None:
-    """A disk on which not even the lock file can be made is refused with the system's reason."""
-    with (
-        Disk(OSError(code, os.strerror(code)), lambda call: call == 2),
-        pytest.raises(program.ConfigError, match=os.strerror(code)),
-    ):
-        program.Staging(staging)
+# --- What somebody does to it meanwhile ---
 
 
-@pytest.mark.parametrize(
-    ("kind", "longest"), [(program.TransientError, 60), (program.BackupError, 300)]
-)
-def test_the_pause_after_a_failure_has_an_end(
-    daemon: Callable[[], program.Daemon], kind: type[program.BackupError], longest: float
+@pytest.mark.parametrize("damage", ["edited", "removed"])
+def test_a_version_whose_staged_copy_is_gone_gets_out(
+    env: dict[str, str],
+    lnd: Lnd,
+    s3_line: FaultProxy,
+    check: partial[None],
+    staging: Path,
+    damage: str,
 ) -> None:
-    """However often S3 failed, the next attempt is at most a minute away, or five minutes where the
-    settings are at fault.
+    """A version that waits for S3, and whose staged copy somebody edits or removes, is staged anew
+    at a look.
     """
+    with Daemon(SELDOM | env | OFTEN | {"REFRESH_SECONDS": "0"}) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        s3_line.set("refuse", cut=True)
+        version = lnd.write()
+        daemon.wait_for_captured(version)
+        daemon.wait_for_log("cannot store")
+        (name,) = staged(staging)
+        if damage == "edited":
+            (staging / name).write_bytes(bytes(700))
+        else:
+            (staging / name).unlink()
+        daemon.wait_for_captured(version, count=2)
+        s3_line.set("pass")
+        daemon.wait_for_stored(version)
+        daemon.wait_for_looks()
+        assert daemon.stop() == 0
+        assert daemon.log.count("captured") == 3
+        assert daemon.log.count("stored s3://") == 2
+    for aside in staging.glob(".damaged-*"):
+        aside.unlink()
+    check()
 
-    async def fail() -> program.Receipt:
-        raise kind("cannot store", "wait")
 
-    async def scenario() -> float:
-        one = daemon()
-        one.failures = 10
-        one.upload = asyncio.create_task(fail())
-        await asyncio.wait([one.upload])
-        began = time.monotonic()
-        one.finish_upload()
-        return float(one.retry_at) - began
+def test_a_version_that_somebody_put_into_staging_is_sent_once(
+    env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """A version of a later name, laid into the staging directory, is sent, and LND's own gets a
+    name above it, once.
+    """
+    foreign = Lnd(lnd.directory.parent / "other").write()
+    with Daemon(SELDOM | env | OFTEN) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        laid = lnd.directory.parent / "laid"
+        laid.write_bytes(foreign.data)
+        laid.rename(staging / f"21000101T000000.000000Z-{foreign.sha256[-6:]}")
+        daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_stored(foreign)
+        daemon.wait_for_stored(lnd.written[-1], count=2)
+        daemon.wait_for_looks(10)
+        assert daemon.stop() == 0
+        expect_newest_last(daemon, lnd.written[-1])
+        # once anew, above the name that was laid there, and once more if its older name came last
+        assert daemon.log.count("captured") in (3, 4)
 
-    assert longest / 2 <= asyncio.run(scenario()) < longest + 1
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(things())
+def test_once_is_not_bothered(lying: list[Thing]) -> None:
+    """`once` sends LND's version, also as the last one, and the true staged ones, nothing else, and
+    leaves every other thing as it is.
+    """
+    with tempfile.TemporaryDirectory() as name, FakeS3() as fake:
+        directory = Path(name, "staging")
+        directory.mkdir(mode=0o700)
+        Path(name, "target").write_bytes(b"t" * 100)
+        lnd = Lnd(Path(name, "lnd"))
+        lnd.write()
+        for thing in lying:
+            lay(directory, thing)
+        before = {thing.name: identity(f"{directory}/{os.fsdecode(thing.name)}") for thing in lying}
+        done = run_script(
+            settings_at(fake.endpoint, lnd, directory, bucket="bucket", prefix=""), "once"
+        )
+        after = {identity(entry.path) for entry in os.scandir(directory)}
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "\x1b" not in done.stderr
+        versions = {thing.name: thing.data for thing in lying if is_version(thing)}
+        for thing in lying:
+            own = thing.name.startswith(b".receipt") or thing.name.endswith(b".partial")
+            if thing.name not in versions and not own:
+                assert before[thing.name] in after, f"{thing} is not as it was"
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        sent = {key: entry.data for key, entry in fake.objects("bucket").items()}
+        assert {os.fsdecode(name): data for name, data in versions.items()}.items() <= sent.items()
+        # LND's goes out once more if others went out after it.
+        own_puts = [data for key, data in sent.items() if key.encode() not in versions]
+        assert set(own_puts) == {lnd.written[-1].data}
+        assert len(own_puts) == 1 + bool(versions)
+        assert fake.requests[-1].body == lnd.written[-1].data

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, Lnd, Written, channel_backup
+from kit import Daemon, FaultProxy, Lnd, Written, channel_backup
 from kit import script as script_module
+from shared import OFTEN, SELDOM, SteppedS3
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from functools import partial
 
-SELDOM = {"RESCAN_SECONDS": "600"}  # only events are left
-OFTEN = {"RESCAN_SECONDS": "0.1"}
+    from shared import Session
+
 AGAIN = r"again, after \d+ s"
-LARGEST_SIZE = 16 << 20
 
 
 @pytest.fixture
@@ -59,107 +59,84 @@ def rebuild(lnd: Lnd) -> int:
     return inode
 
 
-# --- writers ---
+# --- Writers ---
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_a_rename_over_the_file_is_seen(
-    env: dict[str, str], lnd: Lnd, check: partial[None], *, archive: bool
-) -> None:
+def test_a_rename_over_the_file_is_seen(session: Session, lnd: Lnd, *, archive: bool) -> None:
     """An update by LND's own sequence is stored without waiting for a rescan."""
     lnd.archive = archive
     first = lnd.write()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         for _ in range(3):
             daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
-def test_a_file_first_created_later_is_seen(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_file_first_created_later_is_seen(session: Session, lnd: Lnd) -> None:
     """The first file of a new node is stored although there was none at the start."""
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_log("No such file")
         daemon.wait_for_stored(lnd.write(channels=0))
         daemon.wait_for_log(AGAIN)
-        assert daemon.stop() == 0
-    check()
 
 
-def test_a_writer_in_place_is_seen(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_a_writer_in_place_is_seen(session: Session, lnd: Lnd) -> None:
     """A file that is truncated, written and closed is stored without waiting for a rescan."""
     first = lnd.write()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         daemon.wait_for_stored(lnd.write_in_place())
         daemon.wait_for_stored(lnd.write_in_place(channels=3))
-        assert daemon.stop() == 0
-    check()
 
 
-def test_the_last_of_a_burst_is_stored(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+def test_the_last_of_a_burst_is_stored(session: Session, lnd: Lnd) -> None:
     """Of thirty versions as fast as they can be written, the last is stored, and the others in
     their order.
     """
     lnd.write()
-    with Daemon(env | SELDOM) as daemon:
+    with session(replaced_ok=True, refreshes=1) as daemon:
         for _ in range(30):
             lnd.write(channels=100)
         daemon.wait_for_stored(lnd.written[-1])
         assert daemon.stop() == 0
         names = daemon.stored_names()
         assert names[-1] == max(names)
-    check(replaced_ok=True, refreshes=1)
 
 
-def test_a_file_linked_into_place_is_found_by_the_rescan(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_file_linked_into_place_is_found_by_the_rescan(session: Session, lnd: Lnd) -> None:
     """A version that comes without any event that is listened to is found at the next look."""
     first = lnd.write()
     elsewhere = Lnd(lnd.directory / "elsewhere")
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_stored(first)
         second = elsewhere.write()
         lnd.written.append(second)
         lnd.path.unlink()
         lnd.path.hardlink_to(elsewhere.path)
         daemon.wait_for_stored(second)
-        assert daemon.stop() == 0
-    check()
 
 
-def test_a_file_deleted_and_made_again_is_stored(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_file_deleted_and_made_again_is_stored(session: Session, lnd: Lnd) -> None:
     """A deleted file is a warning at the next look, and the next file is stored."""
     first = lnd.write()
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_stored(first)
         lnd.path.unlink()
         daemon.wait_for_log("warning: cannot read channel.backup: .*: No such file")
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
-def test_a_file_that_comes_back_unchanged_is_no_new_version(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_file_that_comes_back_unchanged_is_no_new_version(session: Session, lnd: Lnd) -> None:
     """The same bytes moved away and back are not put a second time."""
     first, aside = lnd.write(), lnd.directory / "aside"
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_stored(first)
         lnd.path.rename(aside)
         daemon.wait_for_log("No such file")
         aside.rename(lnd.path)
         daemon.wait_for_log(AGAIN)
         daemon.wait_for_looks()
-        assert daemon.stop() == 0
-    check()
 
 
 def test_a_file_touched_while_it_is_read_is_read_again(
@@ -195,15 +172,14 @@ def test_a_file_touched_while_it_is_read_is_read_again(
     check(replaced_ok=True, refreshes=1)
 
 
-def test_a_file_that_grows_slowly_is_stored_in_the_end(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_file_that_grows_slowly_is_stored_in_the_end(session: Session, lnd: Lnd) -> None:
     """Of a file written in place piece by piece, the whole is stored, whatever was seen of its
     parts.
     """
     first = lnd.write()
     data = channel_backup(50)
-    with Daemon(env | {"RESCAN_SECONDS": "0.05"}) as daemon:
+    # The whole is put once more if a part of it, staged before, is sent after it.
+    with session({"RESCAN_SECONDS": "0.05"}, refreshes=1) as daemon:
         daemon.wait_for_stored(first)
         with lnd.path.open("wb", buffering=0) as file:
             for start in range(0, len(data), 4096):
@@ -214,37 +190,31 @@ def test_a_file_that_grows_slowly_is_stored_in_the_end(
             lnd.placed.pop()
             lnd.written.append(last)
         daemon.wait_for_stored(last)
-        assert daemon.stop() == 0
-    check()
 
 
-# --- the directory ---
+# --- The directory ---
 
 
-def test_a_directory_made_later_is_watched(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_directory_made_later_is_watched(session: Session, lnd: Lnd) -> None:
     """A directory that is missing at the start is a warning, and is watched when it is there."""
     lnd.directory.rmdir()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_log("warning: .*: No such file")
         lnd.directory.mkdir(mode=0o700)
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
-        assert daemon.stop() == 0
-    check()
 
 
 @pytest.mark.parametrize("same_inode", [False, True])
 def test_a_directory_removed_and_made_again_is_watched(
-    env: dict[str, str], lnd: Lnd, check: partial[None], *, same_inode: bool
+    session: Session, lnd: Lnd, *, same_inode: bool
 ) -> None:
     """A directory made anew is watched like the first one, even if it has got the inode number of
     the first.
     """
     first = lnd.write()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         daemon.signal(signal.SIGSTOP)
         inode, fillers = rebuild(lnd), 0
@@ -261,34 +231,26 @@ def test_a_directory_removed_and_made_again_is_watched(
         daemon.wait_for_stored(second)
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
-        assert daemon.stop() == 0
-    check()
 
 
-def test_a_directory_put_in_the_place_of_another_is_watched(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_directory_put_in_the_place_of_another_is_watched(session: Session, lnd: Lnd) -> None:
     """When the directory is renamed away the new one is watched, and the old one no more."""
     first = lnd.write()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         lnd.directory.rename(lnd.directory.with_name("old"))
         lnd.directory.mkdir(mode=0o700)
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
-        assert daemon.stop() == 0
-    check()
 
 
-def test_a_directory_renamed_away_and_back_is_watched(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_a_directory_renamed_away_and_back_is_watched(session: Session, lnd: Lnd) -> None:
     """A directory that comes back under its name is watched, and what was written meanwhile is
     stored.
     """
     first, away = lnd.write(), lnd.directory.with_name("away")
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         lnd.directory.rename(away)
         daemon.wait_for_log("No such file")
@@ -301,19 +263,15 @@ def test_a_directory_renamed_away_and_back_is_watched(
         daemon.wait_for_log(AGAIN)
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
-        assert daemon.stop() == 0
-    check()
 
 
-def test_events_of_the_old_directory_do_not_confuse(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_events_of_the_old_directory_do_not_confuse(session: Session, lnd: Lnd) -> None:
     """What goes on in a directory that lost its name is neither stored nor does it end the watch of
     the new one.
     """
     first, old = lnd.write(), Lnd(lnd.directory.with_name("old"))
     old.directory.rmdir()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         daemon.signal(signal.SIGSTOP)
         lnd.directory.rename(old.directory)
@@ -326,31 +284,27 @@ def test_events_of_the_old_directory_do_not_confuse(
         for _ in range(3):
             daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
-        assert daemon.stop() == 0
-    check()
 
 
 def test_a_replaced_ancestor_is_found_by_the_rescan(
-    env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
+    session: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
     """When a directory further up is replaced, of which no event tells, the new path is watched
     after the next look.
     """
     move(lnd, tmp_path / "above" / "lnd")
     first = lnd.write()
-    with Daemon(env | OFTEN | {"MONITOR_FILE_PATH": str(lnd.path)}) as daemon:
+    with session(OFTEN | {"MONITOR_FILE_PATH": str(lnd.path)}) as daemon:
         daemon.wait_for_stored(first)
         (tmp_path / "above").rename(tmp_path / "former")
         move(lnd, lnd.directory)
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
-    env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
+    session: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
     """When a link to the directory is switched, of which no event tells, the other directory is
     watched.
@@ -358,7 +312,7 @@ def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
     link = tmp_path / "link"
     link.symlink_to(lnd.directory)
     first = lnd.write()
-    with Daemon(env | OFTEN | {"MONITOR_FILE_PATH": str(link / lnd.path.name)}) as daemon:
+    with session(OFTEN | {"MONITOR_FILE_PATH": str(link / lnd.path.name)}) as daemon:
         daemon.wait_for_stored(first)
         move(lnd, tmp_path / "other")
         second = lnd.write()
@@ -367,12 +321,10 @@ def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
         daemon.wait_for_stored(second)
         daemon.assert_watches_only(lnd.directory)
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 def test_a_link_in_place_of_the_file_is_followed(
-    env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
+    session: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
     """The target of a link is found by the rescan when it is replaced, and the log says that
     nothing else finds it.
@@ -381,23 +333,21 @@ def test_a_link_in_place_of_the_file_is_followed(
     link.parent.mkdir()
     link.symlink_to(lnd.path)
     first = lnd.write()
-    with Daemon(env | OFTEN | {"MONITOR_FILE_PATH": str(link)}) as daemon:
+    with session(OFTEN | {"MONITOR_FILE_PATH": str(link)}) as daemon:
         daemon.wait_for_log("warning: .*is a link: .*only .*rescan")
         daemon.wait_for_stored(first)
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 @pytest.mark.usefixtures("_mount_namespace")
 def test_a_mount_over_the_directory_is_found_by_the_rescan(
-    env: dict[str, str], lnd: Lnd, check: partial[None], tmp_path: Path
+    session: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
     """When another directory is mounted over LND's, of which no event tells, that one is watched,
     and LND's again.
     """
     first, home = lnd.write(), lnd.directory
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_stored(first)
         move(lnd, tmp_path / "mounted")
         second = lnd.write()
@@ -410,19 +360,15 @@ def test_a_mount_over_the_directory_is_found_by_the_rescan(
         mount(daemon, "umount", str(home))
         daemon.wait_for_stored(third)
         daemon.assert_watches_only(lnd.directory)
-        assert daemon.stop() == 0
-    check()
 
 
 @pytest.mark.usefixtures("_mount_namespace")
-def test_an_unmounted_file_system_is_no_end(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_an_unmounted_file_system_is_no_end(session: Session, lnd: Lnd) -> None:
     """When the file system of LND's directory is unmounted, the directory below is watched at
     once.
     """
     home = lnd.directory
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         mount(daemon, "mount", "-t", "tmpfs", "none", str(home))
         move(lnd, Path(f"/proc/{daemon.pid}/root{home}"))
         daemon.wait_for_stored(lnd.write())
@@ -432,16 +378,12 @@ def test_an_unmounted_file_system_is_no_end(
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 # --- inotify ---
 
 
-def test_an_overflow_of_events_loses_nothing(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_an_overflow_of_events_loses_nothing(session: Session, lnd: Lnd) -> None:
     """The version whose event did not fit into the kernel's queue any more is stored all the
     same.
     """
@@ -451,7 +393,7 @@ def test_an_overflow_of_events_loses_nothing(
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if most > 1 << 17:
         pytest.skip("the queue is too long to be filled quickly")
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(first)
         daemon.signal(signal.SIGSTOP)
         for _ in range(most // 2 + 1):
@@ -461,8 +403,6 @@ def test_an_overflow_of_events_loses_nothing(
         daemon.signal(signal.SIGCONT)
         daemon.wait_for_stored(second)
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 @pytest.mark.parametrize(
@@ -473,9 +413,8 @@ def test_an_overflow_of_events_loses_nothing(
     ],
 )
 def test_without_inotify_it_looks_at_intervals(
-    env: dict[str, str],
+    session: Session,
     lnd: Lnd,
-    check: partial[None],
     tmp_path: Path,
     started_by: Callable[[str], None],
     call: str,
@@ -497,7 +436,7 @@ def refuse(*arguments, **more):
 asyncinotify.Inotify.{call} = refuse
 """)
     first = lnd.write()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_log(
             f"error: cannot watch, so it is only checked at intervals: .*{os.strerror(number)}"
         )
@@ -509,8 +448,6 @@ asyncinotify.Inotify.{call} = refuse
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
         assert daemon.log.count("cannot watch") == 1
-        assert daemon.stop() == 0
-    check()
 
 
 @pytest.mark.parametrize(
@@ -518,12 +455,7 @@ asyncinotify.Inotify.{call} = refuse
     [("max_inotify_instances", "max_user_instances"), ("max_inotify_watches", "max_user_watches")],
 )
 def test_the_limits_of_the_kernel_are_survived(
-    env: dict[str, str],
-    lnd: Lnd,
-    check: partial[None],
-    started_by: Callable[[str], None],
-    limit: str,
-    setting: str,
+    session: Session, lnd: Lnd, started_by: Callable[[str], None], limit: str, setting: str
 ) -> None:
     """Under the kernel's own limits the file is looked at every second, and the hint names the
     setting.
@@ -537,20 +469,18 @@ def test_the_limits_of_the_kernel_are_survived(
         f"*sys.argv[1:]])"
     )
     first = lnd.write()
-    with Daemon(env | SELDOM) as daemon:
+    with session() as daemon:
         daemon.wait_for_log(
             f"error: cannot watch, so it is only checked at intervals: .*\n.*hint: .*{setting}"
         )
         daemon.wait_for_stored(first)
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 def test_a_failing_reader_ends_the_daemon(
     env: dict[str, str],
     lnd: Lnd,
-    check: partial[None],
+    session: Session,
     started_by: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -571,101 +501,24 @@ asyncinotify.Inotify._get = fail
         assert daemon.wait() == 1
         assert daemon.log.count("ArithmeticError: no such event") == 1, daemon.log
     monkeypatch.setattr(script_module, "SCRIPT", program)
-    with Daemon(env | SELDOM) as daemon:  # as systemd does
+    with session(refreshes=1) as daemon:
         daemon.wait_for_stored(lnd.written[-1])
-        assert daemon.stop() == 0
-    check(refreshes=1)
 
 
-def test_the_event_loop_has_nothing_to_complain_about(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
+def test_the_event_loop_has_nothing_to_complain_about(session: Session, lnd: Lnd) -> None:
     """In asyncio's debug mode a session with switches of the directory brings up no complaint."""
     first = lnd.write()
-    with Daemon(env | SELDOM | {"PYTHONASYNCIODEBUG": "1", "PYTHONDEVMODE": "1"}) as daemon:
+    with session({"PYTHONASYNCIODEBUG": "1", "PYTHONDEVMODE": "1"}) as daemon:
         daemon.wait_for_stored(first)
         lnd.directory.rename(lnd.directory.with_name("old"))
         lnd.directory.mkdir(mode=0o700)
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0
         assert not re.search("Traceback|Warning|never|destroyed|exception", daemon.log), daemon.log
-    check()
 
 
-# --- what cannot be a channel backup ---
+# --- Permissions ---
 
-
-@pytest.mark.parametrize("size", [0, 1, 44])
-def test_a_file_that_is_too_small_is_never_staged(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, size: int
-) -> None:
-    """Fewer than 45 bytes are one error, and the version before stays the newest until there is
-    another.
-    """
-    first = lnd.write()
-    with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_stored(first)
-        lnd.place(bytes(size))
-        daemon.wait_for_log(f"error: .*{size} bytes")
-        daemon.wait_for_looks()
-        assert daemon.log.count("error: cannot read") == 1
-        assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
-        lnd.placed.clear()
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
-
-
-@pytest.mark.parametrize("size", [45, 46, 415])
-def test_a_file_that_is_doubtful_is_stored_with_a_warning(
-    env: dict[str, str], lnd: Lnd, check: partial[None], size: int
-) -> None:
-    """A file without channels, or of a size that no known LND writes, is stored with a warning."""
-    version = lnd.write(data=os.urandom(size))
-    with Daemon(env | SELDOM) as daemon:
-        daemon.wait_for_log(f"captured .*: {size} bytes\n.*warning: ")
-        daemon.wait_for_stored(version)
-        assert daemon.stop() == 0
-    check()
-
-
-def test_a_file_that_is_too_large_is_never_staged(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path
-) -> None:
-    """More than 16 MiB are one error, and nothing is staged."""
-    first, large = lnd.write(), lnd.directory / "large"
-    with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_stored(first)
-        large.touch()
-        os.truncate(large, LARGEST_SIZE + 1)
-        large.rename(lnd.path)
-        daemon.wait_for_log(f"error: .*{LARGEST_SIZE + 1} bytes")
-        daemon.wait_for_looks()
-        assert daemon.log.count("error: cannot read") == 1
-        assert [entry for entry in staging.iterdir() if not entry.name.startswith(".")] == []
-        lnd.path.unlink()
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
-
-
-def test_a_pipe_at_the_path_does_not_hang_the_daemon(
-    env: dict[str, str], lnd: Lnd, check: partial[None]
-) -> None:
-    """A named pipe is an error that is not read from, and LND's next file is stored."""
-    with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_log("No such file")
-        os.mkfifo(lnd.directory / "pipe")
-        (lnd.directory / "pipe").rename(lnd.path)
-        daemon.wait_for_log("error: .*regular file")
-        daemon.wait_for_looks()
-        lnd.path.unlink()
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
-
-
-# --- permissions ---
 
 # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is denied what its files' modes deny.
 WITHOUT_PRIVILEGE = """
@@ -679,11 +532,7 @@ os.execv(sys.executable, [sys.executable, SCRIPT, *sys.argv[1:]])
 
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_a_permission_that_is_granted_later_is_noticed(
-    env: dict[str, str],
-    lnd: Lnd,
-    check: partial[None],
-    started_by: Callable[[str], None],
-    what: str,
+    session: Session, lnd: Lnd, started_by: Callable[[str], None], what: str
 ) -> None:
     """A denied directory or file is an error that names what is needed, and once granted the
     version is stored.
@@ -693,7 +542,7 @@ def test_a_permission_that_is_granted_later_is_noticed(
     denied = lnd.directory if what == "directory" else lnd.path
     mode = denied.stat().st_mode
     denied.chmod(0)
-    with Daemon(env | OFTEN) as daemon:
+    with session(OFTEN) as daemon:
         daemon.wait_for_log(
             "error: cannot read channel.backup: .*Permission denied\n.*hint: .*needs r on the file"
         )
@@ -703,5 +552,35 @@ def test_a_permission_that_is_granted_later_is_noticed(
         daemon.wait_for_stored(lnd.write())
         daemon.assert_watches_only(lnd.directory)
         assert daemon.log.count("cannot read channel.backup") == 1
+
+
+# --- Writes during an upload ---
+
+
+def test_the_gap_between_read_and_rename_does_not_matter(
+    session: Session, lnd: Lnd, s3_line: FaultProxy
+) -> None:
+    """With 30 ms between LND's read and its rename and a slow upload, the newest version is stored
+    20 of 20 times.
+    """
+    s3_line.set("latency", up=0.15, down=0.15)
+    lnd.read_gap_seconds = 0.03
+    lnd.write()
+    with session(replaced_ok=[0]) as daemon:
+        for _ in range(20):
+            daemon.wait_for_stored(lnd.write())
+
+
+def test_a_second_version_during_an_upload_is_stored_too(
+    env: dict[str, str], lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None]
+) -> None:
+    """A version that comes while another is on its way is captured at once, and both are stored."""
+    lnd.write()
+    with Daemon(SELDOM | env) as daemon:
+        stepped.wait_for_requests(1)
+        second = lnd.write()
+        daemon.wait_for_captured(second)
+        stepped.let(2)
+        daemon.wait_for_stored(second)
         assert daemon.stop() == 0
-    check()
+    check_stepped()

@@ -25,10 +25,10 @@ OUTAGE = "test_outage.py::test_a_fault_is_told_survived_and_over"
 ROWS = {
     "staging disk full": [
         "faults/node.py::test_staging_disk_is_full",
-        "test_daemon.py::test_a_full_disk_is_no_end",
+        "test_disk.py::test_a_full_disk_is_no_end",
     ],
     "staging disk read-only": ["faults/node.py::test_staging_disk_becomes_read_only"],
-    "staging directory removed": ["test_daemon.py::test_the_staging_directory_may_vanish"],
+    "staging directory removed": ["test_disk.py::test_the_staging_directory_may_vanish"],
     "LND's directory missing": ["test_watching.py::test_a_directory_made_later_is_watched"],
     "LND's directory replaced": [
         "test_watching.py::test_a_directory_removed_and_made_again_is_watched",
@@ -54,7 +54,7 @@ ROWS = {
     "suspended for a minute while sending": ["faults/node.py::test_suspended_for_a_minute"],
     "two daemons at once": ["faults/node.py::test_two_daemons_at_once"],
     "SIGKILL in each state": ["faults/node.py::test_killed_in_each_state"],
-    "SIGKILL in a burst": ["test_daemon.py::test_kills_at_any_moment_lose_nothing_that_was_staged"],
+    "SIGKILL in a burst": ["test_disk.py::test_kills_at_any_moment_lose_nothing_that_was_staged"],
     "100,000 updates at full speed": ["faults/node.py::test_a_hundred_thousand_updates"],
     "an outage with 10,000 versions staged": ["faults/node.py::test_a_month_away"],
 }

@@ -78,7 +78,7 @@ def beat() -> Iterator[FakeS3]:
 
 
 @pytest.fixture
-def env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
+def telling_env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
     """Return the settings of the program, which looks and so reports often."""
     user = Credentials("AKIDEXAMPLE", SECRET_KEY)
     often = {"RESCAN_SECONDS": "0.1"}
@@ -86,22 +86,22 @@ def env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def beating(env: dict[str, str], beat: FakeS3) -> dict[str, str]:
+def beating(telling_env: dict[str, str], beat: FakeS3) -> dict[str, str]:
     """Return the settings with a heartbeat."""
-    return env | {"HEARTBEAT_URL": f"{beat.endpoint}{SECRET_PATH}"}
+    return telling_env | {"HEARTBEAT_URL": f"{beat.endpoint}{SECRET_PATH}"}
 
 
 @pytest.fixture
-def prom(env: dict[str, str], tmp_path: Path) -> Path:
+def prom(telling_env: dict[str, str], tmp_path: Path) -> Path:
     """Return the metrics file that the settings name."""
     directory = tmp_path / "textfile"
     directory.mkdir()
-    env["METRICS_FILE"] = str(directory / "lnd_backup.prom")
+    telling_env["METRICS_FILE"] = str(directory / "lnd_backup.prom")
     return directory / "lnd_backup.prom"
 
 
 @pytest.fixture(autouse=True)
-def hurried(
+def impatient(
     started_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:
     """Shorten the pauses between attempts, and return what changes some of the constants."""
@@ -207,11 +207,11 @@ def expect_secret(daemon: Daemon) -> None:
 # --- STATUS= ---
 
 
-def test_the_status_tells_a_life(env: dict[str, str], lnd: Lnd, fake: FakeS3) -> None:
+def test_the_status_tells_a_life(telling_env: dict[str, str], lnd: Lnd, fake: FakeS3) -> None:
     """The status line tells what is stored since when, what is staged and what is wrong, and when
     it is over.
     """
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         wait_for_status(
             daemon,
             rf"nothing stored yet, 0 staged; cannot read channel\.backup: {lnd.path}: No such .*",
@@ -235,7 +235,7 @@ def test_the_status_tells_a_life(env: dict[str, str], lnd: Lnd, fake: FakeS3) ->
 
 
 def test_the_status_has_no_secrets_and_no_forged_lines(
-    env: dict[str, str], lnd: Lnd, fake: FakeS3
+    telling_env: dict[str, str], lnd: Lnd, fake: FakeS3
 ) -> None:
     """What S3 answers is escaped in the status line, and a secret in it is masked there and in the
     log.
@@ -244,31 +244,31 @@ def test_the_status_has_no_secrets_and_no_forged_lines(
     document = f"<Error><Code>InternalError</Code><Message>{said}</Message></Error>"
     fake.set_default(Answer(500, body=document.encode()))
     lnd.write()
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         told = wait_for_status(daemon, "nothing stored yet, 1 staged; .*InternalError.*")
         assert r"signed with ***,\nSTATUS=all is well \u202e" in told
         assert SECRET_KEY not in daemon.log + "\n".join(daemon.systemd.messages)
         assert all(line.isprintable() for line in statuses(daemon))
 
 
-def test_a_path_cannot_forge_the_status(env: dict[str, str], lnd: Lnd) -> None:
+def test_a_path_cannot_forge_the_status(telling_env: dict[str, str], lnd: Lnd) -> None:
     """Control characters of a path, where a link leads to, are escaped in the status line."""
     os.mkfifo(lnd.directory / "a\x1b[31m\rb")
     lnd.path.symlink_to("a\x1b[31m\rb")
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         told = wait_for_status(daemon, "nothing stored yet, 0 staged; .*regular file.*")
         assert r"a\x1b[31m\rb" in told
 
 
 @pytest.mark.parametrize("grace", ["0", "7.5"])
 def test_systemd_is_asked_for_as_long_as_the_grace_takes(
-    env: dict[str, str], lnd: Lnd, grace: str
+    telling_env: dict[str, str], lnd: Lnd, grace: str
 ) -> None:
     """With STOPPING=1, in the same message, comes a request for more time than the grace period and
     the second after it.
     """
     lnd.write()
-    with Daemon(env | {"SHUTDOWN_GRACE_SECONDS": grace}) as daemon:
+    with Daemon(telling_env | {"SHUTDOWN_GRACE_SECONDS": grace}) as daemon:
         assert daemon.stop() == 0
         message = next(
             message for message in daemon.systemd.messages if "STOPPING=1" in message.splitlines()
@@ -282,16 +282,16 @@ def test_systemd_is_asked_for_as_long_as_the_grace_takes(
 
 
 def test_the_metrics_tell_a_life(
-    env: dict[str, str],
+    telling_env: dict[str, str],
     lnd: Lnd,
     fake: FakeS3,
     prom: Path,
     staging: Path,
-    hurried: Callable[..., None],
+    impatient: Callable[..., None],
 ) -> None:
     """Whatever the umask, all may read what is stored, seen and staged, and what is wrong."""
-    hurried("os.umask(0o077)")
-    with Daemon(env) as daemon:
+    impatient("os.umask(0o077)")
+    with Daemon(telling_env) as daemon:
         wait_for_status(daemon, "nothing stored yet, 0 staged; .*No such.*")
         values = wait_for_metrics(prom, 0, "reading")
         assert stat.S_IMODE(prom.stat().st_mode) == 0o644
@@ -332,7 +332,9 @@ def test_the_metrics_tell_a_life(
         assert over["last_stored_timestamp_seconds"] >= newest
 
 
-def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+def test_the_metrics_are_whole_at_every_moment(
+    telling_env: dict[str, str], lnd: Lnd, prom: Path
+) -> None:
     """The file is replaced, never written in place: who reads all the time always reads a whole
     one.
     """
@@ -349,7 +351,7 @@ def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, pr
                 faults.append(error)
                 return
 
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
         reader = threading.Thread(target=read)
         reader.start()
@@ -376,13 +378,13 @@ def test_the_metrics_are_whole_at_every_moment(env: dict[str, str], lnd: Lnd, pr
 
 
 def test_the_metrics_are_not_written_again_for_nothing(
-    env: dict[str, str], lnd: Lnd, prom: Path
+    telling_env: dict[str, str], lnd: Lnd, prom: Path
 ) -> None:
     """As long as nothing changes the file stays the same, look after look: flash memory wears
     out.
     """
     lnd.write()
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
         before = prom.stat()
         daemon.wait_for_looks(5)
@@ -392,7 +394,7 @@ def test_the_metrics_are_not_written_again_for_nothing(
 
 
 def test_a_link_in_the_place_of_the_metrics_is_not_followed(
-    env: dict[str, str], lnd: Lnd, prom: Path
+    telling_env: dict[str, str], lnd: Lnd, prom: Path
 ) -> None:
     """Who may write beside METRICS_FILE cannot lead the program to write elsewhere, as into LND's
     directory.
@@ -400,18 +402,20 @@ def test_a_link_in_the_place_of_the_metrics_is_not_followed(
     elsewhere = lnd.directory / "elsewhere"
     prom.with_name(f".{prom.name}.partial").symlink_to(elsewhere)
     lnd.write()
-    assert run_script(env, "once").returncode == 0
+    assert run_script(telling_env, "once").returncode == 0
     assert not elsewhere.exists()
     assert metrics(prom)["staged"] == 0
     assert not prom.is_symlink()
 
 
-def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+def test_a_directory_of_metrics_that_vanishes(
+    telling_env: dict[str, str], lnd: Lnd, prom: Path
+) -> None:
     """When the metrics cannot be written it is said once, the backup goes on, and so do they when
     it is there again.
     """
     lnd.write()
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
         prom.parent.rename(prom.parent.with_name("gone"))  # in one step: a report may be under way
         daemon.wait_for_stored(lnd.write(5))
@@ -427,12 +431,14 @@ def test_a_directory_of_metrics_that_vanishes(env: dict[str, str], lnd: Lnd, pro
         assert daemon.stop() == 0
 
 
-def test_metrics_that_somebody_removed_come_back(env: dict[str, str], lnd: Lnd, prom: Path) -> None:
+def test_metrics_that_somebody_removed_come_back(
+    telling_env: dict[str, str], lnd: Lnd, prom: Path
+) -> None:
     """A metrics file that is gone, as from a directory in memory, is written again without a change
     of state.
     """
     lnd.write()
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         wait_for_status(daemon, STORED + "0 staged")
         prom.unlink()
         wait_for_reports(daemon)
@@ -440,38 +446,40 @@ def test_metrics_that_somebody_removed_come_back(env: dict[str, str], lnd: Lnd, 
 
 
 def test_the_hint_for_a_missing_directory_of_metrics_mends_it(
-    env: dict[str, str], lnd: Lnd, tmp_path: Path
+    telling_env: dict[str, str], lnd: Lnd, tmp_path: Path
 ) -> None:
     """The command in the hint makes what is missing, and not a directory in place of the file."""
     lnd.write()
-    env["METRICS_FILE"] = str(tmp_path / "no such" / "lnd.prom")
-    done = run_script(env, "once")
+    telling_env["METRICS_FILE"] = str(tmp_path / "no such" / "lnd.prom")
+    done = run_script(telling_env, "once")
     assert done.returncode == 78
     hint = re.search(r"hint: run: (?:sudo )?(.*)", done.stderr)
     assert hint
     subprocess.run(shlex.split(hint[1]), check=True)
-    done = run_script(env, "once")
+    done = run_script(telling_env, "once")
     assert (done.returncode, metrics(tmp_path / "no such" / "lnd.prom")["staged"]) == (0, 0)
     assert "cannot" not in done.stderr
 
 
-def test_a_directory_in_place_of_the_metrics(env: dict[str, str], lnd: Lnd, tmp_path: Path) -> None:
+def test_a_directory_in_place_of_the_metrics(
+    telling_env: dict[str, str], lnd: Lnd, tmp_path: Path
+) -> None:
     """A METRICS_FILE that is a directory is wrong configuration."""
     lnd.write()
-    done = run_script(env | {"METRICS_FILE": str(tmp_path)}, "once")
+    done = run_script(telling_env | {"METRICS_FILE": str(tmp_path)}, "once")
     assert done.returncode == 78
     assert "METRICS_FILE" in done.stderr
 
 
 @pytest.mark.parametrize("place", ["", "chan-backup-archives", "data/below"])
-def test_no_metrics_in_lnds_directory(env: dict[str, str], lnd: Lnd, place: str) -> None:
+def test_no_metrics_in_lnds_directory(telling_env: dict[str, str], lnd: Lnd, place: str) -> None:
     """A METRICS_FILE in or below LND's directory is wrong configuration, and nothing is written
     there.
     """
     lnd.write()
     (lnd.directory / place).mkdir(parents=True, exist_ok=True)
     before = lnd.fingerprint()
-    done = run_script(env | {"METRICS_FILE": str(lnd.directory / place / "lnd.prom")})
+    done = run_script(telling_env | {"METRICS_FILE": str(lnd.directory / place / "lnd.prom")})
     assert done.returncode == 78
     assert "METRICS_FILE" in done.stderr
     assert lnd.fingerprint() == before
@@ -553,12 +561,12 @@ def test_the_heartbeat_goes_through_the_proxy(
 
 
 def test_a_heartbeat_that_hangs_delays_nothing(
-    beating: dict[str, str], lnd: Lnd, beat: FakeS3, hurried: Callable[..., None]
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
     """While the heartbeat is accepted and never answered, versions are captured and stored, and it
     stops as ever.
     """
-    hurried(TELLING_SECONDS=1000.0)
+    impatient(TELLING_SECONDS=1000.0)
     beat.hold()
     lnd.write()
     with Daemon(beating | {"SHUTDOWN_GRACE_SECONDS": "1000"}) as daemon:
@@ -628,12 +636,12 @@ def test_a_heartbeat_that_nobody_listens_to_is_told(beating: dict[str, str], lnd
 
 
 def test_a_lasting_trouble_alarms_once(
-    beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3, hurried: Callable[..., None]
+    beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
     """A trouble that lasts is sent to URL/fail with its reason, once; a success follows without a
     new version.
     """
-    hurried(ALARM_SECONDS=0.5)
+    impatient(ALARM_SECONDS=0.5)
     beating["HEARTBEAT_URL"] += "?rid=7"
     version = lnd.write()
     with Daemon(beating) as daemon:
@@ -669,10 +677,10 @@ def test_a_lasting_trouble_alarms_once(
 
 
 def test_an_alarm_that_cannot_be_sent_is_sent_later(
-    beating: dict[str, str], beat: FakeS3, hurried: Callable[..., None]
+    beating: dict[str, str], beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
     """An alarm that the heartbeat's service refuses is tried again until it takes it."""
-    hurried(ALARM_SECONDS=0.0)
+    impatient(ALARM_SECONDS=0.0)
     beat.set_default(answers.INTERNAL_ERROR, "POST")
     with Daemon(beating) as daemon:
         beat.wait_for_requests(3, method="POST")
@@ -704,7 +712,7 @@ def test_once_sends_a_heartbeat(
 
 
 def test_a_heartbeat_without_a_refresh_is_warned_of(
-    beating: dict[str, str], env: dict[str, str], lnd: Lnd
+    beating: dict[str, str], telling_env: dict[str, str], lnd: Lnd
 ) -> None:
     """REFRESH_SECONDS=0 makes a quiet node look dead to the heartbeat; alone, each of the two is no
     matter.
@@ -712,7 +720,7 @@ def test_a_heartbeat_without_a_refresh_is_warned_of(
     lnd.write()
     for settings, expected in (
         (beating | {"REFRESH_SECONDS": "0"}, True),
-        (env | {"REFRESH_SECONDS": "0"}, False),
+        (telling_env | {"REFRESH_SECONDS": "0"}, False),
         (beating, False),
     ):
         with Daemon(settings) as daemon:
@@ -735,13 +743,15 @@ def test_a_heartbeat_without_a_refresh_is_warned_of(
         "http://{}\xe9",
     ],
 )
-def test_a_heartbeat_must_be_http(env: dict[str, str], lnd: Lnd, url: str) -> None:
+def test_a_heartbeat_must_be_http(telling_env: dict[str, str], lnd: Lnd, url: str) -> None:
     """Any other URL is wrong configuration, and the message names the variable and not the URL."""
     lnd.write()
-    done = run_script(env | {"HEARTBEAT_URL": url.format(f"127.0.0.1{SECRET_PATH}")}, "once")
+    done = run_script(
+        telling_env | {"HEARTBEAT_URL": url.format(f"127.0.0.1{SECRET_PATH}")}, "once"
+    )
     assert done.returncode == 78
     assert "HEARTBEAT_URL" in done.stderr
-    assert "127.0.0.1" not in done.stderr.replace(env["AWS_ENDPOINT_URL_S3"], "")
+    assert "127.0.0.1" not in done.stderr.replace(telling_env["AWS_ENDPOINT_URL_S3"], "")
     assert not re.search("top-secret|word@", done.stderr)
 
 
@@ -819,10 +829,10 @@ def test_a_heartbeat_works_again_only_when_it_did(
 
 
 def test_a_heartbeat_that_drips_stops_no_upload(
-    beating: dict[str, str], lnd: Lnd, hurried: Callable[..., None]
+    beating: dict[str, str], lnd: Lnd, impatient: Callable[..., None]
 ) -> None:
     """However many heartbeats hang, answered by a byte now and then, versions are sent."""
-    hurried(TELLING_SECONDS=0.25, THREADS_MAX=2)
+    impatient(TELLING_SECONDS=0.25, THREADS_MAX=2)
     ended = threading.Event()
     dripping = threading.Semaphore(0)
 
@@ -856,13 +866,13 @@ def test_a_heartbeat_that_drips_stops_no_upload(
 
 
 def test_a_staging_directory_that_cannot_be_listed_is_no_fault_of_the_heartbeat(
-    beating: dict[str, str], lnd: Lnd, beat: FakeS3, tmp_path: Path, hurried: Callable[..., None]
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, tmp_path: Path, impatient: Callable[..., None]
 ) -> None:
     """What cannot be listed is named for what it is; the heartbeat hears nothing good until it can
     be.
     """
     broken = tmp_path / "broken"
-    hurried(unlistable_while(broken))
+    impatient(unlistable_while(broken))
     lnd.write()
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")
@@ -879,10 +889,10 @@ def test_a_staging_directory_that_cannot_be_listed_is_no_fault_of_the_heartbeat(
 
 
 def test_a_staged_version_that_can_be_read_again(
-    beating: dict[str, str], lnd: Lnd, staging: Path, beat: FakeS3, hurried: Callable[..., None]
+    beating: dict[str, str], lnd: Lnd, staging: Path, beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
     """When a staged version that could not be read is stored at last, nothing is wrong any more."""
-    hurried(ORDINARY)
+    impatient(ORDINARY)
     lnd.write()
     data = channel_backup(3)
     left = staging / f"20260101T000000.000000Z-{hashlib.sha256(data).hexdigest()[-6:]}"
@@ -896,37 +906,34 @@ def test_a_staged_version_that_can_be_read_again(
         beat.wait_for_requests(1, method="GET")
 
 
-# --- What this user can read beside the file ---
+# --- What the user that runs it could read ---
 
 
 @pytest.mark.parametrize("name", ["admin.macaroon", "wallet.db"])
 def test_a_secret_of_lnd_that_can_be_read_is_warned_of(
-    env: dict[str, str], lnd: Lnd, name: str
+    telling_env: dict[str, str], lnd: Lnd, name: str
 ) -> None:
     """When the user that runs it could read LND's secrets, which it need not, the start says so."""
     lnd.write()
     (lnd.directory / name).write_bytes(b"secret of LND\n")
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         assert re.search(rf"warning: .*can read {lnd.directory / name}: ", daemon.log)
 
 
 def test_no_warning_of_secrets_that_cannot_be_read(
-    env: dict[str, str], lnd: Lnd, hurried: Callable[..., None]
+    telling_env: dict[str, str], lnd: Lnd, impatient: Callable[..., None]
 ) -> None:
     """Where the secrets are not there, or may not be read, nothing is said of them."""
     lnd.write()
-    with Daemon(env) as daemon:
+    with Daemon(telling_env) as daemon:
         assert "can read" not in daemon.log
     lnd.leave_decoys()
     for name in ("admin.macaroon", "wallet.db"):
         (lnd.directory / name).chmod(0)
-    hurried(ORDINARY)
-    with Daemon(env) as daemon:
+    impatient(ORDINARY)
+    with Daemon(telling_env) as daemon:
         assert "can read" not in daemon.log
         daemon.wait_for_stored(lnd.written[-1])
-
-
-# --- The request of a heartbeat ---
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""The unit files as systemd reads them, what `make install` makes of them in a package, and the
-lnd-backup command.
+"""What `make install` makes of the files in a package.
 
 Nothing outside the temporary directory is touched: every installation here has a DESTDIR. The same
 on a systemd that runs: `make test-systemd`.
@@ -7,64 +6,32 @@ on a systemd that runs: `make test-systemd`.
 
 from __future__ import annotations
 
-import configparser
-import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from kit import CHECKOUT, NOBODY, SCRIPT, run_script
+from shared import run_command, section
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import subprocess
+    from collections.abc import Iterator
 
-    Wrapper = Callable[..., subprocess.CompletedProcess[str]]
+# The first test waits for an installation that all others share.
+pytestmark = pytest.mark.timeout(170)
 
 UNIT = CHECKOUT / "lnd-backup.service"
-CHECK_UNIT = CHECKOUT / "systemd/lnd-backup-check@.service"
-EXPOSURE_MAX = "12"  # ten times the score
 SETTINGS = "etc/default/lnd-backup-env"
 HOME = "opt/lnd-backup"
 UNITS = "etc/systemd/system"
-
-needs_systemd_analyze = pytest.mark.skipif(
-    not shutil.which("systemd-analyze"), reason="needs systemd-analyze (Debian: systemd)"
-)
-
-
-def run(
-    *command: str | Path,
-    env: dict[str, str] | None = None,
-    cwd: Path | None = None,
-    user: int | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run a command with nothing of the caller's environment."""
-    minimum = {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": "/nonexistent",
-    }
-    return subprocess.run(
-        command,
-        env=minimum | {"LANG": "C.UTF-8"} | (env or {}),
-        cwd=cwd,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=150,
-    )
 
 
 def system_python() -> str | None:
@@ -73,223 +40,15 @@ def system_python() -> str | None:
     for name in ("python3", "python3.13", "python3.12", "python3.11"):
         for directory in ("/usr/bin", "/usr/local/bin"):
             python = f"{directory}/{name}"
-            if os.path.exists(python) and run(python, "-I", "-c", code).returncode == 0:
+            if os.path.exists(python) and run_command(python, "-I", "-c", code).returncode == 0:
                 return python
     return None
 
 
-pytestmark = pytest.mark.timeout(
-    170
-)  # the first test waits for an installation that all others share
 PYTHON = system_python() or ""
 needs_python = pytest.mark.skipif(
     not PYTHON, reason="needs a Python 3.11 with venv in /usr (Debian: python3-venv)"
 )
-
-
-# --- the units ---
-
-
-def section(unit: Path, name: str) -> dict[str, str]:
-    """Return the last value of each key in a section of a unit file."""
-    parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
-    parser.read(unit, encoding="utf-8")
-    return dict(parser[name])
-
-
-def seconds(value: str) -> float:
-    """Return a time span of a unit file in seconds."""
-    spans = re.findall(r"([0-9]+) ?([a-z]*)", value)
-    return sum(
-        float(number) * {"": 1, "s": 1, "min": 60, "h": 3600}[unit] for number, unit in spans
-    )
-
-
-def default_of(setting: str) -> float:
-    """Return the default of a setting, as the example tells it."""
-    example = (CHECKOUT / "lnd-backup-env.example").read_text(encoding="utf-8")
-    found = re.search(rf"^#?{setting}=(\S+)$", example, re.MULTILINE)
-    assert found
-    return float(found[1])
-
-
-def test_the_times_of_the_unit_fit_each_other_and_the_program() -> None:
-    """A stop outlasts the grace, the watchdog two looks, and the start limit is reached and left
-    behind again.
-    """
-    unit, service = section(UNIT, "Unit"), section(UNIT, "Service")
-    assert seconds(service["TimeoutStopSec"]) > default_of("SHUTDOWN_GRACE_SECONDS") + 1
-    assert seconds(service["WatchdogSec"]) > 2 * default_of("RESCAN_SECONDS")
-    assert seconds(service["TimeoutStartSec"]) > seconds(service["RestartSec"])
-    window, tries = seconds(unit["StartLimitIntervalSec"]), int(unit["StartLimitBurst"])
-    assert tries * seconds(service["RestartSec"]) < window, (
-        "the start limit is never reached: no alert"
-    )
-    steps = section(CHECKOUT / "systemd/restart-steps.conf", "Service")
-    growth = seconds(steps["RestartMaxDelaySec"]) / seconds(service["RestartSec"])
-    delays = [
-        seconds(service["RestartSec"]) * growth ** (n / int(steps["RestartSteps"]))
-        for n in range(tries)
-    ]
-    assert sum(delays) < window / 2, (
-        "with growing delays the start limit is hardly reached: no alert"
-    )
-    minutes = re.fullmatch(
-        r"\*:0/([0-9]+)", section(CHECKOUT / "systemd/lnd-backup.timer", "Timer")["OnCalendar"]
-    )
-    assert minutes
-    assert int(minutes[1]) * 60 > window, "two ticks in one window of the start limit"
-
-
-def test_the_unit_outlives_lnd_and_is_ready_without_it() -> None:
-    """The unit is ordered before LND alone, and waits for no network."""
-    unit = section(UNIT, "Unit")
-    assert unit["Before"] == "lnd.service"
-    assert "online" not in unit["After"]
-    assert "lnd" not in unit["After"]
-    assert section(UNIT, "Service")["Type"] == "notify"
-
-
-def test_the_template_is_the_unit() -> None:
-    """An instance shares every line with the plain service, and differs by its name alone."""
-    for template, plain in (
-        ("lnd-backup@.service", UNIT),
-        ("lnd-backup@.timer", CHECKOUT / "systemd/lnd-backup.timer"),
-    ):
-        assert (CHECKOUT / "systemd" / template).resolve() == plain
-    text = UNIT.read_text(encoding="utf-8")
-    for name in (
-        "EnvironmentFile=/etc/default/%N-env",
-        "StateDirectory=%N",
-        "RuntimeDirectory=%N",
-        "Wants=%N.timer",
-        "Wants=lnd-backup-check@%N.timer",
-    ):
-        assert f"\n{name}\n" in text
-
-
-@pytest.fixture(scope="session")
-def runnable_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the unit files, whose programs are there and can be executed."""
-    directory = tmp_path_factory.mktemp("units")
-    current = directory / "current"
-    (current / "venv/bin").mkdir(parents=True)
-    for program in (
-        "venv/bin/python",
-        "s3_backup_lnd_channels.py",
-        "remount-if-replaced",
-        "check-twice",
-        "alert.py",
-    ):
-        (current / program).symlink_to("/bin/true")
-    sources = [
-        UNIT,
-        *(CHECKOUT / "systemd").glob("*.service"),
-        *(CHECKOUT / "systemd").glob("*.timer"),
-    ]
-    for source in sources:
-        text = source.read_text(encoding="utf-8").replace("/opt/lnd-backup/current", str(current))
-        (directory / source.name).write_text(text, encoding="utf-8")
-        if "@." in source.name:
-            (directory / source.name.replace("@.", "@alice.")).symlink_to(source.name)
-    return directory
-
-
-@needs_systemd_analyze
-def test_systemd_has_nothing_to_say_of_the_units(runnable_units: Path) -> None:
-    """`systemd-analyze verify` prints nothing: it exits 0 on keys and values that it does not
-    know.
-    """
-    units = [
-        path
-        for path in runnable_units.iterdir()
-        if path.suffix in {".service", ".timer"} and "@." not in path.name
-    ]
-    assert len(units) == 10
-    told = run(
-        "systemd-analyze",
-        "verify",
-        "--man=no",
-        *units,
-        env={"SYSTEMD_UNIT_PATH": f"{runnable_units}:"},
-    )
-    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
-
-
-def test_the_check_is_hardened_like_the_service_and_writes_nothing() -> None:
-    """Every restriction of the service's stands in the unit of its check, which may not even write
-    the staging directory; its alert hears of both ends, and 75 is no failure.
-    """
-    service, check = section(UNIT, "Service"), section(CHECK_UNIT, "Service")
-    own = {
-        "Type", "NotifyAccess", "ExecStart", "Environment", "EnvironmentFile", "StateDirectory",
-        "StateDirectoryMode", "RuntimeDirectory", "RuntimeDirectoryMode", "SyslogIdentifier",
-        "Restart", "RestartSec", "RestartPreventExitStatus", "WatchdogSec", "TimeoutStartSec",
-        "TimeoutStopSec", "NoExecPaths",
-    }  # fmt: skip
-    shared = set(service) - own
-    assert len(shared) > 35
-    assert {name: check.get(name) for name in shared} == {name: service[name] for name in shared}
-    assert check["EnvironmentFile"] == service["EnvironmentFile"].replace("%N", "%i")
-    assert "StateDirectory" not in check
-    assert check["NoExecPaths"] == "/"
-    text = CHECK_UNIT.read_text(encoding="utf-8")
-    for line in re.findall(
-        r"^(?:SystemCallFilter|Environment=AWS)\S*.*$", UNIT.read_text(), re.MULTILINE
-    ):
-        assert f"\n{line}\n" in text
-    assert "75" in check["SuccessExitStatus"].split()
-    unit = section(CHECK_UNIT, "Unit")
-    assert unit["OnFailure"] == unit["OnSuccess"] == section(UNIT, "Unit")["OnFailure"]
-
-
-def test_the_times_of_the_check_fit() -> None:
-    """It runs hourly, at a random time, not right after the start; two checks of a minute and the
-    wait between them fit into its time, and its alert into its own.
-    """
-    timer = section(CHECKOUT / "systemd/lnd-backup-check@.timer", "Timer")
-    assert seconds(timer["OnUnitInactiveSec"]) == 3600
-    assert seconds(timer["OnActiveSec"]) > 10 * 60, "until then a version may wait"
-    assert seconds(timer["RandomizedDelaySec"]) >= 300
-    again = re.search(r"^Environment=AGAIN_SECONDS=(\d+)$", CHECK_UNIT.read_text(), re.MULTILINE)
-    assert again
-    assert seconds(section(CHECK_UNIT, "Service")["TimeoutStartSec"]) > 2 * 60 + int(again[1])
-    alert = section(CHECKOUT / "systemd/lnd-backup-alert@.service", "Service")
-    assert seconds(alert["TimeoutStartSec"]) > 5 * alert_module().PATIENCE_SECONDS
-
-
-@needs_systemd_analyze
-@pytest.mark.parametrize("drop_in", ["", "lnd-directory.conf"])
-def test_the_exposure_is_low(drop_in: str, runnable_units: Path, tmp_path: Path) -> None:
-    """The score of `systemd-analyze security` is 1.2 or better, with the shipped drop-in too."""
-    unit = tmp_path / UNIT.name
-    shutil.copy(runnable_units / UNIT.name, unit)
-    if drop_in:
-        (tmp_path / "lnd-backup.service.d").mkdir()
-        shutil.copy(CHECKOUT / "systemd" / drop_in, tmp_path / "lnd-backup.service.d")
-    told = run(
-        "systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_MAX}",
-        "--no-pager", unit, runnable_units / "lnd-backup-check@alice.service",
-        env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
-    )  # fmt: skip
-    assert told.returncode == 0, told.stdout[-2000:] + told.stderr
-    assert re.search(r"Overall exposure level for lnd-backup.service: [01]\.[0-9]", told.stdout)
-
-
-def test_every_restriction_is_there() -> None:
-    """Lines that protect and do not count in the score stay."""
-    service = section(UNIT, "Service")
-    for name, value in {
-        "NoExecPaths": "/ %S/%N",
-        "ExecPaths": "/usr",
-        "LimitCORE": "0",
-        "UMask": "0077",
-    }.items():
-        assert service[name] == value
-
-
-# --- the installer ---
 
 
 class Package:
@@ -331,7 +90,7 @@ class Package:
         assert root or user, "this would install on the machine that runs the tests"
         destination = [f"DESTDIR={root}"] if root else []
         default = [] if any(each.startswith("PYTHON=") for each in given) else [f"PYTHON={PYTHON}"]
-        return run(
+        return run_command(
             "make", verb, *destination, *default, *given, env=env, cwd=self.checkout, user=user
         )
 
@@ -375,7 +134,7 @@ def build_and_install(shared: Path) -> None:
             done.stdout.replace(str(directory), str(shared)), encoding="utf-8"
         )
         (shared / "place").write_text(str(directory), encoding="utf-8")
-    assert run(PYTHON, "-I", "-m", "venv", shared / "venv").returncode == 0
+    assert run_command(PYTHON, "-I", "-m", "venv", shared / "venv").returncode == 0
     (shared / "python").write_text(
         f"""#!/bin/sh
 [ "$2 $3" = "-m venv" ] || exec {PYTHON} "$@"
@@ -477,7 +236,7 @@ class TestInstall:
             "the figures on memory are those of compiled byte code"
         )
         for started in (arguments, ["-I", str(root / HOME / "current" / SCRIPT.name)]):
-            version = run(root / interpreter.removeprefix("/"), *started, "--version")
+            version = run_command(root / interpreter.removeprefix("/"), *started, "--version")
             assert version.returncode == 0, version.stderr
         for path in (UNIT, CHECKOUT / "systemd/lnd-backup.timer"):
             assert (root / UNITS / path.name).read_bytes() == path.read_bytes()
@@ -679,7 +438,7 @@ class TestRefusals:
     ) -> None:
         """What merely is in the environment is neither taken nor refused."""
         env = {"AWS_SECRET_ACCESS_KEY": "abc", "S3_BUCKET_NAME": "other", "PIP_NO_INDEX": "1"}
-        done = run(
+        done = run_command(
             "make", "install", f"DESTDIR={root}", f"PYTHON={PYTHON}", env=env, cwd=released.checkout
         )
         assert done.returncode == 0, done.stderr
@@ -914,7 +673,7 @@ class TestCopyDirectory:
             text = re.sub("(?m)^#?COPY_DIRECTORY=.*$", "#COPY_DIRECTORY=", text)
             text = re.sub("(?m)^MONITOR_FILE_PATH=.*$", f"MONITOR_FILE_PATH={watched}/x", text)
             (root / SETTINGS).write_text(text, encoding="utf-8")
-            done = run(
+            done = run_command(
                 "unshare", "--mount", "sh", "-euc",
                 'mount -t tmpfs none "$1"; mkdir "$1/copies"; '
                 'make install DESTDIR="$2" PYTHON="$3" COPY_DIRECTORY="$1/copies"',
@@ -985,515 +744,6 @@ def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> 
         assert not check.parent.exists()
 
 
-# --- the lnd-backup command ---
-
-
-@pytest.fixture
-def wrapper(tmp_path: Path) -> Wrapper:
-    """Return what runs the wrapper on a machine that is made up: each program it starts prints what
-    it was given.
-    """
-    places = {
-        "/opt/lnd-backup/current": tmp_path / "opt",
-        "/etc/default": tmp_path,
-        "/etc/credstore": tmp_path,
-    }
-    text = (CHECKOUT / "systemd/lnd-backup").read_text(encoding="utf-8")
-    for place, instead in places.items():
-        assert place in text
-        text = text.replace(place, str(instead))
-    command = tmp_path / "lnd-backup"
-    programs = tmp_path / "bin"
-    python = tmp_path / "opt/venv/bin/python"
-    for path in (programs, python.parent):
-        path.mkdir(parents=True)
-    stubs = {
-        command: text,
-        programs / "id": "#!/bin/sh\necho ${TEST_UID-0}\n",
-        programs / "uname": "#!/bin/sh\necho box\n",
-        programs / "journalctl": '#!/bin/sh\n[ "$1" = --sync ] || echo "its log"\n',
-        programs / "systemctl": """#!/bin/sh
-case "$*" in
-*ProtectHome*) echo tmpfs ;;
-start*) exit "${TEST_START-0}" ;;
-esac
-""",
-        programs / "systemd-run": '#!/bin/sh\necho systemd-run\nprintf "%s\\n" "$@"\nexit 75\n',
-        python: """#!/bin/sh
-[ "$3" != --version ] || { echo "s3_backup_lnd_channels.py 0.1.0"; exit; }
-echo python
-printf "%s\\n" "$@"
-env | grep ^AWS_ | sort
-exit 78
-""",
-        tmp_path / "opt/s3_backup_lnd_channels.py": "the program\n",
-    }
-    for path, content in stubs.items():
-        path.write_text(content, encoding="utf-8")
-        path.chmod(0o755)
-    for name in ("lnd-backup-env", "lnd-backup@alice-env"):
-        (tmp_path / name).write_text("S3_BUCKET_NAME=b\n", encoding="utf-8")
-
-    def run_wrapper(
-        *args: str, env: dict[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        return run(command, *args, env={"PATH": f"{programs}:/usr/bin:/bin"} | (env or {}))
-
-    return run_wrapper
-
-
-def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """Return what was printed."""
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("command", ["once", "check"])
-def test_once_and_check_run_as_the_service(command: str, wrapper: Wrapper, tmp_path: Path) -> None:
-    """They run as the service's user with its settings and mounts, and their exit code is handed
-    on.
-    """
-    done = wrapper(command, "--json")
-    told = lines_of(done)
-    assert done.returncode == 75
-    assert told[0] == "systemd-run"
-    for each in (
-        "User=lnd-backup",
-        f"EnvironmentFile={tmp_path}/lnd-backup-env",
-        "ProtectHome=tmpfs",
-        "UMask=0077",
-    ):
-        assert f"--property={each}" in told
-    assert told[-5:] == [
-        f"{tmp_path}/opt/venv/bin/python",
-        "-I",
-        f"{tmp_path}/opt/s3_backup_lnd_channels.py",
-        command,
-        "--json",
-    ]
-    assert not any("LoadCredential" in line for line in told)
-
-
-def test_stored_keys_reach_the_command_as_a_credential(wrapper: Wrapper, tmp_path: Path) -> None:
-    """The key in the credential store is handed over as the service gets it."""
-    (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
-    told = lines_of(wrapper("check"))
-    assert f"--property=LoadCredential=aws-credentials:{tmp_path}/aws-credentials" in told
-    assert any(
-        line.startswith("--property=Environment=AWS_SHARED_CREDENTIALS_FILE=/run/credentials/")
-        for line in told
-    )
-
-
-def test_another_node_has_other_settings(wrapper: Wrapper, tmp_path: Path) -> None:
-    """@NODE names the instance, for both kinds of commands; one without settings is refused."""
-    told = lines_of(wrapper("@alice", "check"))
-    assert f"--property=EnvironmentFile={tmp_path}/lnd-backup@alice-env" in told
-    assert "--property=StateDirectory=lnd-backup@alice" in told
-    assert f"{tmp_path}/lnd-backup@alice-env" in lines_of(wrapper("@alice", "list"))
-    assert wrapper("@bob", "once").returncode == 78
-
-
-def test_list_and_restore_run_as_the_caller(wrapper: Wrapper, tmp_path: Path) -> None:
-    """They are started directly, with the service's settings, its stored keys, and the exit code
-    handed on.
-    """
-    (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
-    done = wrapper("restore", "--output", "a b")
-    assert done.returncode == 78
-    assert lines_of(done) == [
-        "python",
-        "-I",
-        f"{tmp_path}/opt/s3_backup_lnd_channels.py",
-        "--env-file",
-        f"{tmp_path}/lnd-backup-env",
-        "restore",
-        "--output",
-        "a b",
-        f"AWS_SHARED_CREDENTIALS_FILE={tmp_path}/aws-credentials",
-    ]
-
-
-def test_credentials_of_the_caller_stand_alone(wrapper: Wrapper, tmp_path: Path) -> None:
-    """Who names a profile or a key gets nothing of the service's key: an empty variable keeps the
-    file's out.
-    """
-    (tmp_path / "aws-credentials").write_text("", encoding="utf-8")
-    told = lines_of(wrapper("list", env={"AWS_PROFILE": "reader's"}))
-    assert [line for line in told if line.startswith("AWS_")] == [
-        "AWS_ACCESS_KEY_ID=",
-        "AWS_PROFILE=reader's",
-        "AWS_SECRET_ACCESS_KEY=",
-        "AWS_SESSION_TOKEN=",
-        "AWS_SHARED_CREDENTIALS_FILE=",
-    ]
-
-
-def test_settings_of_the_caller_stand_alone(wrapper: Wrapper, tmp_path: Path) -> None:
-    """With an --env-file of the caller's the service's is left out; once and check refuse it."""
-    told = lines_of(wrapper("--env-file", "mine", "list"))
-    assert told[3:] == ["--env-file", "mine", "list"]
-    assert str(tmp_path / "lnd-backup-env") not in told
-    assert wrapper("--env-file=mine", "check").returncode == 2
-
-
-def test_what_the_wrapper_refuses(wrapper: Wrapper) -> None:
-    """Not as an ordinary user, not the daemon, not without a command; help needs nobody."""
-    refused = wrapper("check", env={"TEST_UID": "1000"})
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert "sudo lnd-backup check" in refused.stderr
-    for args in (["run"], [], ["--env-file", "mine"]):
-        done = wrapper(*args)
-        assert (done.returncode, done.stdout) == (2, "")
-    assert lines_of(wrapper("--help"))[-1] == "--help"
-    for command in ("card", "test-alert"):
-        refused = wrapper(command, env={"TEST_UID": "1000"})
-        assert (refused.returncode, refused.stdout) == (1, "")
-        assert f"sudo lnd-backup {command}" in refused.stderr
-
-
-def test_the_card_is_that_of_the_recovery_page_and_holds_no_secret(
-    wrapper: Wrapper, tmp_path: Path
-) -> None:
-    """Line by line it is the card of docs/recovery.md, filled in with what the settings hold."""
-    secret = "wJalrXUtnFEMI"
-    (tmp_path / "lnd-backup@alice-env").write_text(
-        "S3_BUCKET_NAME=old\nS3_BUCKET_NAME=my-bucket\nS3_BACKUP_PREFIX='node 1/'\n"
-        f"AWS_ENDPOINT_URL_S3=https://me:{secret}@s3.example.org\nAWS_REGION=eu-central-1\n"
-        f"AWS_ACCESS_KEY_ID=AKIA{secret}\nAWS_SECRET_ACCESS_KEY={secret}\n"
-        f"HEARTBEAT_URL=https://hc.example.org/{secret}\n",
-        encoding="utf-8",
-    )
-    done = wrapper("@alice", "card")
-    assert done.returncode == 0, done.stderr
-    card = done.stdout
-    assert secret not in card
-    for line in (
-        "node (name, public key)  box, alice, " + "_" * 51,
-        "bucket   my-bucket",
-        "prefix   node 1/",
-        "endpoint https://s3.example.org",
-        "region   eu-central-1",
-    ):
-        assert f"{line}\n" in card
-    assert re.search("version  0.1.0  from", card)
-    assert hashlib.sha256(b"the program\n").hexdigest() in card
-    page = (CHECKOUT / "docs/recovery.md").read_text(encoding="utf-8")
-    blank = page.partition("## Recovery card")[2].split("```")[1].removeprefix("text\n")
-    labels = re.split("_{3,}|\n", blank)
-    assert len(labels) > 15
-    for name in map(str.strip, labels):
-        assert name in card, name
-    aws = wrapper("card").stdout
-    assert "endpoint AWS\n" in aws
-    assert "node (name, public key)  box, ___" in aws
-
-
-def test_a_test_alert_says_how_it_went(wrapper: Wrapper) -> None:
-    """What the alert printed is shown, and its failure handed on."""
-    done = wrapper("test-alert")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "its log\n")
-    failed = wrapper("@alice", "test-alert", env={"TEST_START": "1"})
-    assert (failed.returncode, failed.stderr) == (1, "its log\n")
-
-
-# --- what the check says, and who hears of it ---
-
-
-def alert_module() -> Any:  # noqa: ANN401 - a script that is no package
-    """Return systemd/alert.py as a module."""
-    spec = importlib.util.spec_from_file_location("alert", CHECKOUT / "systemd/alert.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def check_twice(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return what runs a stand-in for `check` whose exit codes are given, one for each run."""
-    (tmp_path / "check").write_text(
-        """#!/bin/sh
-set -- $(cat "$RUNTIME_DIRECTORY/codes")
-echo "run with $1"
-echo "hint: of $1" >&2
-shift_by=1
-code=$1
-shift $shift_by
-echo "$*" >"$RUNTIME_DIRECTORY/codes"
-exit "$code"
-""",
-        encoding="utf-8",
-    )
-
-    def run_it(*codes: int) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "codes").write_text(" ".join(map(str, codes)), encoding="utf-8")
-        script = CHECKOUT / "systemd/check-twice"
-        env = {"RUNTIME_DIRECTORY": str(tmp_path), "INVOCATION_ID": "abc", "AGAIN_SECONDS": "0"}
-        return run("sh", script, "sh", tmp_path / "check", env=env)
-
-    return run_it
-
-
-@pytest.mark.parametrize(
-    ("codes", "code", "level"),
-    [
-        ((0,), 0, 6),
-        ((75,), 75, 5),
-        ((1, 0), 0, 6),
-        ((1, 75), 75, 5),
-        ((1, 1), 1, 3),
-        ((78, 78), 78, 3),
-    ],
-)
-def test_a_check_that_fails_is_asked_again(
-    codes: tuple[int, ...],
-    code: int,
-    level: int,
-    check_twice: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-) -> None:
-    """Only what fails twice is a failure; the last words are in the journal by their weight, and
-    kept for the alert below the id of the run.
-    """
-    done = check_twice(*codes)
-    assert done.returncode == code
-    assert done.stdout.endswith(f"<{level}>run with {code}\n<{level}>hint: of {code}\n")
-    kept = (tmp_path / "said").read_text(encoding="utf-8")
-    assert kept == f"abc\nrun with {code}\nhint: of {code}\n"
-    assert (tmp_path / "codes").read_text(encoding="utf-8") == "\n", "no more than twice"
-
-
-class Teller:
-    """alert.py with a clock, a mail and a POST that are made up."""
-
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Set up both ways."""
-        self.module, self.monkeypatch, self.directory = alert_module(), monkeypatch, directory
-        self.now, self.state = 1_800_000_000.0, "active"
-        self.mails: list[str] = []
-        self.posts: list[str] = []
-        self.broken: set[str] = set()
-        monkeypatch.setenv("STATE_DIRECTORY", str(directory))
-        monkeypatch.setenv("ALERT_MAIL", "me@example.org")
-        monkeypatch.setenv("ALERT_URL", "https://ntfy.example.org/secret")
-        monkeypatch.setattr(self.module, "SAID", directory)
-        monkeypatch.setattr(self.module, "output", lambda *_: self.state)
-        monkeypatch.setattr(self.module, "send_mail", self.send("ALERT_MAIL", self.mails))
-        monkeypatch.setattr(self.module, "post", self.send("ALERT_URL", self.posts))
-        monkeypatch.setattr("socket.gethostname", lambda: "box")
-
-    def send(self, way: str, into: list[str]) -> Callable[[str, str, str], None]:
-        """Return what keeps the subjects, or fails."""
-
-        def keep(_: str, subject: str, __: str) -> None:
-            if way in self.broken:
-                raise OSError("secret")
-            into.append(subject)
-
-        return keep
-
-    def ended(self, unit: str, status: int | str, *said: str, result: str = "exit-code") -> int:
-        """Let a unit end with this exit code, having said this, and return the alert's own."""
-        result = "success" if status in {0, 75} else result
-        for name, value in {
-            "SERVICE_RESULT": result,
-            "EXIT_STATUS": status,
-            "INVOCATION_ID": "i",
-        }.items():
-            self.monkeypatch.setenv(f"MONITOR_{name}", str(value))
-        if check := re.fullmatch("lnd-backup-check@(.+).service", unit):
-            (self.directory / check[1]).mkdir(exist_ok=True)
-            text = "".join(f"{line}\n" for line in ("i", *said))
-            (self.directory / check[1] / "said").write_text(text, encoding="utf-8")
-        code: int = self.module.main(unit, lambda: self.now)
-        return code
-
-
-CHECK = "lnd-backup-check@lnd-backup.service"
-REFUSED = "NOT BACKED UP: S3 has refused the key since 14:05 (HTTP 403)"
-FINE = "BACKED UP: s3://b/box/x holds these bytes, stored 3 s ago"
-
-
-@pytest.fixture
-def teller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Teller:
-    """Return the teller of this test."""
-    return Teller(tmp_path, monkeypatch)
-
-
-def test_a_failure_is_told_once_a_day_and_its_end_once(teller: Teller) -> None:
-    """The first failed check tells, those of the next day do not, the one after that does; a check
-    that could not ask changes nothing; the first good one tells that it is over.
-    """
-    for _ in range(23):
-        assert teller.ended(CHECK, 1, REFUSED, "hint: make a new key") == 0
-        teller.now += 3600
-    assert teller.mails == teller.posts == [f"box: lnd-backup: {REFUSED}"]
-    assert teller.ended(CHECK, 75, "UNKNOWN: S3 is out of reach") == 0
-    teller.now += 3300  # the timer's delay is random: a little early
-    teller.ended(CHECK, 1, REFUSED)
-    assert teller.mails == teller.posts == [f"box: lnd-backup: {REFUSED}"] * 2
-    for _ in range(2):
-        teller.now += 3600
-        assert teller.ended(CHECK, 0, FINE) == 0
-    again = "box: lnd-backup: BACKED UP again: s3://b/box/x holds these bytes, stored 3 s ago"
-    assert teller.mails == teller.posts == [f"box: lnd-backup: {REFUSED}"] * 2 + [again]
-    teller.now += 3600
-    teller.ended(CHECK, 1, REFUSED)
-    assert len(teller.mails) == len(teller.posts) == 4
-
-
-def test_nobody_hears_of_what_is_well_or_passes(teller: Teller) -> None:
-    """Neither a good check nor one that could not ask is told, however often."""
-    for said, status in ((FINE, 0), ("UNKNOWN: S3 is out of reach", 75)) * 3:
-        assert teller.ended(CHECK, status, said) == 0
-    assert teller.mails == teller.posts == []
-
-
-def test_each_way_is_told_by_itself(teller: Teller, capsys: pytest.CaptureFixture[str]) -> None:
-    """A way that fails is tried again after the next check, the other is not bothered again; so it
-    is with the end. No secret is printed.
-    """
-    teller.broken = {"ALERT_URL"}
-    assert teller.ended(CHECK, 1, REFUSED) == 1
-    teller.broken = set()
-    assert teller.ended(CHECK, 1, REFUSED) == 0
-    assert len(teller.mails) == len(teller.posts) == 1
-    teller.broken = {"ALERT_MAIL"}
-    assert teller.ended(CHECK, 0, FINE) == 1
-    teller.broken = set()
-    assert teller.ended(CHECK, 0, FINE) == 0
-    assert len(teller.mails) == len(teller.posts) == 2
-    printed = capsys.readouterr().out
-    assert "<3>the message could not be sent: ALERT_URL: OSError" in printed
-    assert "secret" not in printed
-    assert f"<2>box: lnd-backup: {REFUSED}" in printed
-
-
-def test_each_node_is_told_of_by_its_name(teller: Teller) -> None:
-    """The check of one node says nothing of another."""
-    teller.ended(CHECK, 1, REFUSED)
-    teller.ended("lnd-backup-check@lnd-backup@alice.service", 1, "NOT BACKED UP: no bucket")
-    teller.ended("lnd-backup-check@lnd-backup@alice.service", 0, FINE)
-    assert [mail.split(": ")[1:3] for mail in teller.mails] == [
-        ["lnd-backup", "NOT BACKED UP"],
-        ["lnd-backup@alice", "NOT BACKED UP"],
-        ["lnd-backup@alice", "BACKED UP again"],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("status", "result", "words"),
-    [
-        (78, "exit-code", "its settings are wrong"),
-        (1, "start-limit-hit", "it failed again and again"),
-        (1, "watchdog", "it did not look at channel.backup for three minutes"),
-        (226, "exit-code", "a directory that a drop-in names is missing"),
-        (1, "exit-code", "it ended with exit code 1"),
-        ("", "exit-code", "it did not start"),
-        ("SEGV", "signal", "it was ended by SEGV"),
-    ],
-)
-def test_a_service_that_stopped_is_told_in_words(
-    status: int | str, result: str, words: str, teller: Teller
-) -> None:
-    """Its failure is told at once, and that it is over only when a check is good and it runs."""
-    teller.ended("lnd-backup.service", status, result=result)
-    told = f"box: lnd-backup has stopped: {words}; new versions of channel.backup are not stored"
-    assert teller.mails == [told]
-    teller.state = "failed"
-    teller.ended(CHECK, 0, FINE)
-    assert teller.mails == [told]
-    teller.state = "active"
-    teller.ended(CHECK, 0, FINE)
-    assert len(teller.mails) == 2
-    assert teller.mails[1].startswith("box: lnd-backup: BACKED UP again: ")
-
-
-@pytest.mark.parametrize(
-    ("said", "sentence"),
-    [
-        (["2026-11-28 14:04:00 using x", "NOT BACKED UP: a"], "NOT BACKED UP: a"),
-        (["2026-11-28 14:05:00 error: cannot store: b", "hint: c", "UNKNOWN: d"], "UNKNOWN: d"),
-        (["NOT BACKED UP: \x1b[2Je"], "NOT BACKED UP: ?[2Je"),
-        (["2026-11-28 14:04:00 using x", "hint: h",
-          "2026-11-28 14:05:00 error: configuration: X=: is not set"],
-         "UNKNOWN: the check could not ask: configuration: X=: is not set"),
-        ([], "UNKNOWN: the check itself could not run: its settings are wrong"),
-    ],
-)  # fmt: skip
-def test_the_sentence_is_what_the_check_said(
-    said: list[str], sentence: str, teller: Teller
-) -> None:
-    """The verdict is the subject; without one it is what went wrong, in one line."""
-    teller.ended(CHECK, 78, *said)
-    assert teller.mails == [f"box: lnd-backup: {sentence}"]
-
-
-def test_what_an_earlier_check_said_counts_no_more(teller: Teller) -> None:
-    """A check that did not come to speak is not told in the words of the one before."""
-    teller.ended(CHECK, 0, FINE)
-    said = teller.directory / "lnd-backup/said"
-    kept = said.read_text(encoding="utf-8").replace("i\n", "another\n", 1)
-    teller.monkeypatch.setattr(teller.module, "what_it_said", teller.module.what_it_said)
-    said.write_text(kept, encoding="utf-8")
-    assert teller.module.what_it_said("lnd-backup", "i") == []
-    assert teller.module.what_it_said("lnd-backup", "another") == [FINE]
-
-
-@pytest.mark.parametrize("kept", ["", "[]", '{"journal": "x"}', '{"journal": null}', "\x00"])
-def test_a_state_that_cannot_be_read_is_none(kept: str, teller: Teller) -> None:
-    """Rather told twice than not at all."""
-    (teller.directory / f"{CHECK}.json").write_text(kept, encoding="utf-8")
-    assert teller.ended(CHECK, 1, REFUSED) == 0
-    assert len(teller.mails) == 1
-
-
-def test_a_clock_that_was_set_back_does_not_silence(teller: Teller) -> None:
-    """A time of telling in the future proves nothing."""
-    teller.ended(CHECK, 1, REFUSED)
-    teller.now -= 400 * 86400
-    teller.ended(CHECK, 1, REFUSED)
-    assert len(teller.mails) == 2
-
-
-def test_a_test_goes_out_by_every_way(
-    teller: Teller, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is sent by each way, and says so; a way that fails, and no way at all, is a failure."""
-    assert teller.module.main("test-alert") == 0
-    assert len(teller.mails) == len(teller.posts) == 1
-    assert "<5>sent: ALERT_MAIL\n<5>sent: ALERT_URL\n" in capsys.readouterr().out
-    assert not list(teller.directory.iterdir()), "it is no incident"
-    teller.broken = {"ALERT_MAIL"}
-    assert teller.module.main("test-alert") == 1
-    monkeypatch.delenv("ALERT_MAIL")
-    monkeypatch.delenv("ALERT_URL")
-    capsys.readouterr()
-    assert teller.module.main("test-alert") == 1
-    assert "hint: sudoedit /etc/default/lnd-backup-alert" in capsys.readouterr().out
-
-
-def test_a_message_is_posted_whole_and_not_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The body is UTF-8, begins with the sentence, and is cut between two characters."""
-    module, bodies = alert_module(), list[bytes]()
-
-    class Opener:
-        def open(self, request: Any, **_: object) -> contextlib.AbstractContextManager[None]:  # noqa: ANN401
-            bodies.append(request.data)
-            return contextlib.nullcontext()
-
-    monkeypatch.setattr("urllib.request.build_opener", lambda *_: Opener())
-    module.post("https://ntfy.example.org/x", "NOT BACKED UP: ü", "ü" * 5000)
-    assert bodies[0].decode().startswith("NOT BACKED UP: ü\n\nüü")
-    assert 3400 < len(bodies[0]) <= 3500
-    with pytest.raises(ValueError, match="not http"):
-        module.post("file:///etc/passwd", "x", "y")
-
-
-# --- the settings ---
-
-
 def test_a_line_that_is_misread_is_named_by_the_program(tmp_path: Path) -> None:
     """The installer leaves the judgement of an environment file to the program: exit 78, and the
     line's number.
@@ -1503,13 +753,3 @@ def test_a_line_that_is_misread_is_named_by_the_program(tmp_path: Path) -> None:
     done = run_script({"RESCAN_SECONDS": "0"}, "--env-file", str(path), "check")
     assert done.returncode == 78
     assert re.search(rf"cannot read --env-file: {path}: line 2$", done.stderr, re.MULTILINE)
-
-
-def test_no_time_is_spent_on_the_network_to_find_faults() -> None:
-    """RESCAN_SECONDS=0 is refused with every other fault of the settings, which the installer
-    lists.
-    """
-    done = run_script({"RESCAN_SECONDS": "0", "S3_BUCKET_NAME": "a b"}, "check")
-    assert done.returncode == 78
-    faults = re.findall(r"configuration: (\w+)=", done.stderr)
-    assert sorted(faults) == ["MONITOR_FILE_PATH", "RESCAN_SECONDS", "S3_BUCKET_NAME"]

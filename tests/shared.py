@@ -1,0 +1,265 @@
+"""What the tests of several files share: times, settings, a scripted S3 that answers step by step,
+and what is expected of a run.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kit import (
+    PATIENCE_SECONDS,
+    VERSION_NAME,
+    Answer,
+    FakeS3,
+    Script,
+    run_script,
+    version_name,
+)
+
+if TYPE_CHECKING:
+    from kit import Daemon, S3Server, Written
+
+Done = subprocess.CompletedProcess[str]
+Session = Callable[..., contextlib.AbstractContextManager["Daemon"]]
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+LARGEST = 16 << 20
+SELDOM = {"RESCAN_SECONDS": "600"}  # only events are left
+OFTEN = {"RESCAN_SECONDS": "0.1"}
+AT_ONCE = {"SHUTDOWN_GRACE_SECONDS": "5", "RESCAN_SECONDS": "0.1"}
+NOWHERE = "http://127.0.0.1:1"  # nobody listens there
+AWAY = {"AWS_ENDPOINT_URL_S3": NOWHERE, "SHUTDOWN_GRACE_SECONDS": "0"}
+TRY_AGAIN, WRONG_CONFIGURATION = 75, 78
+
+
+class SteppedS3(FakeS3):
+    """Answers, and stores, only when it is let."""
+
+    def __init__(self, *scripted: Answer, free: bool = False) -> None:
+        """Script the answers; a free one answers at once."""
+        super().__init__(*scripted)
+        self._permits = threading.Semaphore(0)
+        self._free = free
+
+    def let(self, count: int = 1) -> None:
+        """Give so many answers more."""
+        self._permits.release(count)
+
+    def release(self) -> None:
+        """Answer everything from now on."""
+        self._free = True
+        self._permits.release(1000)
+        super().release()
+
+    def wait_for_leave(self) -> None:
+        """Block until one more answer may be given."""
+        super().wait_for_leave()
+        if not self._free:
+            self._permits.acquire()
+
+    def hashes(self) -> list[str]:
+        """Return the last digits of the SHA-256 of each PUT, in the order of their arrival."""
+        return [request.path[-6:] for request in self.requests if request.method == "PUT"]
+
+
+# --- What is staged ---
+
+
+def staged(staging: Path) -> list[str]:
+    """Return the names of the staged versions, oldest first."""
+    return sorted(entry.name for entry in staging.iterdir() if VERSION_NAME.fullmatch(entry.name))
+
+
+def staged_data(staging: Path) -> list[bytes]:
+    """Return the staged versions, oldest first."""
+    return [path.read_bytes() for path in sorted(staging.glob("2*"))]
+
+
+def wait_until_staged(staging: Path, versions: list[bytes]) -> None:
+    """Wait until these versions are staged, oldest first; the log tells of a capture a moment
+    before.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while staged_data(staging) != versions:
+        assert time.monotonic() < deadline, f"staged: {sorted(staging.iterdir())}"
+        time.sleep(0.01)
+
+
+def leave(directory: Path) -> None:
+    """Let go of the directory, and its lock, as the end of a process does."""
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            target = str(descriptor.readlink())
+            if target == str(directory) or target.startswith(f"{directory}/"):
+                os.close(int(descriptor.name))
+
+
+# --- What is stored ---
+
+
+def put_version(
+    server: S3Server,
+    bucket: str,
+    at: datetime,
+    data: bytes,
+    prefix: str = "alice/",
+    *,
+    name: str = "",
+    metadata: dict[str, str] | None = None,
+) -> str:
+    """Store a version captured at this time, by default under its right name and metadata, and
+    return its key.
+    """
+    key = prefix + (name or version_name(data, at))
+    metadata = {"sha256": hashlib.sha256(data).hexdigest()} if metadata is None else metadata
+    server.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
+    return key
+
+
+def expect_newest_last(daemon: Daemon, newest: Written) -> None:
+    """Expect that the last one put has the newest name, and the bytes that LND wrote last."""
+    names = daemon.stored_names()
+    assert names[-1] == max(names)
+    assert names[-1].endswith(newest.sha256[-6:])
+
+
+def expect_last(fake: FakeS3, version: bytes) -> None:
+    """Expect that this version was put last, under the newest name, and that names did increase
+    from put to put wherever the same version was put again.
+    """
+    puts = [request for request in fake.requests if request.method == "PUT"]
+    assert puts[-1].body == version
+    assert puts[-1].path == max(request.path for request in puts)
+    assert len({request.path for request in puts}) == len(puts)
+
+
+# --- How a command ends ---
+
+
+def refused(env: dict[str, str], *names: str, args: tuple[str, ...] = ("once",)) -> str:
+    """Run a command that is refused, each of these settings being named, and return what it
+    says.
+    """
+    done = run_script(env, *args)
+    assert done.returncode == 78, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if re.search("error: (?!hint)", line)]
+    for name in names:
+        assert any(name in line for line in errors), done.stderr
+    assert done.stderr.count("hint: ") >= len(names)
+    return done.stderr
+
+
+def done_well(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that works."""
+    done = run_script(env, *(args or ("once",)))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def start(good: dict[str, str], *arguments: str, code: int = 78) -> list[str]:
+    """Run the program to its early end, in which nothing was made or watched, and return the lines
+    of its log.
+    """
+    staging = Path(good.get("BACKUP_DIRECTORY") or "/nowhere")
+    before = list(staging.iterdir()) if staging.is_dir() else None
+    done = run_script(good, *arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert (list(staging.iterdir()) if staging.is_dir() else None) == before
+    assert not re.search("watching|Traceback", done.stderr)
+    return done.stderr.splitlines()
+
+
+def failure_of(env: dict[str, str]) -> str:
+    """Return what the daemon logs when it cannot store, with the hint; it goes on, and is
+    stopped.
+    """
+    with Script(env) as script:
+        said = script.wait_for_log(r"\w+: cannot store: .*\n.*hint: .*").group()
+        assert script.stop() == 0
+    return said
+
+
+def say(fake: FakeS3, status: int, body: bytes, content_type: str = "application/xml") -> None:
+    """Let S3 answer everything like this."""
+    for method in ("PUT", "GET", "HEAD", "POST"):
+        answer = Answer(status, headers={"Content-Type": content_type}, body=body, etag=False)
+        fake.set_default(answer, method)
+
+
+def statements(text: str) -> list[dict[str, Any]]:
+    """Return the policy statements in a text."""
+    return [json.loads(found) for found in re.findall(r'\{[^{}]*"Effect"[^{}]*\}', text)]
+
+
+def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
+    """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
+    before = set(home.iterdir())
+    done = run_script(env, "restore", *args, cwd=home)
+    assert done.returncode == code, done.stderr
+    expect_tidy(
+        home,
+        done,
+        before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()),
+    )
+    return done
+
+
+def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
+    """Expect no traceback, nothing on stdout after a failure, and no file but those expected."""
+    assert "Traceback" not in done.stderr
+    assert (done.stdout == "") == (done.returncode != 0)
+    left = set(home.iterdir()) - expected
+    assert not {path for path in left if path.name.startswith(".")}
+    assert done.returncode == 0 or not left
+
+
+# --- Unit files and the commands beside them ---
+
+
+def run_command(
+    *command: str | Path,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    user: int | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with nothing of the caller's environment."""
+    minimum = {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/nonexistent",
+    }
+    return subprocess.run(
+        command,
+        env=minimum | {"LANG": "C.UTF-8"} | (env or {}),
+        cwd=cwd,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=150,
+    )
+
+
+def section(unit: Path, name: str) -> dict[str, str]:
+    """Return the last value of each key in a section of a unit file."""
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(unit, encoding="utf-8")
+    return dict(parser[name])

@@ -1,0 +1,643 @@
+"""Crashes, power cuts, and disks that are full or fail: what was staged gets out whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
+
+import pytest
+from inside import (
+    GOOD,
+    digest,
+    discard,
+    errors,
+    files,
+    mode,
+    offered,
+    restart,
+    stage,
+    true_name,
+)
+from kit import (
+    PATIENCE_SECONDS,
+    Daemon,
+    FakeS3,
+    FaultProxy,
+    Lnd,
+    S3Server,
+    Script,
+    channel_backup,
+    run_script,
+    settings_at,
+    unlistable_while,
+)
+from kit import script as script_module
+from shared import AT_ONCE, OFTEN, SELDOM, leave, staged
+
+import s3_backup_lnd_channels as program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from functools import partial
+
+    from shared import Session
+
+
+pytestmark = pytest.mark.usefixtures("_log_level")
+
+
+# --- Crashes ---
+
+
+@pytest.mark.unmeasured
+@pytest.mark.timeout(240)  # some twenty starts, one after the other
+def test_kills_at_any_moment_lose_nothing_that_was_staged(
+    env: dict[str, str], lnd: Lnd, s3: S3Server, check: partial[None], staging: Path
+) -> None:
+    """Killed ten times in the middle of bursts, the daemon sends all that was staged, and leaves no
+    litter.
+    """
+    chance, before = random.Random(1), set()  # noqa: S311 - any moments will do
+    for _ in range(10):
+        with Daemon(SELDOM | env) as daemon:
+            for _ in range(chance.randrange(1, 12)):
+                lnd.write(channels=chance.choice([0, 10, 300]))
+            time.sleep(chance.uniform(0, 0.05))  # the moment
+            daemon.signal(signal.SIGKILL)
+            assert daemon.wait() == -signal.SIGKILL
+        before |= set(staged(staging))
+    with Daemon(SELDOM | env) as daemon:
+        last = lnd.write()
+        daemon.wait_for_stored(last)
+        assert daemon.stop() == 0
+    assert sorted(entry.name for entry in staging.iterdir()) == [".lock", ".receipt"]
+    assert before <= {key.rpartition("/")[2] for key in s3.objects(env["S3_BUCKET_NAME"])}
+    check(replaced_ok=True, refreshes=10)
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_no_half_version(
+    env: dict[str, str],
+    lnd: Lnd,
+    check: partial[None],
+    staging: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Killed when 4096 bytes of a version are written, the daemon leaves nothing that looks like a
+    version.
+    """
+    launcher = tmp_path / "limited.py"
+    launcher.write_text(f"""
+import resource, runpy, signal
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+runpy.run_path({str(script_module.SCRIPT)!r}, run_name="__main__")
+""")
+    version = lnd.write()
+    with monkeypatch.context() as limited:
+        limited.setattr(script_module, "SCRIPT", launcher)
+        with Script(env) as script:
+            assert script.wait() == -signal.SIGXFSZ
+    assert staged(staging) == []
+    with Daemon(SELDOM | env) as daemon:
+        daemon.wait_for_stored(version)
+        assert daemon.stop() == 0
+    assert sorted(entry.name for entry in staging.iterdir()) == [".lock", ".receipt"]
+    check()
+
+
+def test_a_kill_before_the_receipt_leaves_one_object(
+    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path
+) -> None:
+    """Killed between S3's storing and its answer, the daemon sends the same bytes under the same
+    name again.
+    """
+    s3_line.set("swallow_response")
+    version = lnd.write()
+    with Daemon(SELDOM | env) as daemon:
+        s3_line.wait_until(lambda counts: counts.swallowed > 0)
+        names = staged(staging)
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    s3_line.set("pass")
+    with session() as daemon:
+        daemon.wait_for_stored(version)
+        assert daemon.stored_names() == names
+
+
+# --- A disk that is full or refuses ---
+
+
+def test_a_version_that_the_disk_refuses_is_sent_from_memory(
+    env: dict[str, str],
+    lnd: Lnd,
+    s3_line: FaultProxy,
+    check: partial[None],
+    started_by: Callable[[str], None],
+) -> None:
+    """Where staging is impossible, the newest version is held in memory and sent from there, the
+    log says so and names what is given up, and it recovers.
+    """
+    started_by("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))")
+    with Daemon(SELDOM | env | OFTEN) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_log("error: cannot use BACKUP_DIRECTORY: .*\n.*hint: .*sent from memory")
+        s3_line.set("refuse", cut=True)
+        for _ in range(3):
+            daemon.wait_for_captured(lnd.write())
+        daemon.wait_for_log("cannot store")
+        for given_up in lnd.written[1:3]:
+            daemon.wait_for_log(rf"error: dropped, never staged: .*-{given_up.sha256[-6:]}\b")
+        resource.prlimit(
+            daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+        daemon.wait_for_log("staging works again")
+        daemon.wait_for_looks()
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    check(replaced_ok=[1, 2])
+
+
+def test_a_full_disk_is_no_end(
+    session: Session, lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+) -> None:
+    """On a full disk a version is sent once and from memory, and when there is room again nothing
+    is left over.
+    """
+    mounted = f"mount -t tmpfs -o size=32k,mode=700 none '{staging}' && exec \"$@\""
+    unshare = ["unshare", "-m", "--propagation", "private", "sh", "-c", mounted, "sh"]
+    if (
+        os.geteuid()
+        or subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("needs root, and unshare -m")
+    started_by(
+        f"import os, sys\nos.execvp('unshare', [*{unshare!r}, sys.executable, SCRIPT, "
+        f"*sys.argv[1:]])"
+    )
+    first = lnd.write()
+    with session(OFTEN | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
+        daemon.wait_for_stored(first)
+        disk = Path(f"/proc/{daemon.pid}/root{staging}")
+        with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        for _ in range(3):
+            daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_log("error: cannot use BACKUP_DIRECTORY: .*No space")
+        (disk / "filler").unlink()
+        daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_looks()
+        assert staged(disk) == []
+        assert daemon.stop() == 0
+        daemon.wait_for_log(r"stopped\b.* 0\b")
+        names = daemon.stored_names()
+        assert len(set(names)) == len(names), "sent more than once"
+
+
+def test_the_staging_directory_may_vanish(session: Session, lnd: Lnd, staging: Path) -> None:
+    """Without its staging directory the daemon goes on and stores versions, each once, from
+    memory.
+    """
+    first = lnd.write()
+    with session({"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
+        daemon.wait_for_stored(first)
+        while staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)  # a receipt may just be written
+        for _ in range(3):
+            daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_log("error: cannot (use BACKUP_DIRECTORY|write)")
+        assert daemon.stop() == 0
+        names = daemon.stored_names()
+        assert len(set(names)) == len(names), "sent more than once"
+
+
+def test_a_staging_directory_that_cannot_be_listed_is_explained(
+    env: dict[str, str], lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+) -> None:
+    """A disk that cannot list the staging directory is named, and is no fault of the program."""
+    started_by(unlistable_while(lnd.directory))
+    lnd.write()
+    done = run_script(env, "once")
+    assert done.returncode == 1
+    told = f"error: cannot use BACKUP_DIRECTORY: {staging}: .*Input/output error"
+    assert re.search(told, done.stderr)
+    assert "a fault of this program" not in done.stderr
+
+
+def test_memory_keeps_the_newest_version_alone(
+    lnd: Lnd,
+    staging: Path,
+    mute_daemon: Callable[[], program.Daemon],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the disk refuses, the newest version is held, each older one is given up with an error
+    that names it, and what is held is staged as it is once the disk is well.
+    """
+
+    def log(pattern: str) -> list[str]:
+        return re.findall(pattern, "\n".join(errors(caplog) + caplog.messages))
+
+    async def until(is_so: Callable[[], object]) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not is_so():  # noqa: ASYNC110 - the log has no event
+                await asyncio.sleep(0.01)
+
+    async def scenario() -> list[str]:
+        running = asyncio.create_task((one := mute_daemon()).run())
+        with mock.patch.object(program, "write_file", side_effect=full):
+            names = []
+            for _ in range(3):
+                ending = lnd.write().sha256[-6:]
+                await until(lambda ending=ending: log(rf"captured \S+-{ending}"))  # type: ignore[misc]
+                names += log(rf"captured (\S+-{ending})")[:1]
+        await until(lambda: files(staging))
+        one.stop.set()
+        await running
+        return names
+
+    monkeypatch.setattr(program, "TROUBLE_SECONDS", 0.02)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    names = asyncio.run(scenario())
+    assert files(staging) == {names[-1]: lnd.written[-1].data}
+    lost = [message for message in errors(caplog) if any(name in message for name in names)]
+    assert [name in message for name, message in zip(names, lost, strict=False)] == [True, True]
+    assert len([message for message in errors(caplog) if "No space left" in message]) == 1
+    assert restart(staging).pending == names[-1:]
+
+
+# --- Each call that can fail, and a power cut ---
+
+
+class PowerCut(BaseException):
+    """The end of the process between two calls."""
+
+
+class Disk:
+    """Records each call that changes or reads the disk, and fails those that it is told to fail."""
+
+    def __init__(
+        self, error: BaseException | None = None, failing: Callable[[int], bool] = lambda _: False
+    ) -> None:
+        """Raise the error at each call, counted from 1, that is to fail."""
+        self.calls: list[tuple[str, str]] = []
+        self.error = error
+        self.failing = failing
+
+    def step(self, call: str, target: object) -> None:
+        """Record a call, and fail it if it is its turn."""
+        self.calls.append((call, _named(target)))
+        if self.error and self.failing(len(self.calls)):
+            raise self.error
+
+    def index(self, call: str, target: str) -> int:
+        """Return when this call was made, which must be once."""
+        assert self.calls.count((call, target)) == 1, self.calls
+        return self.calls.index((call, target))
+
+    def __enter__(self) -> Self:
+        """Stand between the program and its disk."""
+        self._stack = contextlib.ExitStack()
+        for name in (
+            "open",
+            "fsync",
+            "fdatasync",
+            "rename",
+            "replace",
+            "unlink",
+            "remove",
+            "fchmod",
+            "scandir",
+        ):
+            self._stack.enter_context(
+                mock.patch.object(os, name, self._wrap(name, getattr(os, name)))
+            )
+        self._stack.enter_context(mock.patch.object(program, "open", self._open, create=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Step aside."""
+        self._stack.close()
+
+    def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: object, *args: object, **options: object) -> object:
+            self.step(name, target)
+            return real(target, *args, **options)
+
+        return call
+
+    def _open(
+        self,
+        file: Any,  # noqa: ANN401 - as open() takes it
+        mode: str = "r",
+        *,
+        opener: Callable[[str, int], int] | None = None,
+    ) -> io.BufferedIOBase:
+        """Open a descriptor, or a name, as open() does, with a write that can fail."""
+        disk = self
+
+        class Raw(io.FileIO):
+            def write(self, data: Any) -> int:  # noqa: ANN401 - as in the base class
+                disk.step("write", self.fileno())
+                return super().write(data) or 0
+
+        raw = Raw(file, mode, opener=opener)
+        return io.BufferedWriter(raw) if "w" in mode else io.BufferedReader(raw)
+
+
+def _named(target: object) -> str:
+    """Return the last name of a path, or of what a descriptor stands for."""
+    return (
+        Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(str(target))
+    ).name
+
+
+def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging: Path) -> None:
+    """The bytes are written and synced before the rename, and the directory after it."""
+    with Disk() as disk:
+        name = stage(queue, GOOD)
+    partial = f".{name}.partial"
+    assert (
+        disk.index("open", partial)
+        < disk.index("write", partial)
+        < disk.index("fsync", partial)
+        < disk.index("rename", partial)
+        < disk.index("fsync", staging.name)
+    )
+
+
+def test_receipt_is_on_disk_before_the_version_is_deleted(
+    queue: program.Staging, staging: Path
+) -> None:
+    """The receipt is written, synced and renamed, and the directory synced, before the staged
+    version is deleted.
+    """
+    name = stage(queue, GOOD)
+    with Disk() as disk:
+        discard(queue, name, GOOD)
+    assert (
+        disk.index("write", "..receipt.partial")
+        < disk.index("fsync", "..receipt.partial")
+        < disk.index("rename", "..receipt.partial")
+        < disk.index("fsync", staging.name)
+        < disk.index("unlink", name)
+    )
+
+
+def assert_whole(directory: Path) -> None:
+    """Fail if there is a version on disk that is not whole."""
+    for name, data in files(directory).items():
+        assert name.endswith(digest(data)[-6:]), f"{name} is half there"
+
+
+def each_call(act: Callable[[Disk, int], None]) -> int:
+    """Act with a disk whose first call fails, then its second, and so on until none is left to
+    fail.
+    """
+    number = 0
+    while True:
+        number += 1
+        disk = Disk()
+        act(disk, number)
+        if len(disk.calls) < number:
+            return number - 1
+
+
+each_error = pytest.mark.parametrize(
+    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE, errno.EROFS], ids=os.strerror
+)
+
+
+@each_error
+def test_version_is_staged_at_the_next_try_when_any_call_fails(code: int, tmp_path: Path) -> None:
+    """Whichever call the disk refuses while staging, that is said, and the version is staged and
+    offered once at the next try.
+    """
+
+    def act(disk: Disk, number: int) -> None:
+        directory = tmp_path / str(number)
+        queue, version = program.Staging(directory), program.Version(true_name(GOOD), GOOD)
+        disk.error, disk.failing = OSError(code, os.strerror(code)), lambda call: call == number
+        with disk, contextlib.suppress(OSError):
+            queue.stage(version)
+        assert_whole(directory)
+        assert {entry.name for entry in directory.iterdir()} <= {".lock", version.name}
+        queue.relist()
+        queue.stage(version)
+        assert queue.pending == [version.name]
+        assert files(directory) == {version.name: GOOD}
+        assert mode(directory / version.name) == 0o600
+        assert offered(restart(directory)) == [version]
+        assert {entry.name for entry in directory.iterdir()} == {".lock", version.name}
+        leave(directory)
+
+    assert each_call(act) >= 5
+
+
+@each_error
+def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
+    code: int, tmp_path: Path
+) -> None:
+    """Whichever call the disk refuses after a receipt, the version is not offered again, is deleted
+    at the next try, and its name is remembered.
+    """
+
+    def act(disk: Disk, number: int) -> None:
+        directory = tmp_path / str(number)
+        queue = program.Staging(directory)
+        name = stage(queue, GOOD)
+        disk.error, disk.failing = OSError(code, os.strerror(code)), lambda call: call == number
+        with disk, contextlib.suppress(OSError):
+            discard(queue, name, GOOD)
+        assert_whole(directory)
+        remembered = program.read_receipt(directory)
+        assert name in files(directory) or (remembered and remembered.name == name)
+        queue.relist()
+        assert queue.newest() is None
+        queue.tidy()
+        assert {entry.name for entry in directory.iterdir()} == {".lock", ".receipt"}
+        leave(directory)
+
+    assert each_call(act) >= 6
+
+
+@pytest.mark.parametrize("while_discarding", [False, True])
+def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
+    tmp_path: Path, *, while_discarding: bool
+) -> None:
+    """Whichever call is the last one before a crash, the next process finds whole versions and
+    nothing to repair.
+    """
+    old = channel_backup(2)
+
+    def act(disk: Disk, number: int) -> None:
+        directory = tmp_path / str(number)
+        queue = program.Staging(directory)
+        name = stage(queue, old)
+        disk.error, disk.failing = PowerCut(), lambda call: call >= number
+        with disk, contextlib.suppress(PowerCut):
+            if while_discarding:
+                discard(queue, name, old)
+            else:
+                stage(queue, GOOD)
+        queue = restart(directory)
+        assert_whole(directory)
+        left = [version.data for version in offered(queue)]
+        assert left in ([[], [old]] if while_discarding else [[old], [GOOD, old]])
+        assert left or (queue.receipt and queue.receipt.name == name)
+        assert not list(directory.glob(".*.partial"))
+        leave(directory)
+
+    assert each_call(act) >= 5
+
+
+def test_version_that_was_never_on_disk_leaves_its_receipt(
+    queue: program.Staging, staging: Path
+) -> None:
+    """The receipt of a version that was sent from memory is remembered like any other."""
+    discard(queue, true_name(GOOD), GOOD)
+    assert files(staging) == {}
+    assert program.read_receipt(staging) == queue.receipt
+
+
+def test_version_that_cannot_be_read_keeps_its_place(queue: program.Staging, staging: Path) -> None:
+    """A staged file that the disk does not give back is neither deleted nor called damaged, and
+    does not keep back the others.
+    """
+    versions = [(stage(queue, data), data) for data in (channel_backup(1), GOOD)]
+    with (
+        Disk(OSError(errno.EIO, os.strerror(errno.EIO)), lambda _: True),
+        pytest.raises(OSError, match="Input/output error"),
+    ):
+        queue.newest()
+    assert queue.newest() == versions[0]
+    queue.relist()
+    assert offered(queue) == versions[::-1]
+    assert files(staging) == dict(versions)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a mount point with a file system of 64 KiB."""
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if os.geteuid() != 0 or not mount or not umount:
+        pytest.skip("mounting a small file system needs root")
+    point = tmp_path / "disk"
+    point.mkdir()
+    options = [mount, "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(point)]
+    done = subprocess.run(options, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
+    yield point
+    leave(point)
+    subprocess.run([umount, str(point)], check=True)
+
+
+def fill(directory: Path) -> Path:
+    """Fill the disk with somebody else's file."""
+    path = directory / "theirs"
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return path
+
+
+def test_disk_that_is_really_full_leaves_nothing_half(small_disk: Path) -> None:
+    """On a file system without a byte left a version is refused and leaves nothing, and is staged
+    when there is room again.
+    """
+    queue = program.Staging(small_disk)
+    filler = fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        stage(queue, data := channel_backup(10))
+    assert set(files(small_disk)) == {"theirs"}
+    filler.unlink()
+    name = stage(queue, data)
+    assert offered(restart(small_disk)) == [(name, data)]
+
+
+def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd) -> None:
+    """`once` on a full disk sends the version from memory, once, and says that it could not stage
+    it.
+    """
+    program.Staging(small_disk)
+    leave(small_disk)
+    fill(small_disk)
+    version = lnd.write()
+    with FakeS3() as fake:
+        done = run_script(settings_at(fake.endpoint, lnd, small_disk), "once")
+        assert [request.body for request in fake.requests] == [version.data]
+    assert "No space left" in done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=os.strerror
+)
+def test_disk_that_refuses_the_lock_is_refused(code: int, staging: Path) -> None:
+    """A disk on which not even the lock file can be made is refused with the system's reason."""
+    with (
+        Disk(OSError(code, os.strerror(code)), lambda call: call == 2),
+        pytest.raises(program.ConfigError, match=os.strerror(code)),
+    ):
+        program.Staging(staging)
+
+
+# --- A directory that cannot be listed ---
+
+
+UNLISTABLE = """
+import os
+listed = {{"scandir": os.scandir, "listdir": os.listdir}}
+def failing(name):
+    def call(path="."):
+        whole = os.readlink(f"/proc/self/fd/{{path}}") if isinstance(path, int) else str(path)
+        if os.path.exists({there!r}) and whole == {staging!r}:
+            raise OSError({number}, os.strerror({number}))
+        return listed[name](path)
+    return call
+for name in listed:
+    setattr(os, name, failing(name))
+"""
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_staging_directory_that_cannot_be_listed(
+    fake: FakeS3,
+    fake_env: dict[str, str],
+    lnd: Lnd,
+    staging: Path,
+    tmp_path: Path,
+    started_by: Callable[[str], None],
+    number: int,
+) -> None:
+    """While the staging directory cannot be listed, each new version goes to S3 all the same."""
+    there = tmp_path / "broken"
+    started_by(UNLISTABLE.format(there=str(there), staging=str(staging), number=number))
+    with Daemon(fake_env | AT_ONCE) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        there.touch()
+        for _ in range(2):
+            version = lnd.write()
+            daemon.wait_for_stored(version)
+        assert version.data in [each.data for each in fake.objects("some-bucket").values()]
+        daemon.wait_for_log(re.escape(os.strerror(number)))
+        there.unlink()
+        daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0

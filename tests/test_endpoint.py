@@ -1,0 +1,580 @@
+"""Whom the program talks to: endpoint, region, profile, proxy and TLS, and nobody else.
+
+For the tests of proxies, every look-up of a name and every connection of the program's process is
+recorded, as Python's audit events tell them. What would leave this machine fails instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+from inside import use
+from kit import (
+    CHECKOUT,
+    MADE_UP,
+    PATIENCE_SECONDS,
+    Answer,
+    Daemon,
+    FakeS3,
+    Lnd,
+    S3Server,
+    Script,
+    channel_backup,
+    hurried,
+    reader_settings,
+    run_script,
+    settings_for,
+)
+from kit import fake_s3 as answers
+from kit.tunnel import ConnectProxy
+from shared import done_well, failure_of, refused
+from stores.front import TlsFront
+
+import s3_backup_lnd_channels as program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+SOME_NAME = "20261120T215558.123456Z-a1b2c3"
+HOST = "s3.example.org"
+TARGET = f"{HOST}:443"
+METADATA = "169.254.169.254"
+# Local sockets (systemd's) have no port, and are left out.
+RECORD = """
+import json, os, sys
+
+def record(event, arguments):
+    if event == "socket.getaddrinfo":
+        told = ["name", arguments[0], arguments[1]]
+    elif event in ("socket.gethostbyname", "socket.gethostbyaddr"):
+        told = ["name", arguments[0], 0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(arguments[1], tuple):
+        told = ["connection", *arguments[1][:2]]
+    else:
+        return
+    descriptor = os.open(TALK, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, json.dumps(told).encode() + b"\\n")
+    os.close(descriptor)
+    if told[1] != "127.0.0.1":
+        raise OSError(f"{told[1]} is not on this machine")
+
+sys.addaudithook(record)
+"""
+Talk = list[tuple[str, str, int]]
+
+
+@pytest.fixture
+def talk(tmp_path: Path, started_by: Callable[[str], None]) -> Callable[[], Talk]:
+    """Return what gives all look-ups and connections until now, as kind, host and port."""
+    file = tmp_path / "talk"
+    started_by(f"TALK = {str(file)!r}\n{RECORD}")
+
+    def told() -> Talk:
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [tuple(json.loads(line)) for line in lines]
+
+    return told
+
+
+@pytest.fixture
+def tunnel(s3_https: S3Server) -> Iterator[ConnectProxy]:
+    """Return a proxy that knows the endpoint's name, which nobody else does."""
+    with ConnectProxy({TARGET: (s3_https.host, s3_https.port)}) as server:
+        yield server
+
+
+@pytest.fixture
+def named_env(
+    s3_https: S3Server, tunnel: ConnectProxy, prefix: str, lnd: Lnd, staging: Path
+) -> dict[str, str]:
+    """Return the settings with an endpoint whose name nobody but the proxy knows."""
+    through = {"AWS_ENDPOINT_URL_S3": f"https://{HOST}", "HTTPS_PROXY": tunnel.url}
+    return settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging) | through
+
+
+# --- What the user sets ---
+
+
+def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None:
+    """AWS_REQUEST_CHECKSUM_CALCULATION=when_supported adds the SDK's own checksum, as the user
+    wants it.
+    """
+    with use(fake_env | {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}) as bucket:
+        bucket.put(SOME_NAME, channel_backup(1))
+    assert "x-amz-checksum-crc32" in fake.requests[0].headers
+
+
+@pytest.mark.parametrize(
+    ("choice", "attempts"),
+    [({}, 1), ({"AWS_MAX_ATTEMPTS": "2"}, 2), ({"AWS_RETRY_MODE": "standard"}, 3)],
+    ids=["default", "max-attempts", "retry-mode"],
+)
+def test_the_users_attempts_win(
+    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], attempts: int
+) -> None:
+    """The SDK tries once, since the loop has its own patience, unless AWS_MAX_ATTEMPTS or
+    AWS_RETRY_MODE is set.
+    """
+    fake.set_default(answers.SLOW_DOWN)
+    with use(fake_env | choice) as bucket, pytest.raises(program.TransientError, match="SlowDown"):
+        bucket.put(SOME_NAME, channel_backup(1))
+    assert len(fake.requests) == attempts
+
+
+def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) -> None:
+    """Endpoint, region, attempts and checksums of a profile in AWS_CONFIG_FILE are used, and its
+    credentials.
+    """
+    config, keys = tmp_path / "config", tmp_path / "credentials"
+    config.write_text(
+        "[profile node]\n"
+        f"endpoint_url = {fake.endpoint}\n"
+        "region = eu-west-3\n"
+        "max_attempts = 2\n"
+        "request_checksum_calculation = when_supported\n"
+    )
+    secret = f"aws_secret_access_key = {MADE_UP.secret_key}\n"
+    keys.write_text(
+        f"[default]\naws_access_key_id = AKIDDEFAULT\n{secret}"
+        f"[node]\naws_access_key_id = AKIDNODE\n{secret}"
+    )
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del fake_env[name]
+    profile = {
+        "AWS_CONFIG_FILE": str(config),
+        "AWS_SHARED_CREDENTIALS_FILE": str(keys),
+        "AWS_PROFILE": "node",
+    }
+    fake.script(answers.SLOW_DOWN)
+    with use(fake_env | profile) as bucket:
+        bucket.put(SOME_NAME, channel_backup(1))
+    assert len(fake.requests) == 2
+    headers = fake.requests[1].headers
+    assert "x-amz-checksum-crc32" in headers
+    assert "Credential=AKIDNODE/" in headers["authorization"]
+    assert "/eu-west-3/s3/" in headers["authorization"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "region"),
+    [
+        ({"AWS_REGION": "eu-north-1"}, "eu-north-1"),
+        ({"AWS_REGION": "eu-north-1", "AWS_DEFAULT_REGION": "eu-south-2"}, "eu-north-1"),
+        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-south-2"}, "eu-south-2"),
+        ({"AWS_REGION": ""}, "us-east-1"),
+    ],
+    ids=["region", "both", "default-region", "none"],
+)
+def test_regions_are_honoured(
+    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], region: str
+) -> None:
+    """Requests are signed for AWS_REGION, else AWS_DEFAULT_REGION, else us-east-1."""
+    with use(fake_env | choice) as bucket:
+        bucket.put(SOME_NAME, channel_backup(1))
+    assert f"/{region}/s3/aws4_request" in fake.requests[0].headers["authorization"]
+
+
+# --- The endpoint ---
+
+
+def test_a_path_in_the_endpoint_is_kept(bare_env: dict[str, str]) -> None:
+    """A store below a path of its host is asked there."""
+    with FakeS3() as fake:
+        done = run_script(
+            bare_env | {"AWS_ENDPOINT_URL_S3": f"{fake.endpoint}/storage/v1/s3"}, "once"
+        )
+        assert done.returncode == 0, done.stderr
+        assert fake.requests[0].path.startswith("/storage/v1/s3/some-bucket/alice/")
+
+
+def test_a_host_may_be_called_like_the_bucket(bare_env: dict[str, str]) -> None:
+    """An endpoint whose host bears the bucket's name is right: only a path that ends with it is
+    not.
+    """
+    with FakeS3() as fake:
+        named = {"AWS_ENDPOINT_URL_S3": "http://some-bucket", "HTTP_PROXY": fake.endpoint}
+        done = run_script(bare_env | named, "once")
+        assert len(fake.requests) == 1, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["once", "list"])
+def test_a_portal_that_redirects_may_be_passed_later(
+    bare_env: dict[str, str], started_by: Callable[[str], None], command: str
+) -> None:
+    """What sends every request elsewhere, and so the SDK in circles, is out of reach, and no fault
+    of the program.
+    """
+    started_by(hurried(20))
+    elsewhere = Answer(
+        302, headers={"Location": "http://portal.example.org/"}, body=b"", etag=False
+    )
+    with FakeS3(defaults=dict.fromkeys(("PUT", "GET", "HEAD"), elsewhere)) as fake:
+        done = run_script(bare_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, command)
+    assert done.returncode == 75, done.stderr
+    assert "a fault of this program" not in done.stderr
+
+
+# --- TLS ---
+
+
+class OtherFront(TlsFront):
+    """A front with a certificate of another name or time."""
+
+    def __init__(self, port: int, directory: Path, name: str = "127.0.0.1", days: int = 0) -> None:
+        """Make the certificate: for one day, which began so many days from now."""
+        super().__init__(port, directory)
+        authority, begins = trustme.CA(), datetime.now(UTC) + timedelta(days=days, minutes=-1)
+        self.ca_file.unlink()
+        authority.cert_pem.write_to_path(str(self.ca_file))
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate = authority.issue_cert(
+            name, not_before=begins, not_after=begins + timedelta(days=1)
+        )
+        certificate.configure_cert(self._context)
+
+    def env(self) -> dict[str, str]:
+        """Return the settings that lead here."""
+        return {
+            "AWS_ENDPOINT_URL_S3": f"https://127.0.0.1:{self.port}",
+            "AWS_CA_BUNDLE": str(self.ca_file),
+        }
+
+
+@pytest.mark.parametrize(("days", "words"), [(-2, "has expired"), (2, "not yet valid")])
+def test_a_certificate_of_another_time_is_a_matter_of_the_clock(
+    bare_env: dict[str, str], s3_http: S3Server, tmp_path: Path, days: int, words: str
+) -> None:
+    """A certificate that has expired, or is not valid yet, leads to the clock, and so do the
+    words.
+    """
+    with OtherFront(s3_http.port, tmp_path, days=days) as front:
+        said = failure_of(bare_env | front.env())
+    assert words in said
+    assert "clock" in said.partition("hint: ")[2]
+
+
+def test_a_self_signed_certificate_is_refused(bare_env: dict[str, str], s3_https: S3Server) -> None:
+    """A certificate of an authority that nobody named is an error that names AWS_CA_BUNDLE, and
+    nothing is sent.
+    """
+    said = failure_of(bare_env | {"AWS_ENDPOINT_URL_S3": s3_https.endpoint})
+    assert said.startswith("error: ")
+    assert "certificate verify failed" in said
+    assert "AWS_CA_BUNDLE" in said
+
+
+def test_a_certificate_for_another_name_is_refused(
+    s3_http: S3Server, bare_env: dict[str, str], tmp_path: Path
+) -> None:
+    """A certificate for another name is an error that says so."""
+    with OtherFront(s3_http.port, tmp_path, name="s3.example.org") as front:
+        said = failure_of(bare_env | front.env())
+    assert said.startswith("error: "), said
+    assert "hostname '127.0.0.1' doesn't match 's3.example.org'" in said
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no certificate\n", None], ids=["empty", "rubbish", "directory"]
+)
+def test_a_ca_bundle_without_a_certificate_is_wrong_configuration(
+    bare_env: dict[str, str], tmp_path: Path, content: bytes | None
+) -> None:
+    """A CA bundle that holds no certificate, or is a directory, is told at the start, with its
+    name.
+    """
+    bundle = tmp_path / "bundle"
+    bundle.mkdir() if content is None else bundle.write_bytes(content)
+    env = bare_env | {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:9", "AWS_CA_BUNDLE": str(bundle)}
+    done = run_script(env, "once")
+    assert done.returncode == 78, done.stderr
+    assert str(bundle) in done.stderr
+
+
+def test_a_bucket_in_another_region_is_found(
+    s3: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path
+) -> None:
+    """With a wrong AWS_REGION, or none, and a put-only key the version is stored where S3 says that
+    the bucket is.
+    """
+    env = settings_for(s3, bucket, prefix, lnd, staging)
+    for region in ("eu-north-1", ""):
+        lnd.write()
+        done = run_script(env | {"AWS_REGION": region}, "once")
+        assert done.returncode == 0, done.stderr
+    stored = [entry.data for _, entry in sorted(s3.objects(bucket).items())]
+    assert stored == [version.data for version in lnd.written]
+
+
+# --- Endpoints and the bucket's name ---
+
+
+def profile(tmp_path: Path, endpoint: str, how: str) -> dict[str, str]:
+    """Return the settings that lead to an endpoint by the SDK's own ways."""
+    config = {
+        "profile": f"[profile node]\nendpoint_url = {endpoint}\n",
+        "service": f"[profile node]\nservices = at\n[services at]\ns3 =\n"
+        f"  endpoint_url = {endpoint}\n",
+    }
+    more = {"AWS_ENDPOINT_URL_S3": ""}
+    if how not in config:
+        return more | {how: endpoint}
+    (tmp_path / "config").write_text(config[how])
+    return more | {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "node"}
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(
+    ("how", "path", "command"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "/s3/some-bucket/", "once"),
+        ("AWS_ENDPOINT_URL", "/some-bucket", "once"),
+        ("profile", "/some-bucket/", "once"),
+        ("service", "/some-bucket", "list"),
+    ],
+)
+def test_an_endpoint_that_ends_with_the_bucket(
+    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str, path: str, command: str
+) -> None:
+    """An endpoint whose path ends with the bucket's name is refused, wherever it comes from, and
+    nothing is sent.
+    """
+    at = profile(tmp_path, fake.endpoint + path, how)
+    said = refused(written_env | at, "some-bucket", args=(command,))
+    assert "endpoint" in said.lower()
+    assert not fake.requests
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL", "service"])
+def test_an_endpoint_that_is_right(
+    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str
+) -> None:
+    """A path that merely resembles the bucket's name is right, and one that is not in use is not
+    judged.
+    """
+    done = done_well(written_env | profile(tmp_path, f"{fake.endpoint}/not-some-bucket", how))
+    assert "warning: " not in done.stderr
+    unused = profile(tmp_path, "http://127.0.0.1:1/some-bucket", how)
+    unused |= {"AWS_ENDPOINT_URL_S3": fake.endpoint}
+    done_well(written_env | unused)
+    assert len(fake.requests) == 2
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL_S3", "profile"])
+def test_an_endpoint_that_begins_with_the_bucket(
+    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str
+) -> None:
+    """An endpoint whose host begins with the bucket's name, as some providers show it, is warned
+    of.
+    """
+    at = profile(tmp_path, "https://some-bucket.fra1.example.com", how) | {
+        "HTTPS_PROXY": fake.endpoint,
+        "SHUTDOWN_GRACE_SECONDS": "0",
+    }
+    with Script(written_env | at) as script:
+        said = script.wait_for_log(r"(?i)warning: .*some-bucket\.").group()
+        script.wait_for_log("cannot store: ")
+        script.wait_for_log("captured")  # signals are minded from then on
+        assert script.stop() == 0
+    assert "endpoint" in said.lower() or "host" in said.lower()
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [("ca_bundle = /nowhere/ca.pem", "/nowhere/ca.pem"), ("region = eu 1", "eu 1")],
+)
+def test_a_wrong_value_in_the_sdks_file(
+    written_env: dict[str, str], tmp_path: Path, line: str, name: str
+) -> None:
+    """A CA bundle that is not there, or a region that is none, is found in the SDK's file, too."""
+    (tmp_path / "config").write_text(f"[default]\n{line}\n")
+    at = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_REGION": ""}
+    at |= {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
+    refused(written_env | at, name)
+
+
+# --- Whom it talks to ---
+
+
+@pytest.mark.unmeasured
+def test_through_a_proxy_only_the_proxy_hears_of_the_program(
+    s3_https: S3Server,
+    named_env: dict[str, str],
+    tunnel: ConnectProxy,
+    talk: Callable[[], Talk],
+    prefix: str,
+    lnd: Lnd,
+) -> None:
+    """With HTTPS_PROXY every command talks to the proxy alone, looks up no name, and the proxy sees
+    one target.
+    """
+    version = lnd.write()
+    with Daemon(named_env) as daemon:
+        daemon.wait_for_stored(version)
+        version = lnd.write()
+        daemon.wait_for_stored(version)
+        assert daemon.stop() == 0
+    bucket = named_env["S3_BUCKET_NAME"]
+    reader = named_env | reader_settings(s3_https, bucket, prefix, s3_https.reader_user(bucket))
+    reader["AWS_ENDPOINT_URL_S3"] = named_env["AWS_ENDPOINT_URL_S3"]
+    output = lnd.directory.parent / "restored"
+    for command in (["list"], ["check"], ["restore", "--output", str(output)]):
+        done = run_script(reader, *command)
+        assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == version.data
+    assert {(host, port) for _, host, port in talk()} == {tunnel.address}
+    assert set(tunnel.asked) == {f"CONNECT {TARGET}"}
+    connections = [host for kind, host, _ in talk() if kind == "connection"]
+    # The daemon keeps its connection for what comes at once; each of the others has one.
+    assert len(connections) == len(tunnel.asked) == 4
+
+
+@pytest.mark.unmeasured
+def test_the_heartbeat_goes_through_the_proxy_too(
+    named_env: dict[str, str], tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
+) -> None:
+    """The heartbeat is the only other request, its name is looked up by nobody but the proxy, and
+    it loses nothing.
+    """
+    beating = {"HEARTBEAT_URL": "http://heartbeat.example.org/ping", "HTTP_PROXY": tunnel.url}
+    version = lnd.write()
+    with Daemon(named_env | beating) as daemon:
+        daemon.wait_for_stored(version)
+        daemon.wait_for_log("cannot reach HEARTBEAT_URL")  # this proxy knows CONNECT alone
+        assert daemon.stop() == 0
+    assert {(host, port) for _, host, port in talk()} == {tunnel.address}
+    assert set(tunnel.asked) == {f"CONNECT {TARGET}", "GET http://heartbeat.example.org/ping"}
+
+
+@pytest.mark.unmeasured
+def test_without_a_proxy_only_the_endpoint_is_asked(
+    s3: S3Server, env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
+) -> None:
+    """Without a proxy a put is one look-up of the endpoint's name and one connection to it, and
+    nothing else.
+    """
+    lnd.write()
+    done = run_script(env | {"AWS_EC2_METADATA_DISABLED": ""}, "once")
+    assert done.returncode == 0, done.stderr
+    assert talk() == [("name", s3.host, s3.port), ("connection", s3.host, s3.port)]
+
+
+@pytest.mark.unmeasured
+def test_an_endpoint_in_no_proxy_is_asked_itself(
+    s3_https: S3Server,
+    named_env: dict[str, str],
+    tunnel: ConnectProxy,
+    talk: Callable[[], Talk],
+    lnd: Lnd,
+) -> None:
+    """NO_PROXY is honoured: the endpoint that it names is asked without the proxy."""
+    lnd.write()
+    itself = {"AWS_ENDPOINT_URL_S3": s3_https.endpoint, "NO_PROXY": "127.0.0.1"}
+    assert run_script(named_env | itself, "once").returncode == 0
+    assert {port for _, _, port in talk()} == {s3_https.port}
+    assert tunnel.asked == []
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("there", [True, False], ids=["unknown name", "no proxy"])
+def test_a_proxy_that_fails_is_never_passed_by(
+    named_env: dict[str, str],
+    talk: Callable[[], Talk],
+    lnd: Lnd,
+    staging: Path,
+    *,
+    there: bool,
+) -> None:
+    """When the proxy refuses the name, or is not there, nothing goes out by another way, and the
+    message names it.
+    """
+    versions = [lnd.write()]
+    with ConnectProxy({}) as failing:
+        if not there:
+            failing.__exit__()
+        through = {"HTTPS_PROXY": failing.url, "SHUTDOWN_GRACE_SECONDS": "0"}
+        with Script(named_env | through) as script:
+            script.wait_for_log(f"cannot store: .*proxy.*{failing.url}")
+            tried = len(talk())
+            versions.append(lnd.write())  # it is tried at once
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while len(talk()) == tried:
+                assert time.monotonic() < deadline, script.log
+                time.sleep(0.02)
+            assert script.stop() == 0
+    assert {(host, port) for _, host, port in talk()} == {failing.address}
+    assert [path.read_bytes() for path in sorted(staging.glob("2*"))] == [
+        version.data for version in versions
+    ]
+
+
+@pytest.mark.unmeasured
+def test_the_configured_source_of_credentials_is_asked(
+    named_env: dict[str, str], tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
+) -> None:
+    """Credentials that a container's service gives are fetched from it, and from nowhere else."""
+    given = {
+        "AccessKeyId": named_env.pop("AWS_ACCESS_KEY_ID"),
+        "SecretAccessKey": named_env.pop("AWS_SECRET_ACCESS_KEY"),
+        "Token": "",
+        "Expiration": "2099-01-01T00:00:00Z",
+    }
+    lnd.write()
+    with FakeS3(defaults={"GET": Answer(body=json.dumps(given).encode())}) as service:
+        source = {
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{service.endpoint}/role",
+            "AWS_EC2_METADATA_DISABLED": "",
+        }
+        done = run_script(named_env | source, "once")
+        assert done.returncode == 0, done.stderr
+        assert {(host, port) for _, host, port in talk()} == {
+            tunnel.address,
+            ("127.0.0.1", service.port),
+        }
+        assert {request.path for request in service.requests} == {"/role"}
+    assert set(tunnel.asked) == {f"CONNECT {TARGET}"}
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(("choice", "asked"), [("false", {METADATA}), ("true", set())])
+def test_the_metadata_service_is_asked_only_by_choice(
+    env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd, choice: str, asked: set[str]
+) -> None:
+    """Without credentials the metadata service is asked only where AWS_EC2_METADATA_DISABLED, which
+    the unit sets and the example explains, does not say otherwise.
+    """
+    del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
+    lnd.write()
+    assert run_script(env | {"AWS_EC2_METADATA_DISABLED": choice}, "once").returncode == 1
+    assert {host for _, host, _ in talk()} == asked
+    unit = (CHECKOUT / "lnd-backup.service").read_text(encoding="utf-8")
+    assert re.search(r"^Environment=.*AWS_EC2_METADATA_DISABLED=true", unit, re.MULTILINE)
+    assert "AWS_EC2_METADATA_DISABLED=" in (CHECKOUT / "lnd-backup-env.example").read_text()
+
+
+@pytest.mark.unmeasured
+def test_a_metadata_service_of_ones_own_is_asked(
+    env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
+) -> None:
+    """Who names a metadata service, as a helper on this machine is, has chosen it: no default
+    stands in its way.
+    """
+    del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
+    lnd.write()
+    own = {
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1",
+        "AWS_EC2_METADATA_DISABLED": "",
+    }
+    assert run_script(env | own, "once").returncode == 1
+    assert ("connection", "127.0.0.1", 1) in talk()

@@ -1,0 +1,331 @@
+"""`once`: what it sends, what it says, how long it tries, and its exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import botocore.credentials
+import pytest
+from kit import (
+    PATIENCE_SECONDS,
+    Answer,
+    Daemon,
+    FakeS3,
+    FaultProxy,
+    Lnd,
+    RawS3,
+    Request,
+    channel_backup,
+    hurried,
+    run_script,
+    settings_at,
+    version_name,
+)
+from kit import fake_s3 as answers
+from kit.fake_s3 import HTML
+from kit.raw_s3 import error, framed
+from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, staged, staged_data
+
+import s3_backup_lnd_channels as program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from functools import partial
+    from pathlib import Path
+
+    from shared import Session
+
+ONE_MINUTE = 60.0
+PAGE = Answer(403, headers={"Content-Type": "text/html"}, body=HTML, etag=False)
+HURRY = 10
+A_MINUTE = 60 / HURRY
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("size", [None, 0, 44, LARGEST + 1])
+def test_once_without_a_backup_sends_what_is_staged_and_fails(
+    size: int | None, fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """`once` with no file, or one that is no channel backup, exits 1 and says why, after sending
+    what was staged.
+    """
+    data = channel_backup(2)
+    name = f"20261120T215558.123456Z-{hashlib.sha256(data).hexdigest()[-6:]}"
+    (staging / name).write_bytes(data)
+    if size is not None:
+        lnd.place(b"")
+        os.truncate(lnd.path, size)
+    before = lnd.fingerprint()
+    done = run_script(fake_env, "once")
+    assert done.returncode == 1
+    assert "cannot read channel.backup" in done.stderr
+    assert str(lnd.path) in done.stderr
+    assert staged(staging) == []
+    assert [(request.path, request.body) for request in fake.requests] == [
+        (f"/some-bucket/alice/{name}", data)
+    ]
+    assert lnd.fingerprint() == before
+
+
+# --- What is sent ---
+
+
+def test_once_stores_the_version_and_what_was_staged(
+    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, prefix: str
+) -> None:
+    """The command once stores the version on disk and what is staged, the one on disk last, names
+    their keys in the log, prints nothing.
+    """
+    lnd.write()
+    with Daemon(SELDOM | env | AWAY) as daemon:
+        daemon.wait_for_log("cannot store")
+        assert daemon.stop() == 0
+    names = staged(staging)
+    newest = lnd.write()
+    done = run_script(env, "once")
+    assert done.returncode == 0, done.stderr
+    keys = re.findall(rf"stored s3://\S+/{prefix}(\S+-[0-9a-f]{{6}})", done.stderr)
+    assert (len(keys), done.stdout) == (3, "")
+    assert keys[1:] == [names[0], max(keys)]
+    assert not re.search("(?i)watching|next start", done.stderr)
+    assert {keys[0][-6:], keys[2][-6:]} == {newest.sha256[-6:]}
+    check(refreshes=1)
+
+
+def test_once_puts_an_unchanged_file_again(
+    env: dict[str, str], lnd: Lnd, check: partial[None]
+) -> None:
+    """Each run of the command once puts the version on disk under a new name."""
+    lnd.write()
+    assert [run_script(env, "once").returncode for _ in range(2)] == [0, 0]
+    check(refreshes=1)
+
+
+@pytest.mark.parametrize("command", ["run", "once"])
+def test_a_second_copy_does_not_start(
+    env: dict[str, str], lnd: Lnd, session: Session, staging: Path, command: str
+) -> None:
+    """While one copy holds the staging directory another ends with 75 and says so, and the first
+    goes on.
+    """
+    first = lnd.write()
+    with session() as daemon:
+        daemon.wait_for_stored(first)
+        done = run_script(env, command)
+        assert done.returncode == TRY_AGAIN
+        assert done.stdout == ""
+        assert f"{staging}: another copy holds it" in done.stderr
+        daemon.wait_for_stored(lnd.write())
+
+
+# --- How it ends ---
+
+
+@pytest.fixture
+def once(fake_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Return what runs `once` in this process with less patience, and returns its exit code."""
+    monkeypatch.setattr(program, "ONE_SHOT_SECONDS", 2.0)
+    monkeypatch.setattr(program.TransientError, "retry_seconds_max", 0.1)
+    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
+    for source in ("ProcessProvider", "AssumeRoleProvider"):  # which the program limits
+        monkeypatch.setattr(botocore.credentials, source, getattr(botocore.credentials, source))
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(**settings: str) -> int:
+        for name, value in (fake_env | settings).items():
+            monkeypatch.setenv(name, value)
+        return program.main(["once"])
+
+    yield run
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("answer", "exit_code", "words"),
+    [
+        (answers.CLOCK_SKEW, 75, "clock"),
+        (answers.NO_SUCH_BUCKET, 1, "NoSuchBucket"),
+        (answers.UNKNOWN_KEY, 1, "InvalidAccessKeyId"),
+        (answers.EXPIRED_TOKEN, 1, "ExpiredToken"),
+        (answers.ACCESS_DENIED, 1, "s3:PutObject"),
+        (answers.SLOW_DOWN, 75, "SlowDown"),
+        (Answer(503, etag=False), 75, "503"),
+        (answers.PORTAL, 75, "portal"),
+        (answers.DROPPED, 75, "closed"),
+        (Answer(400, body=error("Odd", "odd words"), etag=False), 1, "odd words"),
+        (PAGE, 75, "403"),
+    ],
+    ids=[
+        "clock",
+        "bucket",
+        "key",
+        "expired",
+        "denied",
+        "slow-down",
+        "empty-503",
+        "portal",
+        "dropped",
+        "odd",
+        "page",
+    ],
+)
+def test_exit_codes_of_once(
+    fake: FakeS3,
+    once: Callable[..., int],
+    lnd: Lnd,
+    staging: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Answer,
+    exit_code: int,
+    words: str,
+) -> None:
+    """`once` tells by its exit code whether trying again may help, says once why, and keeps the
+    version staged. It does not watch, and speaks of no next start.
+    """
+    version = lnd.write()
+    fake.set_default(answer)
+    if exit_code != TRY_AGAIN:  # as long as it takes
+        monkeypatch.setattr(program, "ONE_SHOT_SECONDS", PATIENCE_SECONDS)
+    assert once() == exit_code
+    told = capfd.readouterr().err
+    assert words in told
+    assert told.count("cannot store") == 1
+    assert not re.search(r"(?i)watching|next start|\b1 versions", told)
+    assert not answer.code or told.count(answer.code) == 1
+    assert staged_data(staging) == [version.data]
+
+
+def test_once_outlasts_a_short_fault(
+    fake: FakeS3, once: Callable[..., int], lnd: Lnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`once` tries again when S3 was out of reach for a moment, under the same key."""
+    monkeypatch.setattr(program, "ONE_SHOT_SECONDS", PATIENCE_SECONDS)
+    lnd.write()
+    fake.script(answers.SLOW_DOWN, answers.DROPPED)
+    assert once() == 0
+    assert len(fake.requests) == 3
+    assert len({request.path for request in fake.requests}) == 1
+
+
+@pytest.mark.parametrize("mode", ["refuse", "rst", "blackhole", "stall_after_up"])
+def test_once_gives_up(
+    fake: FakeS3,
+    once: Callable[..., int],
+    lnd: Lnd,
+    staging: Path,
+    capfd: pytest.CaptureFixture[str],
+    mode: Any,  # noqa: ANN401 - one of the kit's modes
+) -> None:
+    """`once` exits 75 when S3 refuses the connection, resets it, or is silent; how soon, the next
+    test shows. The version stays staged.
+    """
+    version = lnd.write()
+    with FaultProxy("127.0.0.1", fake.port) as proxy:
+        proxy.set(mode, n=1000)
+        assert once(AWS_ENDPOINT_URL_S3=proxy.endpoint()) == 75
+    assert staged_data(staging) == [version.data]
+    assert capfd.readouterr().out == ""
+
+
+def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
+    """`once` as users run it exits 75 within a minute, whether connections are refused or nobody
+    answers them.
+    """
+    # Takes some 40 s: the one test with the real limits, both cases at the same time.
+    lnd.write()
+    with socket.socket() as refusing, socket.socket() as silent:
+        for listener in (refusing, silent):
+            listener.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoints = [
+            f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in (refusing, silent)
+        ]
+        results: dict[str, tuple[int, float]] = {}
+
+        def run(endpoint: str) -> None:
+            began = time.monotonic()
+            own = {
+                "AWS_ENDPOINT_URL_S3": endpoint,
+                "BACKUP_DIRECTORY": f"{staging}-{endpoint.rpartition(':')[2]}",
+            }
+            code = run_script(fake_env | own, "once").returncode
+            results[endpoint] = code, time.monotonic() - began
+
+        threads = [threading.Thread(target=run, args=(endpoint,)) for endpoint in endpoints]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [results[endpoint][0] for endpoint in endpoints] == [75, 75]
+    assert max(seconds for _, seconds in results.values()) < ONE_MINUTE
+
+
+# --- How long it goes on ---
+
+
+@pytest.mark.unmeasured
+def test_once_while_the_file_is_written_all_the_time(
+    lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+) -> None:
+    """When the file is rewritten every 50 ms and a put takes 200 ms, `once` ends within a minute
+    all the same.
+    """
+    started_by(hurried(HURRY))
+    ended = threading.Event()
+
+    def slow(_: Request) -> Iterable[bytes | float]:
+        yield 0.2
+        yield from framed([], headers={"ETag": '"x"'})
+
+    def write() -> None:
+        while not ended.wait(0.05):
+            lnd.write(1)
+
+    lnd.write(1)
+    writing = threading.Thread(target=write)
+    writing.start()
+    try:
+        with RawS3(slow) as raw:
+            done = run_script(settings_at(raw.endpoint, lnd, staging), "once", timeout=20)
+            assert time.monotonic() - raw.asked_at < A_MINUTE + 2
+    finally:
+        ended.set()
+        writing.join()
+    assert done.returncode in (0, 75), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.unmeasured
+def test_once_sends_a_backlog_however_long_it_takes(
+    lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+) -> None:
+    """As long as S3 acknowledges version after version, `once` goes on beyond its minute, until all
+    of them are sent.
+    """
+    started_by(hurried(4 * HURRY))
+    sent = []
+
+    def slow(request: Request) -> Iterable[bytes | float]:
+        sent.append(request.body)
+        yield 0.1
+        yield from framed([], headers={"ETag": '"x"'})
+
+    left = [channel_backup(1) for _ in range(25)]
+    for minute, data in enumerate(left):
+        (staging / version_name(data, NOON + timedelta(minutes=minute))).write_bytes(data)
+    with RawS3(slow) as raw:
+        done = run_script(settings_at(raw.endpoint, lnd, staging), "once", timeout=60)
+        assert time.monotonic() - raw.asked_at > A_MINUTE / 4
+    assert set(sent) == set(left)
+    assert "waiting, and not sent" not in done.stderr

@@ -1,0 +1,170 @@
+"""Signals: what is on its way is finished, the grace period is kept, and nothing spoils the end."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import Daemon, FaultProxy, Lnd, Mode, Written, run_script, unlistable_while
+from shared import OFTEN, SELDOM, SteppedS3, staged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from functools import partial
+    from pathlib import Path
+
+    from shared import Session
+
+
+def write_unseen(lnd: Lnd) -> Written:
+    """Let LND's file be replaced by a link, of which no event tells that is listened to."""
+    elsewhere = Lnd(lnd.directory / "elsewhere")
+    version = elsewhere.write()
+    lnd.path.unlink(missing_ok=True)
+    lnd.path.hardlink_to(elsewhere.path)
+    lnd.written.append(version)
+    return version
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_daemon(
+    env: dict[str, str], lnd: Lnd, check: partial[None], sig: signal.Signals
+) -> None:
+    """An idle daemon ends with success at the first signal."""
+    version = lnd.write()
+    with Daemon(SELDOM | env) as daemon:
+        daemon.wait_for_stored(version)
+        daemon.signal(sig)
+        assert daemon.wait() == 0
+        assert "Traceback" not in daemon.log
+    check()
+
+
+def test_an_upload_in_flight_is_finished(
+    env: dict[str, str], lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], staging: Path
+) -> None:
+    """A version on its way when the signal comes, and one that LND writes after it, are stored
+    before the end.
+    """
+    first = lnd.write()
+    with Daemon(SELDOM | env) as daemon:
+        stepped.wait_for_requests(1)
+        daemon.begin_to_stop()
+        second = lnd.write()
+        daemon.wait_for_captured(second)
+        stepped.let(2)
+        assert daemon.wait() == 0
+        assert [name[-6:] for name in daemon.stored_names()] == [
+            first.sha256[-6:],
+            second.sha256[-6:],
+        ]
+        assert staged(staging) == []
+    check_stepped()
+
+
+@pytest.mark.parametrize(
+    ("mode", "grace"), [("blackhole", 0), ("blackhole", 1), ("refuse", 0), ("refuse", 1)]
+)
+def test_the_grace_period_is_kept(
+    env: dict[str, str],
+    lnd: Lnd,
+    s3_line: FaultProxy,
+    session: Session,
+    staging: Path,
+    mode: Mode,
+    grace: int,
+) -> None:
+    """With S3 hanging or gone the daemon ends in order after the grace period, and the next start
+    sends the rest.
+    """
+    s3_line.set(mode)
+    version = lnd.write()
+    with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": str(grace)}) as daemon:
+        if mode == "blackhole":
+            s3_line.wait_until(lambda counts: counts.bytes_up > len(version.data))
+        else:
+            daemon.wait_for_log("cannot store")
+        assert daemon.stop(timeout=grace + 4) == 0
+        assert len(staged(staging)) == 1
+    s3_line.set("pass", cut=True)
+    with session() as daemon:
+        daemon.wait_for_stored(version)
+
+
+def test_it_looks_after_the_signal_and_before_it_leaves(
+    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, check: partial[None], staging: Path
+) -> None:
+    """What no event told is found by a look right after the signal, and what comes later by another
+    before the end.
+    """
+    first = lnd.write()
+    with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
+        daemon.wait_for_stored(first)
+        s3_line.set("blackhole", cut=True)
+        second = write_unseen(lnd)
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_captured(second)
+        third = write_unseen(lnd)
+        assert daemon.wait() == 0
+        daemon.wait_for_captured(third)
+        assert [name[-6:] for name in staged(staging)] == [second.sha256[-6:], third.sha256[-6:]]
+    check()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(
+    env: dict[str, str],
+    lnd: Lnd,
+    stepped: SteppedS3,
+    check_stepped: partial[None],
+    second: signal.Signals,
+) -> None:
+    """While the daemon is still sending, a second signal ends it without waiting for the grace
+    period.
+    """
+    lnd.write()
+    with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "300"}) as daemon:
+        stepped.wait_for_requests(1)
+        daemon.begin_to_stop()
+        daemon.signal(second)
+        assert daemon.wait() == 128 + second
+    check_stepped()
+
+
+def test_a_staging_directory_that_cannot_be_listed_spoils_no_stop(
+    env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path, started_by: Callable[[str], None]
+) -> None:
+    """A disk that fails before the daemon stops is named, and the stop is an orderly one all the
+    same.
+    """
+    broken = tmp_path / "broken"
+    started_by(unlistable_while(broken))
+    first = lnd.write()
+    with Daemon(OFTEN | env) as daemon:
+        daemon.wait_for_stored(first)
+        broken.touch()
+        daemon.wait_for_log(f"error: cannot use BACKUP_DIRECTORY: {staging}: .*Input/output error")
+        assert daemon.stop() == 0
+
+
+def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
+    env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None]
+) -> None:
+    """An attempt that was given up may write to the log while the program ends; Python alone would
+    abort.
+    """
+    started_by("""
+import sys
+import threading
+
+def chatter():
+    while True:
+        sys.stderr.write("chatter\\n")
+        sys.stderr.flush()
+
+threading.Thread(target=chatter, daemon=True).start()
+""")
+    lnd.write()
+    assert [run_script(env, "once").returncode for _ in range(3)] == [0, 0, 0]
+    check(refreshes=2)

@@ -30,7 +30,7 @@ from kit import (
     run_script,
     script_environment,
 )
-from kit.fake_s3 import ACCESS_DENIED, HTML
+from kit.answers import ACCESS_DENIED, HTML
 from shared import NOWHERE
 
 if TYPE_CHECKING:

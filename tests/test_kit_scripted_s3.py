@@ -23,9 +23,9 @@ from kit import (
     Answer,
     Credentials,
     FakeS3,
+    answers,
     make_client,
 )
-from kit import fake_s3 as answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -27,13 +27,13 @@ from kit import (
     S3Server,
     Script,
     allow,
+    answers,
     channel_backup,
     reader_settings,
     run_script,
     script_environment,
 )
-from kit import fake_s3 as answers
-from kit.raw_s3 import framed, listing
+from kit.answers import framed, listing
 from shared import HOUR, NOON, NOWHERE, put_version, restore
 
 if TYPE_CHECKING:

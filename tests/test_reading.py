@@ -442,6 +442,7 @@ def test_the_largest_version(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -
     assert [len(request.body) for request in fake.requests] == [LARGEST]
 
 
+@pytest.mark.cold
 @pytest.mark.unmeasured
 def test_large_versions_fit_into_the_units_memory(
     fake: FakeS3, fake_env: dict[str, str], lnd: Lnd

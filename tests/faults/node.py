@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FakeS3, Lnd, Script, assert_nothing_lost, channel_backup, settings_at
-from kit import fake_s3 as answers
+from kit import (
+    Daemon,
+    FakeS3,
+    Lnd,
+    Script,
+    answers,
+    assert_nothing_lost,
+    channel_backup,
+    settings_at,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

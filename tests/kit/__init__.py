@@ -2,7 +2,8 @@
 they are held to.
 """
 
-from .fake_s3 import Answer, FakeS3, Request
+from .answers import Answer
+from .fault_proxy import Counts, FaultProxy, Mode
 from .installed import Installed, install
 from .invariant import (
     VERSION_NAME,
@@ -15,9 +16,7 @@ from .invariant import (
 )
 from .lnd import Lnd, Written, channel_backup, version_name
 from .nobody import NOBODY, as_nobody
-from .proxy import Counts, FaultProxy, Mode
-from .raw_s3 import RawS3
-from .s3 import (
+from .s3_server import (
     CHECKOUT,
     PATIENCE_SECONDS,
     Credentials,
@@ -41,6 +40,7 @@ from .script import (
     settings_for,
     unlistable_while,
 )
+from .scripted_s3 import FakeS3, RawS3, Request
 
 __all__ = [
     "CHECKOUT",

@@ -10,15 +10,15 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from .proxy import FaultProxy
-from .s3 import PATIENCE_SECONDS
+from .fault_proxy import FaultProxy
+from .s3_server import PATIENCE_SECONDS
 from .tls_front import TlsFront
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
-    from .proxy import Counts
+    from .fault_proxy import Counts
     from .tcp_server import Tap
 
 _INTERIM, _GOOD = range(100, 200), range(200, 300)

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
 from .invariant import normalised_prefix
-from .s3 import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
+from .s3_server import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
 from .warm import WarmProcess, WarmServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from .lnd import Lnd, Written
-    from .s3 import S3Server
+    from .s3_server import S3Server
 
 SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
 MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from .s3 import PATIENCE_SECONDS
+from .s3_server import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     import ssl

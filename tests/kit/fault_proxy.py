@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from .s3 import PATIENCE_SECONDS
+from .s3_server import PATIENCE_SECONDS
 from .tcp_server import CHUNK, TcpServer
 
 if TYPE_CHECKING:

@@ -34,11 +34,13 @@ from .script import (
     Script,
     hurried,
     reader_settings,
+    run_on_terminal,
     run_script,
     script_environment,
     settings_at,
     settings_for,
     unlistable_while,
+    write_launcher,
 )
 from .scripted_s3 import FakeS3, RawS3, Request
 
@@ -79,10 +81,12 @@ __all__ = [
     "make_client",
     "normalised_prefix",
     "reader_settings",
+    "run_on_terminal",
     "run_script",
     "script_environment",
     "settings_at",
     "settings_for",
     "unlistable_while",
     "version_name",
+    "write_launcher",
 ]

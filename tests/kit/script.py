@@ -152,15 +152,37 @@ def run_script(
     timeout: float = STUCK_SECONDS,
     cwd: Path | None = None,
     stdout: IO[str] | None = None,
+    command: Sequence[str] = (),
     measured: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run the program to its end, and return its exit code and output; not measured, it costs
     less.
     """
     unmeasured = {} if measured else dict.fromkeys(MEASURED, "")
-    with Script(env | unmeasured, *args, cwd=cwd, stdout=stdout) as script:
+    with Script(env | unmeasured, *args, cwd=cwd, stdout=stdout, command=command) as script:
         code = script.wait(timeout)
         return subprocess.CompletedProcess(list(args), code, script.stdout, script.log)
+
+
+def run_on_terminal(env: dict[str, str], *args: str, log: bool = False) -> tuple[int, str]:
+    """Run the program with a terminal for its output, and for its log if that is wanted, and return
+    the exit code and what is seen.
+    """
+    screen, terminal = os.openpty()
+    with (
+        tempfile.TemporaryDirectory() as home,
+        open(os.devnull, "r+b") as null,
+        open(screen, "rb", buffering=0) as output,
+    ):
+        nowhere = null.fileno()
+        streams = (nowhere, terminal, terminal if log else nowhere)
+        process = start(script_environment(env, home), *args, cwd=home, streams=streams)
+        os.close(terminal)
+        seen = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while part := output.read(65536):
+                seen += part
+        return process.wait(STUCK_SECONDS), seen.decode(errors="replace")
 
 
 def write_launcher(path: Path, code: str) -> Path:

@@ -12,7 +12,7 @@ start continues with what lies in the staging directory.
 
 `Daemon.run` is one loop of thirty lines: begin there. Whatever wakes it (a rename, an answer of S3,
 a signal, the time), each pass asks the same questions and takes the steps that it finds missing.
-Sections 1 to 4 are all that ever touches the node's file and the versions.
+All reading of LND's file, staging and sending is in sections 1 to 4.
 
 reads     MONITOR_FILE_PATH, the file of --env-file, the AWS SDK's own files; nothing else unasked
 writes    BACKUP_DIRECTORY, COPY_DIRECTORY, METRICS_FILE, what `restore` fetches; nothing of LND's
@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import urllib.request
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from fnmatch import fnmatch
@@ -77,10 +78,10 @@ EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_CONFIG = 0, 1, 75, 78  # 2, wrong u
 EMPTY_BYTES = 45  # no channels: nonce 24, version 1, count 4, tag 16 (LND 0.21 chanbackup/multi.go)
 ONE_CHANNEL_BYTES = 416  # the smallest file with a channel (LND 0.21 chanbackup/single.go)
 LARGEST_BYTES = 16 << 20  # some 24,000 channels; the service stays below its MemoryMax= with it
-DROP_BYTES = 300  # a file smaller by so much lacks a channel: each takes 378 or more (LND 0.21)
+DROP_BYTES = 300  # a file smaller by so much lacks a channel: each takes 371 or more (LND 0.21)
 LND_FILES = ("channel.db", "wallet.db", "*.macaroon", "chan-backup-archives", "lnd.conf")
 # Never to be restored from a copy (a stale channel.db loses money), or never to leave the node.
-FORBIDDEN = "channel.db wallet.db *.sqlite* *.macaroon hsm_secret walletunlock.json"
+FORBIDDEN = r"(channel|wallet)\.db|.*\.sqlite.*|.*\.macaroon|hsm_secret|walletunlock\.json"
 PAGES_MAX = 1000  # of a thousand keys each: a longer list is taken for endless
 LATE_SECONDS = 600.0  # a put that began so long after the capture may not be the newest by time
 TROUBLE_SECONDS = 1.0  # how often to look at a file that is absent, unreadable or unwatched
@@ -97,8 +98,8 @@ REMINDER_SECONDS = 3600.0  # how often a lasting problem is logged again
 
 
 # --- 1. Versions: what channel.backup held at one moment ------------------------------------------
-# A version is the whole content of the file; its name is the time of capture and six digits of its
-# SHA-256. LND's file is only ever read.
+# A version is the whole content of the file; its name is the time of capture and the last six
+# digits of its SHA-256. LND's file is only ever read.
 
 
 class Version(NamedTuple):
@@ -114,7 +115,7 @@ def sha256_of(data: bytes) -> str:
 
 
 def captured_at(name: str) -> datetime | None:
-    """Return the time of capture (UTC) in a version's name; None if it is no version's name."""
+    """Return the UTC time in a version's name; None if it is none, or of 9999: no name follows."""
     if re.fullmatch(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{6}", name) and name < "9999":
         with contextlib.suppress(ValueError):
             return datetime.fromisoformat(name[:23])
@@ -137,14 +138,13 @@ def new_name(sha256: str, newest: str) -> str:
 
 def is_forbidden(path: str) -> bool:
     """Tell whether a path names something that must never be copied."""
-    name = os.path.basename(path).lower()
-    return any(fnmatch(name, pattern) for pattern in FORBIDDEN.split())
+    return re.fullmatch(FORBIDDEN, os.path.basename(path).lower(), re.DOTALL) is not None
 
 
 def read_file(path: Path | str, directory: int | None = None) -> tuple[bytes, os.stat_result]:
     """Return the bytes of a file, cut above 16 MiB, and its status after the reading.
 
-    No link is followed, and no pipe waited for. Raises OSError.
+    It follows no link, and waits for no pipe. Raises OSError.
     """
     more = os.O_NOFOLLOW | os.O_NONBLOCK
     opener = functools.partial(os.open, dir_fd=directory)
@@ -163,7 +163,7 @@ def read_channel_backup(path: Path) -> bytes:
     """Return the version at this path now; raises BackupError.
 
     Read through one descriptor: LND's rename (0.21 chanbackup/backupfile.go) cannot mix two
-    versions. A link is followed, and its target is judged at each read, as it may change.
+    versions. The path is resolved first, and its target judged at each read, as it may change.
     """
     what = f"cannot read channel.backup: {path}"
     try:
@@ -219,9 +219,8 @@ def write_file(
         try:
             os.fsync(directory)  # a new name outlives a power cut only once its directory is synced
         except OSError as error:
-            if (
-                not new and error.errno != errno.EINVAL
-            ):  # for a new file, and on old CIFS, it only hardens
+            is_optional = new or error.errno == errno.EINVAL  # not every stick or NAS can
+            if not is_optional:
                 raise
     finally:
         with contextlib.suppress(OSError):
@@ -271,8 +270,8 @@ def read_receipt(directory: Path) -> Receipt | None:
 class Staging:
     """The staging directory, locked until the process ends; used by the loop alone.
 
-    Beside versions: .lock, .receipt, .*.partial (cut short by a crash), .damaged-*. All goes
-    through one descriptor: replacing the directory cannot split the queue. Its methods raise
+    Beside versions: .lock, .receipt, .*.partial (cut short by a crash), .damaged-*. The queue is
+    used through one descriptor, so that replacing the directory cannot split it. Its methods raise
     OSError.
     """
 
@@ -347,8 +346,8 @@ class Staging:
         self.receipt = receipt
 
     def tidy(self) -> None:
-        """Write the last receipt down, then delete what is acknowledged."""
-        with contextlib.suppress(OSError):  # on a full disk it is written after the deletion
+        """Write the last receipt down, then delete what is acknowledged; on a full disk, first."""
+        with contextlib.suppress(OSError):
             self.write_receipt()
         for name in sorted(self.acknowledged):
             with contextlib.suppress(FileNotFoundError):  # it was sent from memory
@@ -369,7 +368,7 @@ class Staging:
 
 
 class Bucket:
-    """The bucket, through one boto3 client; used by one thread at a time."""
+    """The bucket, through one boto3 client (which may be shared with a thread given up)."""
 
     def __init__(self, name: str, prefix: str, put_arguments: Mapping[str, str]) -> None:
         """Name the bucket, the prefix of its keys, and more arguments of a put; connect nothing."""
@@ -409,7 +408,7 @@ class Bucket:
     def put(self, name: str, data: bytes) -> Receipt:
         """Put a version into the bucket and return S3's receipt; raises BackupError.
 
-        The same version twice is the same object. The thread that calls this may be abandoned.
+        Repeating it is harmless: same key, same bytes. It may run on in a thread that is given up.
         """
         client = self.connect()
         key, sha256 = self.prefix + name, sha256_of(data)
@@ -437,8 +436,8 @@ class Bucket:
 
 
 # --- 4. The daemon: one loop that brings the bucket up to what is on disk -------------------------
-# One object owns all state and all tasks. A version is on LND's disk, captured, staged, in flight
-# (`upload`), acknowledged, deleted; each pass of the loop takes the steps that it finds missing.
+# One object owns all state and all tasks. A version is on LND's disk, then captured, staged, in
+# flight (`upload`), acknowledged, deleted; each pass of the loop takes the steps that are missing.
 
 
 class Daemon:
@@ -472,14 +471,15 @@ class Daemon:
     async def run(self) -> None:
         """Back up until stopped, then send what is left, for at most the grace period.
 
-        `once` is this, stopped before it began: it goes on for as long as the backlog shrinks. May
-        be cancelled; a version in flight stays staged. Raises only on a fault of this program.
+        `once` runs this with `stop` set, and each version sent extends its time. May be cancelled;
+        a version in flight stays staged. Raises only on a fault of this program or of inotify.
         """
         grace, last, is_once = self.settings.grace_seconds, LAST_SECONDS, self.stop.is_set()
         if is_once:
             grace, last = ONE_SHOT_SECONDS, TELLING_SECONDS
         install_signal_handlers(self.stop)
-        stopped, deadline, fewest = asyncio.create_task(self.stop.wait()), FOREVER, FOREVER
+        stopped, never = asyncio.create_task(self.stop.wait()), asyncio.Future[None]()
+        deadline = fewest = FOREVER
         self.watch_directory()
         notify_systemd("READY=1")
         while True:
@@ -488,7 +488,7 @@ class Daemon:
             self.watch_directory()
             self.list_staging()
             self.capture()
-            self.start_upload()
+            await self.start_upload()
             with self.using_disk():
                 self.staging.tidy()  # while the next version is on its way
             if is_once and len(self.staging.pending) < fewest:
@@ -496,11 +496,9 @@ class Daemon:
             self.report(deadline)
             if self.stop.is_set() and (self.is_finished() or time.monotonic() >= deadline):
                 break
-            tasks = [stopped, self.event, self.upload, *self.telling()]
-            tasks.append(asyncio.create_task(asyncio.sleep(self.pause(deadline))))
-            running = [task for task in tasks if task and not task.done()]
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            running[-1].cancel()
+            awaited = [never, stopped, self.event, self.upload, *self.telling()]
+            running = [each for each in awaited if each and not each.done()]
+            await asyncio.wait(running, timeout=self.pause(deadline), return_when=FIRST_COMPLETED)
             self.finish_upload()
         self.list_at = 0.0  # stays so if the directory cannot be listed
         self.list_staging()
@@ -543,7 +541,7 @@ class Daemon:
         return not self.upload and (self.is_waiting() or not self.bucket.client)
 
     def is_settled(self) -> bool:
-        """Tell whether nothing waits, and the version on disk, if readable, was the last put."""
+        """Tell whether nothing waits, and what is on disk, if it can be read, was the last put."""
         is_last = self.newest_receipt is not None and self.newest_receipt is self.staging.receipt
         return (is_last or self.reading.error is not None) and not self.is_waiting()
 
@@ -607,7 +605,7 @@ class Daemon:
                 self.disk.resolve()
 
     def capture(self) -> None:
-        """Name and stage what is on disk, unless it is backed up; hold it if the disk refuses."""
+        """Name and stage what is on disk, if need be; hold it in memory if the disk refuses."""
         captured = None
         try:
             data = read_channel_backup(self.settings.file)
@@ -616,7 +614,7 @@ class Daemon:
             self.reading.report(error)
         else:
             sha256 = sha256_of(data)
-            if not self.is_backed_up(sha256):
+            if self.needs_capture(sha256):
                 if self.unstaged:
                     log.error("dropped, never staged: %s: a newer one came", self.unstaged.name)
                 self.newest, self.newest_sha256 = new_name(sha256, self.newest), sha256
@@ -636,39 +634,40 @@ class Daemon:
                 odd = "a size that no known LND writes; backed up anyway"
             log.warning("%s: %s", captured.name, odd)
 
-    def is_backed_up(self, sha256: str) -> bool:
-        """Tell whether the bytes on disk wait to be sent, or were the last ones put and prove it.
+    def needs_capture(self, sha256: str) -> bool:
+        """Tell whether the bytes on disk neither wait to be sent, nor were put last and prove it.
 
         This one rule makes the put at every start, the refresh, and a new copy of a staged one that
         was removed. It also keeps the version on disk the last put: after a drain, an outage or
         a wrong clock it goes out once more, and `restore` takes it.
         """
         if sha256 != self.newest_sha256:
-            return False
-        if self.unstaged or self.staging.pending[-1:] == [self.newest]:
             return True
-        if self.newest_receipt is None:
+        if self.unstaged or self.staging.pending[-1:] == [self.newest]:
             return False
+        if self.newest_receipt is None:
+            return True
         if self.is_waiting():
-            return True  # decided once nothing is left to send
+            return False  # decided once nothing is left to send
         is_last = self.newest_receipt is self.staging.receipt
-        return is_last and self.newest_receipt.is_proof(self.settings.refresh_seconds)
+        return not (is_last and self.newest_receipt.is_proof(self.settings.refresh_seconds))
 
-    def start_upload(self) -> None:
+    async def start_upload(self) -> None:
         """Send the newest version that waits, if nothing is in flight and it is time."""
         now = time.monotonic()
         if not self.wants_upload() or now < self.retry_at:
             return
+        if self.bucket.client and now > self.used_at + IDLE_SECONDS:
+            self.bucket.client.close()  # a NAT drops what is idle, and a put on it would hang
         with self.using_disk():
             version = self.unstaged or self.staging.newest()
-            if self.bucket.client and now > self.used_at + IDLE_SECONDS:
-                self.bucket.client.close()  # a NAT drops what is idle, and a put on it would hang
             if version:
                 seconds = ATTEMPT_SECONDS + len(version.data) / SLOWEST_BYTES_PER_SECOND
                 call = in_daemon_thread(seconds, "cannot store", self.bucket.put, *version)
             else:
                 call = in_daemon_thread(ATTEMPT_SECONDS, "cannot connect", self.bucket.connect)
             self.upload = asyncio.create_task(call)
+            await asyncio.sleep(0)  # it begins here, and not when the loop comes to wait
 
     def finish_upload(self) -> None:
         """Take what came of the upload: a receipt, or a failure and when to try again."""
@@ -911,12 +910,10 @@ def no_prompt(_: str) -> str:
 
 def notify_systemd(state: str) -> None:
     """Tell systemd (sd_notify(3)). It neither fails nor waits if nobody reads."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as notify:
-        notify.sendto(state.encode(), address)
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as notify:
+            notify.sendto(state.encode(), re.sub("^@", "\0", address))  # @: an abstract address
 
 
 def status_line(receipt: Receipt | None, waiting: int, problems: list[Problem]) -> str:
@@ -1866,9 +1863,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, **options)
         if name in ("check", "list"):
-            command.add_argument(
-                "--json", action="store_true", help="print JSON: see docs/reference.md"
-            )
+            command.add_argument("--json", action="store_true", help="print JSON, for scripts")
     restore = commands.choices["restore"]
     which, name = restore.add_mutually_exclusive_group(), "channel.backup"
     which.add_argument("--key", help="this version: a whole key, or the name alone")

@@ -18,11 +18,12 @@ import shutil
 import subprocess
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import CHECKOUT, SCRIPT, Credentials, S3Server
+from kit import CHECKOUT, SCRIPT, Answer, Credentials, FakeS3, S3Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -764,6 +765,45 @@ def test_s3_that_is_away_is_no_alert(alerts: Alerts, node: Node) -> None:
     node.wait_for_stored()
     node.wait_for_checks(1)
     assert alerts.subjects() == []
+
+
+def test_s3_that_is_away_for_a_week_is_told_once_a_day(alerts: Alerts, node: Node) -> None:
+    """What is in order for a night is not for a week: the last receipt tells, and S3 need not."""
+    node.systemctl("start", "lnd", "lnd-backup")
+    node.wait_for_stored()
+    node.s3.stop()
+    try:
+        at = (datetime.now(UTC) - timedelta(days=7)).isoformat()
+        edit = f's/"stored_at": "[^"]*"/"stored_at": "{at}"/'
+        node.box.run("sed", "-i", edit, f"{STAGING}/.receipt")
+        (subject,) = alerts.wait_for(1)
+        told = f"lnd-backup: NOT BACKED UP: nothing was stored since {at[:16]} UTC"
+        assert told in subject
+        node.wait_for_checks(2)
+        assert len(alerts.subjects()) == 1
+        node.box.sh("sed -i 's/: [0-9.]*/: 1.0/g' /var/lib/lnd-backup-alert/*.json")  # a day passes
+        alerts.wait_for(2)
+    finally:
+        node.s3.start()
+    node.lnd_writes()
+    node.wait_for_stored()
+    assert "BACKED UP again" in alerts.wait_for(3)[-1]
+
+
+def test_a_full_quota_is_told(alerts: Alerts, node: Node) -> None:
+    """S3 takes nothing for a while; the check tells it once LND's file waits for ten minutes."""
+    full = [Answer(403, "QuotaExceeded")] * 5
+    with FakeS3(Answer(), *full) as s3:
+        node.set_up(AWS_ENDPOINT_URL_S3=s3.endpoint)
+        node.systemctl("start", "lnd", "lnd-backup")
+        until("the first version is stored", lambda: len(s3.objects(node.bucket)) == 1)
+        node.lnd_writes()
+        node.box.run("touch", "--date=11 minutes ago", f"{SCB}/channel.backup")
+        (subject,) = alerts.wait_for(1)
+        assert "lnd-backup: NOT BACKED UP: the version on disk has been waiting since" in subject
+        assert "hint: the bucket is full" in alerts.mails()[0].get_content()
+        until("S3 takes it again", lambda: len(s3.objects(node.bucket)) == 2, 90)
+        assert "BACKED UP again" in alerts.wait_for(2)[-1]
 
 
 def test_neither_a_start_nor_a_burst_nor_an_upgrade_is_an_alert(alerts: Alerts, node: Node) -> None:

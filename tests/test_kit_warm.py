@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,6 @@ import pytest
 from coverage import Coverage, CoverageData
 from kit import (
     CHECKOUT,
-    NOBODY,
     SCRIPT,
     Lnd,
     Script,
@@ -25,6 +25,8 @@ from kit import script as script_module
 from kit.warm import WarmProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from kit import FakeS3
@@ -65,6 +67,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))
 opened = os.open("/", os.O_RDONLY)
 sys.stderr.write("begun ")  # a line is what makes it visible
 if "stay" in sys.argv:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests are deaf to it
     print("", file=sys.stderr)
     signal.pause()
 sys.exit(int(sys.argv[1]))
@@ -85,6 +88,7 @@ def warm(script: Script) -> bool:
     return isinstance(script.process, WarmProcess)
 
 
+@pytest.mark.unmeasured
 def test_a_warm_process_is_like_a_cold_one_and_leaves_nothing_to_the_next(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,13 +138,34 @@ def test_what_may_be_read_at_the_start_makes_it_cold(name: str) -> None:
         assert not warm(script)
 
 
-def test_another_user_starts_cold(tmp_path: Path) -> None:
-    """What an unprivileged test starts has no more privileges than the test."""
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Ignore a signal, which a child then does as well."""
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
+@contextlib.contextmanager
+def private() -> Iterator[None]:
+    """Let new files be the owner's alone."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("change", [deaf, private, as_nobody])
+def test_what_a_child_takes_over_makes_it_cold(
+    tmp_path: Path, change: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """A start in which a test has other rights, or is deaf to a signal, is as it says."""
     server, env = script_module._warm, script_environment({}, str(tmp_path))  # noqa: SLF001 - to ask it
     assert server
     assert server.can_start(env)
-    with as_nobody():
-        assert server.can_start(env) == (os.geteuid() != NOBODY)
+    changes = change is not as_nobody or os.geteuid() == 0
+    with change():
+        assert server.can_start(env) != changes
+    assert server.can_start(env)
 
 
 @pytest.mark.cold

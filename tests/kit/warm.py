@@ -29,6 +29,14 @@ LATE = re.compile(
     r")_\w+|\w+_(PROXY|proxy)|HOME|PATH"
 )
 
+INHERITED = re.compile(r"^(?:Umask|[UG]id|Groups|Sig(?:Blk|Ign)|Cap\w+):.*", re.MULTILINE)
+
+
+def inherited() -> list[str]:
+    """Return what a process takes over from the one that starts it: rights, signals, limits."""
+    status = Path("/proc/thread-self/status").read_text(encoding="utf-8")
+    return [*INHERITED.findall(status), Path("/proc/self/limits").read_text(encoding="utf-8")]
+
 
 class WarmProcess:
     """A program that was started warm, with the methods of `subprocess.Popen`."""
@@ -70,7 +78,7 @@ class WarmServer:
     def __init__(self, program: Path, env: Mapping[str, str]) -> None:
         """Load the libraries of this program in this environment, without coverage."""
         self._env = {name: env[name] for name in env if not name.startswith("COVERAGE_PROCESS_")}
-        self._user = os.geteuid()
+        self._inherited = inherited()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -91,9 +99,9 @@ class WarmServer:
         self._process.wait()
 
     def can_start(self, env: Mapping[str, str]) -> bool:
-        """Tell whether a start in this environment would be no different if it was cold."""
+        """Tell whether a start here, in this environment, would be no different if it was cold."""
         differs = [name for name in env.keys() | self._env if env.get(name) != self._env.get(name)]
-        return os.geteuid() == self._user and all(map(LATE.fullmatch, differs))
+        return all(map(LATE.fullmatch, differs)) and inherited() == self._inherited
 
     def start(
         self, command: Sequence[str], env: Mapping[str, str], cwd: str, streams: Sequence[int]

@@ -77,7 +77,7 @@ def _warm_starts() -> Iterator[None]:
 def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start the program cold where a test says that the start, memory or time is its subject."""
     if any(map(request.node.get_closest_marker, ("alone", "cold"))):
-        monkeypatch.setattr(script_module, "_warm", None)
+        monkeypatch.setattr(script_module, "warm_server", None)
 
 
 @pytest.fixture(scope="session")

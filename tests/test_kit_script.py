@@ -15,6 +15,7 @@ from kit import (
     run_script,
 )
 from kit import script as script_module
+from kit.output import Text
 
 PROGRAM = """
 import json, os, signal, socket, sys
@@ -60,16 +61,16 @@ def test_all_that_was_written_is_read_however_slow_the_reader_is(
     """What was written, or sent to systemd, before one asks is in the answer, though the thread has
     read nothing.
     """
-    woken, follow = threading.Event(), script_module._Text._follow  # noqa: SLF001 - what the thread does
+    woken, follow = threading.Event(), Text._follow  # noqa: SLF001 - what the thread does
 
-    def wait_and_follow(text: script_module._Text) -> None:
+    def wait_and_follow(text: Text) -> None:
         woken.wait()
         follow(text)
 
-    monkeypatch.setattr(script_module._Text, "_follow", wait_and_follow)  # noqa: SLF001
+    monkeypatch.setattr(Text, "_follow", wait_and_follow)
     out, into = os.pipe()
     with NotifySocket() as notify, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
-        log = script_module._Text("the log", out)  # noqa: SLF001
+        log = Text("the log", out)
         for number in range(5):
             service.sendto(b"%d" % number, notify.path)
             os.write(into, b"%d\nbegin" % number)

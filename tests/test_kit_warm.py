@@ -94,8 +94,8 @@ def test_a_warm_process_is_like_a_cold_one_and_leaves_nothing_to_the_next(
 ) -> None:
     """What a program can know of its process is the same, whatever the one before has done."""
     settings, told = {"S3_BUCKET_NAME": "b\u00fcck\udcff", "HOME": str(tmp_path)}, []
-    for server in (script_module._warm, script_module._warm, None):  # noqa: SLF001 - or none
-        monkeypatch.setattr(script_module, "_warm", server)
+    for server in (script_module.warm_server, script_module.warm_server, None):
+        monkeypatch.setattr(script_module, "warm_server", server)
         with Script(settings, "7", "\udcff", cwd=tmp_path) as script:
             assert warm(script) == bool(server)
             assert script.wait() == 7
@@ -159,7 +159,7 @@ def test_what_a_child_takes_over_makes_it_cold(
     tmp_path: Path, change: Callable[[], AbstractContextManager[None]]
 ) -> None:
     """A start in which a test has other rights, or is deaf to a signal, is as it says."""
-    server, env = script_module._warm, script_environment({}, str(tmp_path))  # noqa: SLF001 - to ask it
+    server, env = script_module.warm_server, script_environment({}, str(tmp_path))
     assert server
     assert server.can_start(env)
     changes = change is not as_nobody or os.geteuid() == 0

@@ -16,6 +16,7 @@ from .invariant import (
 )
 from .lnd import Lnd, Written, channel_backup, version_name
 from .nobody import NOBODY, as_nobody
+from .output import NotifySocket
 from .s3_server import (
     CHECKOUT,
     PATIENCE_SECONDS,
@@ -27,22 +28,18 @@ from .s3_server import (
     make_client,
 )
 from .script import (
-    MADE_UP,
     SCRIPT,
     Daemon,
-    NotifySocket,
     Script,
     hurried,
-    reader_settings,
     run_on_terminal,
     run_script,
     script_environment,
-    settings_at,
-    settings_for,
     unlistable_while,
     write_launcher,
 )
 from .scripted_s3 import FakeS3, RawS3, Request
+from .settings import MADE_UP, reader_settings, settings_at, settings_for
 
 __all__ = [
     "CHECKOUT",

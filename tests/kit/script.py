@@ -7,91 +7,30 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
-from .invariant import normalised_prefix
-from .s3_server import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
+from .output import NotifySocket, Text
+from .s3_server import CHECKOUT, PATIENCE_SECONDS
 from .warm import WarmProcess, WarmServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from .lnd import Lnd, Written
-    from .s3_server import S3Server
+    from .lnd import Written
 
 SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
-MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look
 STUCK_SECONDS = 90.0
 
 MEASURED = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _COVERAGE = (*MEASURED, "COVERAGE_FILE", "COVERAGE_CORE")
 
-_warm: WarmServer | None = None  # where nobody asks for warm starts, there are none
-
-
-def reader_settings(
-    server: S3Server, bucket: str, prefix: str, user: Credentials
-) -> dict[str, str]:
-    """Return the bucket's settings and nothing else, as on a machine that never saw the node."""
-    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | {
-        "S3_BUCKET_NAME": bucket,
-        "S3_BACKUP_PREFIX": prefix,
-        "AWS_ACCESS_KEY_ID": user.access_key,
-        "AWS_SECRET_ACCESS_KEY": user.secret_key,
-        "AWS_ENDPOINT_URL_S3": server.endpoint,
-        "AWS_REGION": "us-east-1",
-    }
-
-
-def settings_at(
-    endpoint: str,
-    lnd: Lnd,
-    staging: Path,
-    *,
-    bucket: str = "some-bucket",
-    prefix: str = "alice/",
-    user: Credentials = MADE_UP,
-) -> dict[str, str]:
-    """Return the program's settings for whatever answers at the endpoint."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": bucket,
-        "S3_BACKUP_PREFIX": prefix,
-        "AWS_ACCESS_KEY_ID": user.access_key,
-        "AWS_SECRET_ACCESS_KEY": user.secret_key,
-        "AWS_ENDPOINT_URL_S3": endpoint,
-        "AWS_REGION": REGION,
-    }
-
-
-def settings_for(
-    server: S3Server,
-    bucket: str,
-    prefix: str,
-    lnd: Lnd,
-    staging: Path,
-    *,
-    endpoint: str | None = None,
-) -> dict[str, str]:
-    """Return the program's settings, with a new key that may put below the prefix and nothing
-    else.
-    """
-    user = server.put_only_user(bucket, normalised_prefix(prefix))
-    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | settings_at(
-        endpoint or server.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user
-    )
+warm_server: WarmServer | None = None  # where nobody asks for warm starts, there are none
 
 
 def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
@@ -110,15 +49,14 @@ def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
 @contextlib.contextmanager
 def warm_starts() -> Iterator[None]:
     """Start the program warm in this block, wherever that makes no difference."""
-    global _warm  # noqa: PLW0603 - all of a test run share the one server
-    with (
-        tempfile.TemporaryDirectory() as home,
-        WarmServer(SCRIPT, script_environment({}, home)) as _warm,
-    ):
+    global warm_server  # noqa: PLW0603 - all of a test run share the one server
+    home = tempfile.gettempdir()  # nothing is there that a library reads while it is loaded
+    with WarmServer(SCRIPT, script_environment({}, home)) as server:
+        warm_server = server
         try:
             yield
         finally:
-            _warm = None
+            warm_server = None
 
 
 def start(
@@ -133,8 +71,8 @@ def start(
     these descriptors as stdin, stdout and stderr.
     """
     script = str(launcher or SCRIPT)
-    if _warm and not command and _warm.can_start(env):
-        return _warm.start([script, *args], env, str(cwd), streams)
+    if warm_server and not command and warm_server.can_start(env):
+        return warm_server.start([script, *args], env, str(cwd), streams)
     stdin, stdout, stderr = streams
     return subprocess.Popen(
         [*(command or (sys.executable, script)), *args],
@@ -227,104 +165,6 @@ exec(compile(text, SCRIPT, "exec"), vars(module))
 """
 
 
-class _Text:
-    """What a process writes to a pipe.
-
-    A thread takes it in, so that the process never waits; whoever asks for it takes in the rest
-    before, so that all that was written until then is in the answer, whatever the thread has come
-    to.
-    """
-
-    def __init__(self, what: str, source: int) -> None:
-        """Begin to read the descriptor, until its end."""
-        self._what = what
-        self._source = source
-        self._text = ""
-        self._line = b""  # the beginning of one
-        self._ended = False
-        self._changed = threading.Condition()
-        os.set_blocking(source, False)
-        self._reader = threading.Thread(target=self._follow)
-        self._reader.start()
-
-    def __str__(self) -> str:
-        """Return everything up to now."""
-        with self._changed:
-            self._take_in()
-            return self._text
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the end."""
-        self._reader.join(timeout)
-
-    def wait_for(self, pattern: str, timeout: float, count: int) -> re.Match[str]:
-        """Block until the pattern has occurred so many times, and return that occurrence."""
-        expression = re.compile(pattern, re.MULTILINE)
-        found: list[re.Match[str]] = []
-
-        def occurred() -> bool:
-            found[:] = expression.finditer(self._text)
-            return len(found) >= count or self._ended
-
-        with self._changed:
-            self._take_in()
-            self._changed.wait_for(occurred, timeout)
-            if len(found) < count:
-                why = "it ended" if self._ended else f"{timeout} s passed"
-                raise AssertionError(
-                    f"{pattern!r} came {len(found)} of {count} times in {self._what} "
-                    f"until {why}:\n{self._text}"
-                )
-            return found[count - 1]
-
-    def _follow(self) -> None:
-        """Take in what comes, until the end."""
-        something = select.poll()
-        something.register(self._source, select.POLLIN)
-        while not self._ended:
-            something.poll()
-            with self._changed:
-                self._take_in()
-
-    def _take_in(self) -> None:
-        """Take in what is there, and wake those who wait; with the lock held."""
-        with contextlib.suppress(BlockingIOError):
-            while not self._ended:
-                data = os.read(self._source, 65536)
-                self._ended = not data
-                self._text += self._decode(data)
-                self._changed.notify_all()
-
-    def _decode(self, data: bytes) -> str:
-        """Return the lines that are complete with this."""
-        lines, newline, self._line = (
-            (self._line + data).rpartition(b"\n") if data else (self._line, b"", b"")
-        )
-        return (lines + newline).decode(errors="replace")
-
-
-class _Messages(_Text):
-    """What a process sends to a datagram socket."""
-
-    def __init__(self, what: str, source: int) -> None:
-        """Begin to read the descriptor, until its end."""
-        self._messages: list[str] = []
-        super().__init__(what, source)
-
-    def __iter__(self) -> Iterator[str]:
-        """Return the messages up to now, each as it was sent."""
-        with self._changed:
-            self._take_in()
-            return iter(self._messages[:])
-
-    def _decode(self, data: bytes) -> str:
-        """Return one message as lines."""
-        if not data:
-            return ""
-        self._messages.append(data.decode(errors="replace"))
-        return self._messages[-1].rstrip("\n") + "\n"
-
-
 class Script:
     """The program, running; leaving the `with` block kills what is left of it."""
 
@@ -356,7 +196,7 @@ class Script:
         finally:
             for descriptor in opened:
                 os.close(descriptor)
-        self._stdout, self._log = _Text("stdout", out[0]), _Text("the log", err[0])
+        self._stdout, self._log = Text("stdout", out[0]), Text("the log", err[0])
 
     def __enter__(self) -> Self:
         """Return the running program."""
@@ -422,43 +262,6 @@ class Script:
         for end in self._ends:
             end.close()
         shutil.rmtree(self._home, ignore_errors=True)
-
-
-class NotifySocket:
-    """The socket on which systemd listens for the state of a service."""
-
-    def __init__(self) -> None:
-        """Listen below /tmp, since the path of a socket is limited to 107 bytes."""
-        self._directory = tempfile.mkdtemp(prefix="kit-", dir="/tmp")
-        self.path = str(Path(self._directory, "notify"))
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._messages = _Messages("the messages to systemd", self._socket.fileno())
-
-    def __enter__(self) -> Self:
-        """Return the listening socket."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop listening and remove the socket."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"", self.path)  # what the end of a pipe reads as
-        self._messages.join()
-        self._socket.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    @property
-    def messages(self) -> list[str]:
-        """Return what was sent until now."""
-        return list(self._messages)
-
-    def wait_for(
-        self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1
-    ) -> re.Match[str]:
-        """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at
-        lines.
-        """
-        return self._messages.wait_for(pattern, timeout, count)
 
 
 class Daemon(Script):

@@ -30,7 +30,7 @@ from kit import (
     settings_for,
 )
 from kit import script as script_module
-from kit.script import MEASURED, warm_starts, write_launcher
+from kit.script import LATE_ENOUGH, MEASURED, warm_starts, write_launcher
 from shared import NOWHERE, SELDOM, SteppedS3, leave
 
 import s3_backup_lnd_channels as program
@@ -216,6 +216,8 @@ def started_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     """Return what makes some Python code run before the program, in its process."""
 
     def prepare(code: str) -> None:
+        if not code.startswith(LATE_ENOUGH):
+            monkeypatch.setattr(script_module, "warm_server", None)
         launcher = write_launcher(tmp_path / "launcher.py", code)
         monkeypatch.setattr(script_module, "SCRIPT", launcher)
 

@@ -17,6 +17,7 @@ from kit import (
     Lnd,
     Script,
     as_nobody,
+    hurried,
     run_script,
     script_environment,
     settings_at,
@@ -166,6 +167,18 @@ def test_what_a_child_takes_over_makes_it_cold(
     with change():
         assert server.can_start(env) != changes
     assert server.can_start(env)
+
+
+@pytest.mark.parametrize("code", ["import datetime", hurried(2)], ids=["any", "hurried"])
+def test_code_that_runs_before_makes_it_cold(
+    program: Path, started_by: Callable[[str], None], code: str
+) -> None:
+    """What is changed before the program begins is changed before its libraries are loaded."""
+    program.write_text("import sys\nsys.exit(7)\n")
+    started_by(code)
+    with Script({}) as script:
+        assert warm(script) == (code != "import datetime")
+        assert script.wait() == 7
 
 
 @pytest.mark.cold

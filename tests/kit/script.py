@@ -30,6 +30,9 @@ STUCK_SECONDS = 90.0
 MEASURED = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _COVERAGE = (*MEASURED, "COVERAGE_FILE", "COVERAGE_CORE")
 
+# Begins code that may run when the program's libraries are loaded; other code may change them.
+LATE_ENOUGH = "# changes the program alone"
+
 warm_server: WarmServer | None = None  # where nobody asks for warm starts, there are none
 
 
@@ -153,7 +156,7 @@ def hurried(factor: float) -> str:
 
     How long a test has to wait for the end of an attempt is then up to the test.
     """
-    return f"""
+    return f"""{LATE_ENOUGH}
 import re, sys
 text = open(SCRIPT, encoding="utf-8").read()
 text = re.sub(r"(?m)^((?!LATE)[A-Z_]+_SECONDS = [0-9.]+)", r"\\1 / {factor}", text)

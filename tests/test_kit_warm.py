@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 # Tells what a program can know of its own process, and then spoils what it can.
 PROGRAM = """
-import json, locale, os, resource, signal, sys, threading
+import gc, json, locale, os, resource, signal, sys, threading
+opened = [os.open("/", os.O_RDONLY) for _ in range(9)]
+gc.collect()  # whatever is left of the process before may close what is not its own
 descriptors = [number for number in range(1024) if os.path.exists(f"/proc/self/fd/{number}")]
 print(json.dumps({
     "arguments": [sys.argv, sys.orig_argv],
@@ -65,7 +67,6 @@ os.chdir("/")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))
-opened = os.open("/", os.O_RDONLY)
 sys.stderr.write("begun ")  # a line is what makes it visible
 if "stay" in sys.argv:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests are deaf to it

@@ -7,27 +7,20 @@ import base64
 import errno
 import hashlib
 import os
-import queue
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore.exceptions import (
-    BotoCoreError,
     ClientError,
     ConnectionClosedError,
     EndpointConnectionError,
 )
-from kit import (
-    PATIENCE_SECONDS,
-    FaultProxy,
-    Mode,
-    S3Server,
-    make_client,
-)
+from kit import PATIENCE_SECONDS, FaultProxy, Mode, S3Server, make_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,9 +90,9 @@ def test_latency_delays_without_slowing_down() -> None:
     """
     with FaultProxy(*_echo_address()) as proxy:
         proxy.set("latency", up=0.05, down=0.05)
+        began = time.monotonic()  # before the proxy takes the connection for open
         with socket.create_connection(("127.0.0.1", proxy.port)) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            began = time.monotonic()
             for number in range(200):
                 connection.sendall(bytes([number]))
             received = b""
@@ -201,22 +194,14 @@ def test_a_swallowed_response_leaves_the_object_stored(
 ) -> None:
     """The server stores the object, and the client never hears of it, over http and over https."""
     proxy.set("swallow_response")
-    failed: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-
-    def attempt() -> None:
-        try:
-            put(b"data")
-        except BotoCoreError as error:
-            failed.put(error)
-
-    thread = threading.Thread(target=attempt)
-    thread.start()
-    proxy.wait_until(lambda counts: counts.swallowed > 0)
-    assert s3.objects(bucket)["a"].data == b"data"
-    assert failed.empty()
-    proxy.cut_all()
-    assert isinstance(failed.get(timeout=PATIENCE_SECONDS), ConnectionClosedError)
-    thread.join()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(put, b"data")
+        proxy.wait_until(lambda counts: counts.swallowed > 0)
+        assert s3.objects(bucket)["a"].data == b"data"
+        assert not answer.done()
+        proxy.cut_all()
+        with pytest.raises(ConnectionClosedError):
+            answer.result(PATIENCE_SECONDS)
 
 
 def test_a_throttled_line_is_slow(proxy: FaultProxy, put: Callable[[bytes], Any]) -> None:

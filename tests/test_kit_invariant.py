@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import stat
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from kit import (
-    Lnd,
-    S3Server,
-    Written,
-    assert_nothing_lost,
-    channel_backup,
-)
+from kit import Lnd, S3Server, Written, assert_nothing_lost, channel_backup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,9 +183,3 @@ def test_a_placed_file_may_be_kept_but_need_not(kept: Kept) -> None:
     )
     kept.store(placed, 3)
     kept.check()
-
-
-def test_staging_is_as_private_as_the_fixture_makes_it(staging: Path, env: dict[str, str]) -> None:
-    """The fixtures give a private staging directory and settings that name it."""
-    assert stat.S_IMODE(staging.stat().st_mode) == 0o700
-    assert env["BACKUP_DIRECTORY"] == str(staging)

@@ -5,23 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import queue
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from botocore.exceptions import (
-    ClientError,
-    EndpointConnectionError,
-)
-from kit import (
-    PATIENCE_SECONDS,
-    Credentials,
-    S3Server,
-    make_client,
-)
+from botocore.exceptions import ClientError, EndpointConnectionError
+from kit import PATIENCE_SECONDS, Credentials, S3Server, make_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,31 +85,16 @@ def test_a_wrong_checksum_is_refused(s3: S3Server, bucket: str) -> None:
     assert s3.objects(bucket) == {}
 
 
-def test_the_objects_are_read_over_several_pages(s3_http: S3Server) -> None:
-    """All objects below the prefix are returned, also when there are more than a page of them
-    holds.
-    """
-    bucket = s3_http.create_bucket()
-    paginator = s3_http.admin.get_paginator
-    try:
-        s3_http.admin.get_paginator = lambda name: _SmallPages(paginator(name))
-        for number in range(5):
-            s3_http.admin.put_object(Bucket=bucket, Key=f"a/{number}", Body=b"")
-        s3_http.admin.put_object(Bucket=bucket, Key="b", Body=b"")
-        assert list(s3_http.objects(bucket, "a/")) == [f"a/{number}" for number in range(5)]
-    finally:
-        del s3_http.admin.get_paginator
-
-
-class _SmallPages:
-    """A paginator whose pages hold two entries."""
-
-    def __init__(self, paginator: Any) -> None:  # noqa: ANN401 - botocore is not typed
-        self.paginator = paginator
-
-    def paginate(self, **kwargs: object) -> Any:  # noqa: ANN401 - as above
-        """Return the pages."""
-        return self.paginator.paginate(**kwargs, PaginationConfig={"PageSize": 2})
+def test_the_objects_are_read_over_several_pages(
+    s3_http: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All objects below the prefix are returned, also when a page holds two of them."""
+    bucket, client = s3_http.create_bucket(), s3_http.admin
+    for key in ("a/0", "a/1", "a/2", "a/3", "a/4", "b"):
+        client.put_object(Bucket=bucket, Key=key, Body=b"")
+    whole = client.list_objects_v2
+    monkeypatch.setattr(client, "list_objects_v2", lambda **more: whole(**more, MaxKeys=2))
+    assert list(s3_http.objects(bucket, "a/")) == ["a/0", "a/1", "a/2", "a/3", "a/4"]
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
@@ -148,18 +125,13 @@ def test_a_suspended_server_answers_when_it_is_resumed(own_s3: S3Server) -> None
     """A request to a suspended server hangs, and is answered afterwards."""
     bucket = own_s3.create_bucket()
     own_s3.suspend()
-    done: queue.SimpleQueue[object] = queue.SimpleQueue()
-    thread = threading.Thread(
-        target=lambda: done.put(
-            own_s3.admin.put_object(Bucket=bucket, Key="a", Body=b"data")["ETag"]
-        )
-    )
-    thread.start()
-    with pytest.raises(queue.Empty):
-        done.get(timeout=0.1)
-    own_s3.resume()
-    assert done.get(timeout=PATIENCE_SECONDS)
-    thread.join()
+    put = partial(own_s3.admin.put_object, Bucket=bucket, Key="a", Body=b"data")
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(put)
+        with pytest.raises(TimeoutError):
+            answer.result(timeout=0.1)
+        own_s3.resume()
+        assert answer.result(PATIENCE_SECONDS)["ETag"]
 
 
 def test_the_server_listens_on_the_loopback_address_alone(s3: S3Server) -> None:

@@ -9,11 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from kit import (
-    NotifySocket,
-    Script,
-    run_script,
-)
+from kit import NotifySocket, Script, run_script
 from kit import script as script_module
 from kit.output import Text
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import socket
 import ssl
 import struct
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http import HTTPStatus
 from http.client import HTTPSConnection
@@ -14,18 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
-from botocore.exceptions import (
-    ClientError,
-    ConnectionClosedError,
-)
-from kit import (
-    PATIENCE_SECONDS,
-    Answer,
-    Credentials,
-    FakeS3,
-    answers,
-    make_client,
-)
+from botocore.exceptions import ClientError, ConnectionClosedError
+from kit import PATIENCE_SECONDS, Answer, Credentials, FakeS3, answers, make_client
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,17 +76,12 @@ def test_answers_can_be_held_back() -> None:
     """A held answer comes when it is released, and leaving the block releases and cuts
     everything.
     """
-    with FakeS3(hold=True) as fake, fake_client(fake) as client:
-        done: queue.SimpleQueue[object] = queue.SimpleQueue()
-        thread = threading.Thread(
-            target=lambda: done.put(client.put_object(Bucket="bucket", Key="a", Body=b""))
-        )
-        thread.start()
+    with FakeS3(hold=True) as fake, fake_client(fake) as client, ThreadPoolExecutor() as pool:
+        answer = pool.submit(client.put_object, Bucket="bucket", Key="a", Body=b"")
         fake.wait_for_requests(1)
-        assert done.empty()
+        assert not answer.done()
         fake.release()
-        assert done.get(timeout=PATIENCE_SECONDS)
-        thread.join()
+        assert answer.result(PATIENCE_SECONDS)
         fake.hold()
         with socket.create_connection(("127.0.0.1", fake.port)) as connection:
             connection.sendall(b"PUT /a HTTP/1.1\r\nContent-Length: 0\r\n\r\n")

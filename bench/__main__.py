@@ -1,4 +1,4 @@
-"""Installs the peers, runs them and this program, prints the tables and stores the figures."""
+"""Installs the peers, runs them and this program, prints the tables, and stores the figures."""
 
 from __future__ import annotations
 
@@ -8,54 +8,52 @@ import signal
 import sys
 import time
 
-from bench import footprint, jobs, losses, report, stored
-from bench.peers import install_all, install_floors
-from bench.plan import FULL, QUICK
-from bench.results import STORED, Results
-from bench.world import CACHE, World
+from bench import losses, report, resources, speed
+from bench.peers import CACHE, install_all, new_world
 
-PARTS = {
-    "rename to stored": stored.measure,
-    "versions lost": losses.measure,
-    "footprint": footprint.measure,
-    "start, drain, list and restore": jobs.measure,
-}
+PARTS = (
+    speed.updates,
+    losses.lost,
+    resources.at_work_and_at_rest,
+    resources.out_of_reach,
+    speed.starts,
+    speed.drain,
+    speed.backlogs,
+    speed.reading,
+)
 
 
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="fewer rounds and cells; does not replace bench/results.json",
-    )
+    parser.add_argument("--quick", action="store_true", help="measure less, and replace no figures")
     quick = parser.parse_args().quick
-    for each in (signal.SIGTERM, signal.SIGHUP):  # so that what was started is ended
-        signal.signal(each, lambda number, _: sys.exit(128 + number))
-    console = report.console()
-    load = round(os.getloadavg()[0], 1)
-    peers, missing = install_all()
+    end_what_was_started()
+    load, rows, console = round(os.getloadavg()[0], 1), report.Rows(), report.console()
+    contestants, missing = install_all()
     for name, reason in missing.items():
         console.print(f"left out: {name}: {reason}")
-    floors, rows = install_floors(), []
-    for name, measure in PARTS.items():
+    for part in PARTS:
         began = time.monotonic()
-        with World() as world:
-            rows += measure(
-                world,
-                QUICK if quick else FULL,
-                peers if measure == losses.measure else [*peers, *floors],
-            )
-        console.print(f"{name}: measured in {time.monotonic() - began:.0f} s")
-    results = Results.of_now(
-        load, {each.name: each.version for each in [*peers, *floors]}, missing, rows
-    )
-    path = CACHE / "quick.json" if quick else STORED
-    results.save(path)
-    report.show(results, console)
-    console.print(f"stored in {path}")
+        with new_world(contestants) as world:
+            part(world, rows, quick=quick)
+        console.print(f"{part.__name__}: measured in {time.monotonic() - began:.0f} s")
+    versions = {each.name: each.version for each in contestants}
+    results = report.Results.of_now(load, versions, missing, rows)
+    if quick or missing:
+        results.save(CACHE / "results.json")
+        report.show(results, console)
+        console.print(f"the figures of the pages stay; these are in {CACHE}/results.json")
+    else:
+        results.save(report.STORED)
+        report.main()
     return 0
+
+
+def end_what_was_started() -> None:
+    """Let a signal end this process by an exception, so that it ends the others first."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
 
 
 if __name__ == "__main__":

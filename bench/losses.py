@@ -1,4 +1,6 @@
-"""How many versions are lost: of pairs of writes, and in outages of S3. Nothing is timed here."""
+"""How many versions are lost? Of pairs of writes that follow each other closely, and of those that
+LND writes while S3 is out of reach. Nothing is timed here.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from bench.rows import Row
-from bench.stored import all_running
+from bench.peers import AWS_V2
+from bench.report import LOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,145 +19,117 @@ if TYPE_CHECKING:
     from kit import Written
     from kit.line import Line
 
-    from bench.peers import Contestant, Running
-    from bench.plan import Plan
-    from bench.world import World
+    from bench.peers import Contestant, Running, World
+    from bench.report import Rows
 
 Result = TypeVar("Result")
 
-GROUP = "versions lost"
 PAIR_GAP_SECONDS = 0.01
 PAIR_EVERY_SECONDS = 1.0
 UP_SECONDS = 3.0  # between two outages
 OTHERS_SHARE = 0.2  # of the time for the last: for those before it, which go after it if at all
-# what takes so much CPU time that two of them at once would be late by the machine's fault
-HEAVY = "aws"
 
 
-class Pairs(NamedTuple):
-    """How many versions of pairs were lost, and how many of those were the newer of their pair."""
+class Effort(NamedTuple):
+    """How much is measured; times in seconds."""
 
-    lost: int
-    newer: int
-
-
-def measure(world: World, plan: Plan, contestants: Sequence[Contestant]) -> list[Row]:
-    """Return what was lost."""
-    lost, in_outages = (
-        together(world, plan, contestants) if plan.quick else apart(world, plan, contestants)
-    )
-    rows = []
-    for name in (each.name for each in contestants):
-        rows += [
-            Row(
-                GROUP, f"of {2 * plan.pairs} in {plan.pairs} pairs", "", name, {}, [lost[name].lost]
-            ),
-            Row(GROUP, f"of {plan.pairs} that ended a pair", "", name, {}, [lost[name].newer]),
-            Row(
-                GROUP,
-                f"of {plan.outages} in outages of {plan.outage_seconds:.0f} s",
-                "",
-                name,
-                {},
-                [in_outages[name]],
-            ),
-        ]
-    return rows
+    pairs: int
+    outages: int
+    outage: float
+    lines: int  # that have outages at the same time
+    settle: float  # for the last version to arrive
 
 
-def together(
-    world: World, plan: Plan, contestants: Sequence[Contestant]
-) -> tuple[dict[str, Pairs], dict[str, int]]:
-    """Write pairs to all at the same time, and then make outages for the same processes."""
-    with world.line(far=True) as line, all_running(world, contestants, line) as running:
-        return _pairs_of(line, running, plan), _outages_of(
-            line, running, time.monotonic(), plan.outages, plan
-        )
+FULL = Effort(pairs=100, outages=20, outage=10.0, lines=5, settle=15.0)
+QUICK = Effort(pairs=2, outages=1, outage=2.0, lines=1, settle=4.0)
 
 
-def apart(
-    world: World, plan: Plan, contestants: Sequence[Contestant]
-) -> tuple[dict[str, Pairs], dict[str, int]]:
-    """Write pairs to all but the greatest load, whose pairs run beside the outages, in which little
-    else happens.
+def lost(world: World, rows: Rows, *, quick: bool) -> None:
+    """Count what each contestant loses.
+
+    Two that take as much CPU time as aws would be late by the machine's fault: the pairs of the
+    second one are written while there are outages, in which little else happens.
     """
-    heavy = [each for each in contestants if each.name.startswith(HEAVY)]
-    lost = pairs(world, plan, [each for each in contestants if each not in heavy[1:]])
+    effort = QUICK if quick else FULL
+    peers = [each for each in world.contestants if not each.is_floor]
+    of_pairs = in_pairs(world, effort, [each for each in peers if each.name != AWS_V2])
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(pairs, world, plan, heavy[1:])
-        in_outages = outages(world, plan, contestants)
-        return lost | second.result(), in_outages
+        others = [each for each in peers if each.name == AWS_V2]
+        second = pool.submit(in_pairs, world, effort, others)
+        of_outages = in_outages(world, effort, peers)
+        of_pairs |= second.result()
+    for each in peers:
+        all_of_them, newer = of_pairs[each.name]
+        pairs, seconds = effort.pairs, f"{effort.outage:.0f} s"
+        rows.add(LOST, f"of {2 * pairs} in {pairs} pairs", "", each.name, all_of_them)
+        rows.add(LOST, f"of {pairs} that ended a pair", "", each.name, newer)
+        figure = f"of {effort.outages} in outages of {seconds}"
+        rows.add(LOST, figure, "", each.name, of_outages[each.name])
 
 
-def pairs(world: World, plan: Plan, contestants: Sequence[Contestant]) -> dict[str, Pairs]:
-    """Write pairs to these contestants at the same time."""
-    if not contestants:
-        return {}
-    with world.line() as line, all_running(world, contestants, line) as running:
-        return _pairs_of(line, running, plan)
+def in_pairs(
+    world: World, effort: Effort, contestants: Sequence[Contestant]
+) -> dict[str, tuple[int, int]]:
+    """Write pairs, one each second, to all in turns; return how many versions each lost, and how
+    many of these were the newer of their pair.
+    """
+    with world.line() as line, world.running(contestants, line) as running:
+        began = time.monotonic()
+
+        def write(each: Running, offset: float) -> tuple[int, int]:
+            written = []
+            for number in range(effort.pairs):
+                sleep_until(began + offset + number * PAIR_EVERY_SECONDS)
+                written.append(each.place.lnd.write())
+                time.sleep(PAIR_GAP_SECONDS)
+                written.append(each.place.lnd.write())
+            missing = find_lost(line, written, effort.settle)
+            return len(missing), len(set(written[1::2]) & set(missing))
+
+        return for_all(running, write)
 
 
-def _pairs_of(line: Line, running: Sequence[Running], plan: Plan) -> dict[str, Pairs]:
-    """Write pairs, one each second, to all in turns."""
-    began = time.monotonic()
-
-    def write(each: Running, offset: float) -> Pairs:
-        versions = []
-        for number in range(plan.pairs):
-            _sleep_until(began + offset + number * PAIR_EVERY_SECONDS)
-            versions.append(each.place.lnd.write())
-            time.sleep(PAIR_GAP_SECONDS)
-            versions.append(each.place.lnd.write())
-        lost = find_lost(line, versions, plan.settle_seconds)
-        return Pairs(len(lost), len(set(versions[1::2]) & set(lost)))
-
-    return _for_all(running, write)
-
-
-def outages(world: World, plan: Plan, contestants: Sequence[Contestant]) -> dict[str, int]:
+def in_outages(world: World, effort: Effort, contestants: Sequence[Contestant]) -> dict[str, int]:
     """Let S3 be out of reach again and again, with one write in each outage; return what each lost.
 
     Several lines have their outages at the same time, a little apart, each with contestants of its
     own.
     """
-    each_line = plan.outages // plan.outages_at_once
-    shift = (plan.outage_seconds + UP_SECONDS) / plan.outages_at_once
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(plan.outages_at_once) as pool:
-        lines = [stack.enter_context(world.line(far=True)) for _ in range(plan.outages_at_once)]
-        running = [stack.enter_context(all_running(world, contestants, line)) for line in lines]
+    shift = (effort.outage + UP_SECONDS) / effort.lines
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(effort.lines) as pool:
+        lines = [stack.enter_context(world.line(far=True)) for _ in range(effort.lines)]
+        running = [stack.enter_context(world.running(contestants, line)) for line in lines]
         began = time.monotonic()
         jobs = [
-            pool.submit(_outages_of, line, runners, began + shift * index, each_line, plan)
+            pool.submit(in_outages_of, line, runners, began + shift * index, effort)
             for index, (line, runners) in enumerate(zip(lines, running, strict=True))
         ]
-        lost = [job.result() for job in jobs]
-    return {each.name: sum(of_line[each.name] for of_line in lost) for each in contestants}
+        missing = [job.result() for job in jobs]
+    return {each.name: sum(of_line[each.name] for of_line in missing) for each in contestants}
 
 
-def _outages_of(
-    line: Line, running: Sequence[Running], began: float, count: int, plan: Plan
+def in_outages_of(
+    line: Line, running: Sequence[Running], began: float, effort: Effort
 ) -> dict[str, int]:
     """Make the outages of one line; the writes are spread over the outage, from early to late."""
-    seconds = plan.outage_seconds
-    versions: dict[str, list[Written]] = {each.name: [] for each in running}
-    for number in range(count):
-        start = began + number * (seconds + UP_SECONDS)
-        _sleep_until(start)
+    written: dict[str, list[Written]] = {each.name: [] for each in running}
+    outages = effort.outages // effort.lines
+    for number in range(outages):
+        start = began + number * (effort.outage + UP_SECONDS)
+        sleep_until(start)
         line.take_down()
-        _sleep_until(start + seconds * (number + 0.5) / count)
+        sleep_until(start + effort.outage * (number + 0.5) / outages)
         for each in running:
-            versions[each.name].append(each.place.lnd.write())
-        _sleep_until(start + seconds)
+            written[each.name].append(each.place.lnd.write())
+        sleep_until(start + effort.outage)
         line.bring_up()
-    return _for_all(
-        running, lambda each, _: len(find_lost(line, versions[each.name], plan.settle_seconds))
-    )
+    return for_all(running, lambda each, _: len(find_lost(line, written[each.name], effort.settle)))
 
 
-def find_lost(line: Line, versions: Sequence[Written], settle_seconds: float) -> list[Written]:
+def find_lost(line: Line, versions: Sequence[Written], settle: float) -> list[Written]:
     """Return those versions that were not stored when the last one was, or a little later."""
-    line.wait_for(versions[-1].sha256, settle_seconds)
-    deadline = time.monotonic() + OTHERS_SHARE * settle_seconds
+    line.wait_for(versions[-1].sha256, settle)
+    deadline = time.monotonic() + OTHERS_SHARE * settle
     return [
         each
         for each in versions
@@ -163,13 +137,13 @@ def find_lost(line: Line, versions: Sequence[Written], settle_seconds: float) ->
     ]
 
 
-def _for_all(
+def for_all(
     running: Sequence[Running], work: Callable[[Running, float], Result]
 ) -> dict[str, Result]:
     """Do something with all at the same time, each told its share of a second; return the results
     by name.
     """
-    with ThreadPoolExecutor(len(running)) as pool:
+    with ThreadPoolExecutor(max(1, len(running))) as pool:
         jobs = {
             each.name: pool.submit(work, each, index / len(running))
             for index, each in enumerate(running)
@@ -177,6 +151,6 @@ def _for_all(
         return {name: job.result() for name, job in jobs.items()}
 
 
-def _sleep_until(moment: float) -> None:
+def sleep_until(moment: float) -> None:
     """Sleep until a moment of the schedule."""
     threading.Event().wait(max(0.0, moment - time.monotonic()))

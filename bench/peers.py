@@ -1,69 +1,366 @@
-"""The contestants: this program, and what operators would run in its place."""
+"""Beside what is the program measured? Here are the contestants: this program, what operators would
+run in its place, and bare puts as the floor. This says how each is installed and started, and makes
+the world in which they work: one S3 server, lines to it, and an LND of its own for each.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import itertools
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-from kit import CHECKOUT, SCRIPT, install, script_environment
+from kit import (
+    CHECKOUT,
+    SCRIPT,
+    Credentials,
+    Lnd,
+    S3Server,
+    channel_backup,
+    install,
+    script_environment,
+    version_name,
+)
+from kit.line import Line
 from stores.servers import NotInstalledError, make_venv, packages, run
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from kit import Installed, Written
+    from kit import Written
     from kit.line import Stored
 
-    from bench.world import Place
-
-HERE = Path(__file__).resolve().parent
+PROGRAM, BARE, CURL, RCLONE = "this program", "bare put_object", "curl --aws-sigv4", "rclone copyto"
+AWS_V1, AWS_V2 = "aws s3 cp v1", "aws s3 cp v2"
 REGION = "us-east-1"
 PATIENCE_SECONDS = 30.0
 WARM_UPS = 3
+STARTS_AT_ONCE = 4
+HERE = Path(__file__).resolve().parent
+CACHE = CHECKOUT / ".cache/bench"
 
 
-class NotReadyError(Exception):
-    """A contestant that stored nothing of what was written before it was measured."""
+class Place(NamedTuple):
+    """Where one contestant works, at the near end of a line."""
+
+    lnd: Lnd
+    home: Path
+    staging: Path
+    line: Line
+    bucket: str
+    prefix: str
+    key: Credentials
+
+    def stage(self, count: int) -> list[str]:
+        """Stage so many versions, as this program does; return their SHA-256, oldest first."""
+        staged = list(versions(count))
+        for name, data in staged:
+            path = self.staging / name
+            path.touch(mode=0o600)
+            path.write_bytes(data)
+        os.sync()  # what waits has long been on disk; else the program's own syncs would write it
+        return [hashlib.sha256(data).hexdigest() for _, data in staged]
 
 
-class Debian(NamedTuple):
-    """A package of Debian, and the command in it."""
-
-    package: str
-    command: str
-
-    @property
-    def path(self) -> Path:
-        """Return where the package puts its command, whatever else PATH has under that name."""
-        return Path("/usr/bin", self.command)
-
-    @property
-    def version(self) -> str:
-        """Return the version that is installed."""
-        return run(["dpkg-query", "--show", "--showformat", "${Version}", self.package]).strip()
+def versions(count: int) -> Iterator[tuple[str, bytes]]:
+    """Yield the names and bytes of so many versions, oldest first, a second apart until now."""
+    first = datetime.now(UTC) - timedelta(seconds=count)
+    for number in range(count):
+        data = channel_backup(1)
+        yield version_name(data, first + timedelta(seconds=number)), data
 
 
-def install_debian(wanted: Sequence[Debian]) -> None:
-    """Install those packages that are missing; raises NotInstalledError with the reason."""
-    missing = [each.package for each in wanted if not each.path.exists()]
-    if not missing:
-        return
-    if not shutil.which("apt-get") or os.geteuid():
-        raise NotInstalledError(
-            f"{', '.join(missing)} missing; as root on Debian it would be installed"
-        )
-    run(["apt-get", "update", "-qq"])
-    run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing])
+class World(NamedTuple):
+    """What the contestants share."""
+
+    contestants: list[Contestant]
+    directory: Path
+    server: S3Server
+    bucket: str
+    key: Credentials
+    numbers: Iterator[int]
+
+    def line(self, scheme: str = "http", *, far: bool = False) -> Line:
+        """Return a new line to the server; see Line."""
+        directory = self.directory / f"line-{next(self.numbers)}"
+        return Line(self.server.port, directory, tls=scheme == "https", far=far)
+
+    def place(self, name: str, line: Line) -> Place:
+        """Make a place: an LND that has written once, and empty directories."""
+        home = self.directory / f"{next(self.numbers)}-{name.replace(' ', '-')}"
+        staging = home / "staging"
+        staging.mkdir(mode=0o700, parents=True)
+        lnd = Lnd(home / "lnd")
+        lnd.write()
+        return Place(lnd, home, staging, line, self.bucket, f"{home.name}/", self.key)
+
+    @contextlib.contextmanager
+    def running(self, contestants: Iterable[Contestant], line: Line) -> Iterator[list[Running]]:
+        """Start contestants on one line, and yield them when each has stored its first version."""
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(STARTS_AT_ONCE) as pool:
+
+            def start(contestant: Contestant) -> Running:
+                return stack.enter_context(Running(contestant, self.place(contestant.name, line)))
+
+            yield list(pool.map(start, contestants))
+
+
+@contextlib.contextmanager
+def new_world(contestants: list[Contestant]) -> Iterator[World]:
+    """Start a server, and make a bucket and its key; remove everything at the end."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as name, S3Server(Path(name, "s3")) as server:
+        bucket = server.create_bucket()
+        key = server.read_write_user(bucket)  # some of the peers look before or after they put
+        yield World(contestants, Path(name), server, bucket, key, itertools.count(1))
+
+
+class Contestant:
+    """What puts LND's file into S3."""
+
+    ready = r"^watching"  # in the line that says that the watch is armed
+    done = r"^(uploaded|failed)"  # in the line that ends each upload
+    keeps_connection = True
+    is_floor = False  # is told of each file on stdin
+
+    def __init__(self, name: str, *, fast: bool = True) -> None:
+        """Prepare; nothing is installed, and nothing runs. One that is fast takes every turn."""
+        self.name, self.fast, self.version = name, fast, ""
+
+    def install(self) -> None:
+        """Install what is missing, and find out the version; raises NotInstalledError."""
+        raise NotImplementedError
+
+    def command(self, place: Place) -> Sequence[str | Path]:
+        """Return the command that stores each version."""
+        raise NotImplementedError
+
+    def environment(self, place: Place) -> dict[str, str]:
+        """Return what it needs beside PATH and HOME."""
+        ca_file = {"AWS_CA_BUNDLE": str(place.line.ca_file)} if place.line.ca_file else {}
+        return ca_file | {
+            "AWS_ACCESS_KEY_ID": place.key.access_key,
+            "AWS_SECRET_ACCESS_KEY": place.key.secret_key,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_ENDPOINT_URL_S3": place.line.endpoint,
+        }
+
+
+class Program(Contestant):
+    """This program, as its service runs it."""
+
+    ready = done = r" stored s3://"
+
+    def install(self) -> None:
+        """Install it beside the venv that runs the benchmark."""
+        self.installed = install(CHECKOUT / ".cache/bench-program")
+        said = run([sys.executable, SCRIPT, "--version"]).split()[-1]
+        self.version = f"{said}, boto3 {packages(Path(sys.prefix), 'boto3')}"
+
+    def command(self, place: Place) -> Sequence[str | Path]:  # noqa: ARG002 - all is in the environment
+        """Return the command."""
+        return self.installed.command
+
+    def environment(self, place: Place) -> dict[str, str]:
+        """Add its settings."""
+        settings = {
+            "MONITOR_FILE_PATH": str(place.lnd.path),
+            "BACKUP_DIRECTORY": str(place.staging),
+            "S3_BUCKET_NAME": place.bucket,
+            "S3_BACKUP_PREFIX": place.prefix,
+        }
+        return super().environment(place) | self.installed.environment | settings
+
+
+class Script(Contestant):
+    """A script around a watcher of PyPI and one boto3 client that stays warm."""
+
+    def install(self) -> None:
+        """Install the watcher and boto3 from PyPI."""
+        venv, watcher = make_venv("watchers", HERE), self.name.split()[0]
+        self.start = [venv / "bin/python", HERE / f"loops/{watcher}_boto3.py"]
+        self.version = f"{packages(venv, watcher)}, boto3 {packages(venv, 'boto3')}"
+
+    def command(self, place: Place) -> Sequence[str | Path]:
+        """Return the command."""
+        return [*self.start, place.lnd.directory, place.bucket, place.prefix]
+
+
+class Floor(Contestant):
+    """A bare put by a warm client: no watching, no staging, no retry."""
+
+    ready, done = r"^ready", r"^put "
+    is_floor = True
+
+    def __init__(self, name: str, kind: str, twin_of: Program | None = None) -> None:
+        """Put by the SDK or over http; a twin has the program's settings for malloc."""
+        super().__init__(name)
+        self.kind, self.twin_of = kind, twin_of
+
+    def install(self) -> None:
+        """Find out the version; it is installed in the venv that runs the benchmark."""
+        self.version = f"boto3 {packages(Path(sys.prefix), 'boto3')}"
+
+    def command(self, place: Place) -> Sequence[str | Path]:
+        """Return the command."""
+        return [sys.executable, HERE / "loops/bare.py", self.kind, place.bucket, place.prefix]
+
+    def environment(self, place: Place) -> dict[str, str]:
+        """Add the settings for malloc."""
+        unit = self.twin_of.installed.environment if self.twin_of else {}
+        malloc = {name: value for name, value in unit.items() if name.startswith("MALLOC_")}
+        return super().environment(place) | malloc
+
+
+class Loop(Contestant):
+    """A shell loop around inotifywait that starts a tool for each event; see the script.
+
+    The loops that most guides show watch the file itself, or not while they upload, and lose more.
+    """
+
+    ready = r"^Watches established"
+    keeps_connection = False
+
+    def __init__(
+        self,
+        name: str,
+        tool: Callable[[], tuple[Path, str]],
+        arguments: Callable[[Place], list[str | Path]],
+        *,
+        fast: bool = False,
+    ) -> None:
+        """Start this tool, which is installed when it is looked for, with these arguments."""
+        super().__init__(name, fast=fast)
+        self.find_tool, self.arguments = tool, arguments
+
+    def install(self) -> None:
+        """Install the watcher from Debian, and the tool."""
+        _, watcher = of_debian("inotify-tools", "inotifywait")
+        self.tool, version = self.find_tool()
+        self.version = f"{version}, inotify-tools {watcher}"
+
+    def command(self, place: Place) -> Sequence[str | Path]:
+        """Return the loop."""
+        *upload, target = self.arguments(place)
+        loop = HERE / "loops/inotifywait.sh"
+        return ["sh", loop, place.lnd.directory, target, self.tool, *upload]
+
+    def environment(self, place: Place) -> dict[str, str]:
+        """Return nothing where the arguments say all: rclone fails where AWS_CA_BUNDLE is set."""
+        return super().environment(place) if self.arguments is aws else {}
+
+    def once(self, place: Place) -> Sequence[str | Path]:
+        """Return what puts the file as it is now."""
+        *upload, target = self.arguments(place)
+        return [self.tool, *upload, f"{target}once.backup"]
+
+
+def of_debian(package: str, command: str = "", major: str = "") -> tuple[Path, str]:
+    """Install a package of Debian unless its command is there; return command and version.
+
+    Whatever else PATH has under that name is not taken. Raises NotInstalledError.
+    """
+    path = Path("/usr/bin", command or package)
+    if not path.exists():
+        if not shutil.which("apt-get") or os.geteuid():
+            raise NotInstalledError(f"{package} missing; as root on Debian it would be installed")
+        run(["apt-get", "update", "-qq"])
+        run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", package])
+    version = run(["dpkg-query", "--show", "--showformat", "${Version}", package]).strip()
+    if not version.startswith(major):
+        raise NotInstalledError(f"this Debian's {package} is {version}")
+    return path, version
+
+
+def aws_of_pypi() -> tuple[Path, str]:
+    """Install version 1 of the AWS command line, with its byte code compiled."""
+    venv = make_venv("aws")
+    return venv / "bin/aws", packages(venv, "awscli")
+
+
+def aws(place: Place) -> list[str | Path]:
+    """Return the arguments of both versions; version 2 of Debian 12 has no variable for the URL."""
+    target = f"s3://{place.bucket}/{place.prefix}"
+    endpoint = ["--endpoint-url", place.line.endpoint]
+    return [*endpoint, "s3", "cp", "--only-show-errors", place.lnd.path, target]
+
+
+def rclone(place: Place) -> list[str | Path]:
+    """Return the arguments; after the upload it checks what was stored."""
+    ca_file = ["--ca-cert", str(place.line.ca_file)] if place.line.ca_file else []
+    store = ["--s3-provider", "Other", "--s3-endpoint", place.line.endpoint, "--s3-region", REGION]
+    key = [
+        f"--s3-access-key-id={place.key.access_key}",
+        f"--s3-secret-access-key={place.key.secret_key}",
+    ]
+    quiet = ["--s3-no-check-bucket", "--config", ""]
+    target = f":s3:{place.bucket}/{place.prefix}"
+    return ["copyto", *ca_file, *store, *key, *quiet, place.lnd.path, target]
+
+
+def s3cmd(place: Place) -> list[str | Path]:
+    """Return the arguments."""
+    host = place.line.endpoint.partition("//")[2]
+    tls = ["--ssl", f"--ca-certs={place.line.ca_file}"] if place.line.ca_file else ["--no-ssl"]
+    store = ["--host", host, "--host-bucket", host, "--region", REGION, *tls]
+    key = ["--access_key", place.key.access_key, "--secret_key", place.key.secret_key]
+    target = f"s3://{place.bucket}/{place.prefix}"
+    return ["--config", "/dev/null", *store, *key, "--quiet", "put", place.lnd.path, target]
+
+
+def curl(place: Place) -> list[str | Path]:
+    """Return the arguments; it signs since 7.75, and 7.88 does not send a header that S3 wants."""
+    ca_file = ["--cacert", str(place.line.ca_file)] if place.line.ca_file else []
+    key = ["--user", f"{place.key.access_key}:{place.key.secret_key}"]
+    sign = ["--aws-sigv4", f"aws:amz:{REGION}:s3", *key]
+    header = ["--header", "x-amz-content-sha256: UNSIGNED-PAYLOAD"]
+    target = f"{place.line.endpoint}/{place.bucket}/{place.prefix}"
+    quiet = ["--fail", "--silent", "--show-error"]
+    return [*quiet, *ca_file, *sign, *header, "--upload-file", place.lnd.path, target]
+
+
+THIS = Program(PROGRAM)
+BARE_PUT = Floor(BARE, "sdk")
+TWIN = Floor("bare put_object, the unit's malloc", "sdk", THIS)  # for its memory alone
+CONTESTANTS: list[Contestant] = [
+    THIS,
+    Script("watchdog + boto3"),
+    Script("watchfiles + boto3", fast=False),
+    Loop(CURL, functools.partial(of_debian, "curl"), curl, fast=True),
+    Loop(RCLONE, functools.partial(of_debian, "rclone"), rclone),
+    Loop("s3cmd put", functools.partial(of_debian, "s3cmd"), s3cmd),
+    Loop(AWS_V1, aws_of_pypi, aws),
+    Loop(AWS_V2, functools.partial(of_debian, "awscli", "aws", "2"), aws),
+    BARE_PUT,
+    Floor("bare HTTP PUT", "http"),
+]
+
+
+def install_all() -> tuple[list[Contestant], dict[str, str]]:
+    """Install all contestants; return those that can run, and the reason for each that cannot."""
+    ready: list[Contestant] = []
+    missing: dict[str, str] = {}
+    for contestant in CONTESTANTS:
+        try:
+            contestant.install()
+        except NotInstalledError as error:
+            missing[contestant.name] = str(error)
+        else:
+            ready.append(contestant)
+    return ready, missing
 
 
 class Running:
@@ -71,14 +368,16 @@ class Running:
     output.
     """
 
-    def __init__(self, contestant: Contestant, place: Place) -> None:
-        """Start it at its place."""
-        self.contestant, self.place = contestant, place
-        self.lines: list[str] = []
-        self._done = 0
+    def __init__(
+        self, contestant: Contestant, place: Place, command: Sequence[str | Path] = ()
+    ) -> None:
+        """Start it at its place, by its own command or by another one."""
+        self.contestant, self.place, self.name = contestant, place, contestant.name
+        self.done = 0  # uploads that have ended, well or not
+        self._lines: list[str] = []
         self._changed = threading.Condition()
         self.process = subprocess.Popen(
-            list(map(str, contestant.command(place))),
+            list(map(str, command or contestant.command(place))),
             env=script_environment(contestant.environment(place), str(place.home)),
             cwd=place.home,
             stdin=subprocess.PIPE,
@@ -92,70 +391,67 @@ class Running:
         self._reader.start()
 
     def __enter__(self) -> Self:
-        """Return it when it has stored a version and is idle."""
-        try:
-            self._warm_up()
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        """Return it when it has stored a version and is idle.
+
+        That may take more than one: some say a little too early that they watch.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.stop)
+            self.wait_for(self.contestant.ready)
+            for _ in range(WARM_UPS):
+                if self.update(timeout=PATIENCE_SECONDS / WARM_UPS)[1]:
+                    stack.pop_all()
+                    return self
+        raise RuntimeError(f"{self.name} stored nothing:\n{self.output}")
 
     def __exit__(self, *_: object) -> None:
         """Stop it."""
         self.stop()
 
     @property
-    def name(self) -> str:
-        """Return the name of the contestant."""
-        return self.contestant.name
-
-    @property
     def output(self) -> str:
         """Return what it said until now."""
         with self._changed:
-            return "".join(self.lines)
+            return "".join(self._lines)
 
-    @property
-    def done(self) -> int:
-        """Return how many uploads have ended, well or not."""
-        with self._changed:
-            return self._done
-
-    def wait_until_ready(self) -> None:
-        """Block until its watch is armed; raises NotReadyError."""
-        pattern = self.contestant.ready
+    def wait_for(self, pattern: str) -> None:
+        """Block until a line of its output has this."""
         with self._changed:
             if not self._changed.wait_for(
-                lambda: any(re.search(pattern, line) for line in self.lines), PATIENCE_SECONDS
+                lambda: any(re.search(pattern, line) for line in self._lines), PATIENCE_SECONDS
             ):
-                raise NotReadyError(f"{self.name} did not begin to watch:\n{''.join(self.lines)}")
+                raise RuntimeError(f"{self.name} did not say {pattern}:\n{''.join(self._lines)}")
 
-    def wait_for_done(self, count: int, timeout: float = PATIENCE_SECONDS) -> bool:
-        """Block until so many uploads have ended; tell whether they did."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._done >= count, timeout)
-
-    def pids(self) -> list[int]:
-        """Return the processes of its group."""
-        group = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # ended meanwhile
-                if int(stat.read_text().rpartition(")")[2].split()[2]) == self.process.pid:
-                    group.append(int(stat.parent.name))
-        return sorted(group)
+    def tell(self) -> None:
+        """Tell a floor of the file."""
+        if self.process.stdin and self.contestant.is_floor:
+            with contextlib.suppress(BrokenPipeError):  # its output says why
+                self.process.stdin.write(f"{self.place.lnd.path}\n")
+                self.process.stdin.flush()
 
     def update(
         self, channels: int = 10, timeout: float = PATIENCE_SECONDS
     ) -> tuple[Written, Stored | None]:
-        """Let LND write one version, and return it when it is stored and the contestant is idle
-        again.
+        """Let LND write one version; return it when it is stored and the contestant is idle again.
+
+        For a floor, the version counts as renamed when the put began.
         """
         done = self.done
         version = self.place.lnd.write(channels)
+        self.tell()
         stored = self.place.line.wait_for(version.sha256, timeout)
         if stored:
-            self.wait_for_done(done + 1)
+            with self._changed:
+                if not self._changed.wait_for(lambda: self.done > done, PATIENCE_SECONDS):
+                    raise RuntimeError(f"{self.name} ended no upload:\n{''.join(self._lines)}")
+            if self.contestant.is_floor:
+                version = dataclasses.replace(version, renamed_at=self.puts()[-1][0])
         return version, stored
+
+    def puts(self) -> list[tuple[float, float]]:
+        """Return when each put of a floor began and ended."""
+        found = re.findall(r"^put (\S+) (\S+)", self.output, re.MULTILINE)
+        return [(float(began), float(ended)) for began, ended in found]
 
     def stop(self) -> None:
         """End the whole group."""
@@ -165,375 +461,13 @@ class Running:
         self._reader.join()
         for stream in (self.process.stdin, self.process.stdout):
             if stream:
-                with contextlib.suppress(
-                    BrokenPipeError
-                ):  # it ended by itself, and its output says why
+                with contextlib.suppress(BrokenPipeError):  # it ended by itself
                     stream.close()
-
-    def _warm_up(self) -> None:
-        """Write until a version is stored: one of them says that it watches a little too early."""
-        self.wait_until_ready()
-        for _ in range(WARM_UPS):
-            if self.update(timeout=PATIENCE_SECONDS / WARM_UPS)[1]:
-                return
-        raise NotReadyError(f"{self.name} stored nothing:\n{self.output}")
 
     def _read(self) -> None:
         """Take its output to the end."""
         for line in self.process.stdout or ():
             with self._changed:
-                self.lines.append(line)
-                self._done += bool(re.search(self.contestant.done, line))
+                self._lines.append(line)
+                self.done += bool(re.search(self.contestant.done, line))
                 self._changed.notify_all()
-
-
-class Contestant:
-    """What watches LND's file and puts it into S3."""
-
-    name: ClassVar[str]
-    ready: ClassVar[str] = r"^watching"  # in the line that says that the watch is armed
-    done: ClassVar[str] = r"^(uploaded|failed)"  # in the line that ends each upload
-    keeps_connection: ClassVar[bool] = False
-    fast: ClassVar[bool] = True  # takes part in every round
-
-    def __init__(self) -> None:
-        """Prepare; nothing is installed, and nothing runs."""
-        self.version = ""
-
-    def install(self) -> None:
-        """Install what is missing, and find out the version; raises NotInstalledError."""
-        raise NotImplementedError
-
-    def command(self, place: Place) -> Sequence[str | Path]:
-        """Return the command."""
-        raise NotImplementedError
-
-    def environment(self, place: Place) -> dict[str, str]:
-        """Return what it needs beside PATH and HOME."""
-        ca_file = {"AWS_CA_BUNDLE": str(place.line.ca_file)} if place.line.ca_file else {}
-        return ca_file | {
-            "AWS_ACCESS_KEY_ID": place.key.access_key,
-            "AWS_SECRET_ACCESS_KEY": place.key.secret_key,
-            "AWS_DEFAULT_REGION": REGION,
-            "AWS_ENDPOINT_URL_S3": place.line.endpoint,
-        }
-
-    def start(self, place: Place) -> Running:
-        """Start it at a place; inside `with` it has stored its first version."""
-        return Running(self, place)
-
-
-class Program(Contestant):
-    """This program, as its service runs it."""
-
-    name = "this program"
-    ready = done = r" stored s3://"
-    keeps_connection = True
-
-    installed: Installed
-
-    def install(self) -> None:
-        """Install it beside the venv that runs the benchmark, and find out the version."""
-        self.installed = install(CHECKOUT / ".cache/bench-program")
-        said = run([sys.executable, SCRIPT, "--version"]).split()[-1]
-        self.version = f"{said}, boto3 {packages(Path(sys.prefix), 'boto3')}"
-
-    def command(self, place: Place) -> Sequence[str | Path]:  # noqa: ARG002 - all is in the environment
-        """Return the command."""
-        return self.installed.command
-
-    def environment(self, place: Place) -> dict[str, str]:
-        """Return its settings."""
-        return (
-            super().environment(place)
-            | self.installed.environment
-            | {
-                "MONITOR_FILE_PATH": str(place.lnd.path),
-                "BACKUP_DIRECTORY": str(place.staging),
-                "S3_BUCKET_NAME": place.bucket,
-                "S3_BACKUP_PREFIX": place.prefix,
-            }
-        )
-
-
-class Loop(Contestant):
-    """A shell loop that starts a tool for each event, as the guides for node operators have it, at
-    its best.
-
-    It watches the directory for renames, and goes on watching while it uploads. The loops that most
-    guides show watch the file itself, or not while they upload, and lose more.
-    """
-
-    ready = r"^Watches established"
-    fast = False
-    tool: ClassVar[Debian]
-    watcher = Debian("inotify-tools", "inotifywait")
-    loop: ClassVar[str] = """
-        inotifywait --monitor --event moved_to --format %f {directory} |
-        while read -r name; do
-            [ "$name" = channel.backup ] || continue
-            if {upload}; then echo uploaded; else echo failed; fi
-        done
-    """
-
-    def install(self) -> None:
-        """Install the watcher and the tool from Debian."""
-        install_debian([self.watcher, self.tool])
-        self.version = f"{self.tool.version}, inotify-tools {self.watcher.version}"
-
-    def command(self, place: Place) -> Sequence[str | Path]:
-        """Return the loop."""
-        file = shlex.quote(str(place.lnd.path))
-        upload = self.upload(place, file, f'{place.prefix}"$(date +%s%N)".backup')
-        return [
-            "sh",
-            "-c",
-            self.loop.format(directory=shlex.quote(str(place.lnd.directory)), upload=upload),
-        ]
-
-    def upload(self, place: Place, file: str, key: str) -> str:
-        """Return the command that puts a file under a key."""
-        raise NotImplementedError
-
-
-class AwsV1(Loop):
-    """The AWS command line, version 1, of PyPI."""
-
-    name = "aws s3 cp v1"
-    tool = Debian("inotify-tools", "inotifywait")
-    aws: Path
-
-    def install(self) -> None:
-        """Install the watcher from Debian and the tool from PyPI, with its byte code compiled."""
-        super().install()
-        venv = make_venv("aws")
-        self.aws = venv / "bin/aws"
-        self.version = f"{packages(venv, 'awscli')}, inotify-tools {self.watcher.version}"
-
-    def upload(self, place: Place, file: str, key: str) -> str:
-        """Return the command."""
-        return " ".join([shlex.quote(str(self.aws)), *self.arguments(place, file, key)])
-
-    def arguments(self, place: Place, file: str, key: str) -> list[str]:
-        """Return the arguments, the same for both versions."""
-        # version 2 of Debian 12 knows no variable for it
-        endpoint = f"--endpoint-url {place.line.endpoint}"
-        return [endpoint, "s3 cp --only-show-errors", file, f"s3://{place.bucket}/{key}"]
-
-
-class AwsV2(AwsV1):
-    """The AWS command line, version 2, of Debian."""
-
-    name = "aws s3 cp v2"
-    tool = Debian("awscli", "aws")
-
-    def install(self) -> None:
-        """Install both from Debian."""
-        Loop.install(self)
-        self.aws = self.tool.path
-        if not self.version.startswith("2"):
-            raise NotInstalledError(f"this Debian's awscli is {self.version}")
-
-
-class Rclone(Loop):
-    """Rclone, which checks after the upload what was stored."""
-
-    name = "rclone copyto"
-    tool = Debian("rclone", "rclone")
-
-    def environment(self, place: Place) -> dict[str, str]:
-        """Return where its settings are."""
-        settings = place.home / "rclone.conf"
-        settings.write_text(f"""[s3]
-type = s3
-provider = Other
-endpoint = {place.line.endpoint}
-region = {REGION}
-access_key_id = {place.key.access_key}
-secret_access_key = {place.key.secret_key}
-no_check_bucket = true
-""")
-        ca_file = {"RCLONE_CA_CERT": str(place.line.ca_file)} if place.line.ca_file else {}
-        return ca_file | {"RCLONE_CONFIG": str(settings)}
-
-    def upload(self, place: Place, file: str, key: str) -> str:
-        """Return the command."""
-        return f"{self.tool.path} copyto {file} s3:{place.bucket}/{key}"
-
-
-class S3cmd(Loop):
-    """s3cmd."""
-
-    name = "s3cmd put"
-    tool = Debian("s3cmd", "s3cmd")
-
-    def environment(self, place: Place) -> dict[str, str]:
-        """Write its settings; it needs no variable."""
-        host = place.line.endpoint.partition("//")[2]
-        (place.home / "s3cfg").write_text(f"""[default]
-access_key = {place.key.access_key}
-secret_key = {place.key.secret_key}
-host_base = {host}
-host_bucket = {host}
-bucket_location = {REGION}
-use_https = {place.line.scheme == "https"}
-ca_certs_file = {place.line.ca_file or ""}
-""")
-        return {}
-
-    def upload(self, place: Place, file: str, key: str) -> str:
-        """Return the command."""
-        settings = shlex.quote(str(place.home / "s3cfg"))
-        return f"{self.tool.path} --config {settings} --quiet put {file} s3://{place.bucket}/{key}"
-
-
-class Curl(Loop):
-    """curl, which signs since 7.75."""
-
-    name = "curl --aws-sigv4"
-    fast = True
-    tool = Debian("curl", "curl")
-
-    def upload(self, place: Place, file: str, key: str) -> str:
-        """Return the command."""
-        ca_file = f"--cacert {shlex.quote(str(place.line.ca_file))}" if place.line.ca_file else ""
-        sign = (
-            f"--aws-sigv4 aws:amz:{REGION}:s3 --user {place.key.access_key}:{place.key.secret_key}"
-        )
-        # S3 wants it, and curl 7.88 does not send it
-        sign += " --header 'x-amz-content-sha256: UNSIGNED-PAYLOAD'"
-        url = f"{place.line.endpoint}/{place.bucket}/{key}"
-        return (
-            f"{self.tool.path} --fail --silent --show-error {ca_file} {sign} "
-            f"--upload-file {file} {url}"
-        )
-
-
-class Script(Contestant):
-    """A script around a watcher of PyPI and one boto3 client that stays warm."""
-
-    package: ClassVar[str]
-    keeps_connection = True
-
-    def install(self) -> None:
-        """Install the watcher and boto3 from PyPI."""
-        venv = make_venv("watchers", HERE)
-        self.python = venv / "bin/python"
-        self.version = f"{packages(venv, self.package)}, boto3 {packages(venv, 'boto3')}"
-
-    def command(self, place: Place) -> Sequence[str | Path]:
-        """Return the command."""
-        script = HERE / f"loops/{self.package}_boto3.py"
-        return [self.python, script, place.lnd.directory, place.bucket, place.prefix]
-
-
-class Watchdog(Script):
-    """Watchdog, whose thread reads inotify."""
-
-    name = "watchdog + boto3"
-    package = "watchdog"
-
-
-class Watchfiles(Script):
-    """Watchfiles, which collects changes for 50 ms."""
-
-    name = "watchfiles + boto3"
-    fast = False
-    package = "watchfiles"
-
-
-CONTESTANTS: list[type[Contestant]] = [
-    Program,
-    Watchdog,
-    Watchfiles,
-    Curl,
-    Rclone,
-    S3cmd,
-    AwsV1,
-    AwsV2,
-]
-
-
-def install_all() -> tuple[list[Contestant], dict[str, str]]:
-    """Install all contestants; return those that can run, and the reason for each that cannot."""
-    ready: list[Contestant] = []
-    missing: dict[str, str] = {}
-    for make in CONTESTANTS:
-        contestant = make()
-        try:
-            contestant.install()
-        except NotInstalledError as error:
-            missing[contestant.name] = str(error)
-        else:
-            ready.append(contestant)
-    return ready, missing
-
-
-class Floor(Contestant):
-    """A bare put by a warm client: no watching, no staging, no retry; it is told of each file."""
-
-    ready, done = r"^ready", r"^put "
-    keeps_connection = True
-    kind: ClassVar[str]
-
-    def install(self) -> None:
-        """Find out the version; it is installed in the venv that runs the benchmark."""
-        self.version = f"boto3 {packages(Path(sys.prefix), 'boto3')}"
-
-    def command(self, place: Place) -> Sequence[str | Path]:
-        """Return the command."""
-        return [sys.executable, HERE / "loops/bare.py", self.kind, place.bucket, place.prefix]
-
-    def start(self, place: Place) -> Running:
-        """Start it at a place."""
-        return RunningFloor(self, place)
-
-
-class RunningFloor(Running):
-    """A floor at work: an update begins when it begins its put, and not with the rename."""
-
-    def update(
-        self, channels: int = 10, timeout: float = PATIENCE_SECONDS
-    ) -> tuple[Written, Stored | None]:
-        """Let LND write one version, tell of it, and return it, as if renamed when the put
-        began.
-        """
-        done = self.done
-        version = self.place.lnd.write(channels)
-        if not self.process.stdin:
-            raise RuntimeError("it cannot be told")
-        with contextlib.suppress(BrokenPipeError):  # it ended by itself, and its output says why
-            self.process.stdin.write(f"{self.place.lnd.path}\n")
-            self.process.stdin.flush()
-        stored = self.place.line.wait_for(version.sha256, timeout)
-        if not stored or not self.wait_for_done(done + 1):
-            return version, None
-        began = re.findall(r"^put (\S+)", self.output, re.MULTILINE)[-1]
-        return dataclasses.replace(version, renamed_at=float(began)), stored
-
-
-class BareSdk(Floor):
-    """A bare put_object."""
-
-    name = "bare put_object"
-    kind = "sdk"
-
-
-class BareHttp(Floor):
-    """A PUT of the standard library's http.client."""
-
-    name = "bare HTTP PUT"
-    kind = "http"
-
-
-FLOORS: list[type[Floor]] = [BareSdk, BareHttp]
-
-
-def install_floors() -> list[Contestant]:
-    """Return the floors, which need nothing more than this program."""
-    floors: list[Contestant] = []
-    for make in FLOORS:
-        floor = make()
-        floor.install()
-        floors.append(floor)
-    return floors

@@ -1,10 +1,19 @@
 #!/usr/bin/env python3
-"""Tell somebody how the service fares: by mail (ALERT_MAIL), by POST (ALERT_URL), in the journal.
+"""Send a message when backups fail, and when they work again.
 
-An example to keep or to replace. Started by lnd-backup-alert@.service with the name of a unit: the
-service, which has failed, or its check, which has failed or has succeeded. Each way is told once
-when it begins, once a day while it lasts, and once when a check finds that it is over. A check
-that could not ask S3 (exit code 75) changes nothing. With `test-alert` it sends a test.
+There are three ways to send it: by mail (ALERT_MAIL), by POST (ALERT_URL), and in the journal.
+
+lnd-backup-alert@.service starts this as the user lnd-backup, with the name of a unit: the service,
+which has failed, or its check, which has failed or succeeded. A message goes out by each way when
+a problem begins, once a day while it lasts, and when a check finds that it is over. A check that
+could not reach S3 (exit code 75) changes nothing. With `test-alert` this sends a test.
+
+reads     what the check printed (/run/lnd-backup-check), the state of the unit, and its log
+writes    STATE_DIRECTORY alone: which messages went out, by which way, and when
+connects  to the host of ALERT_URL; starts sendmail for ALERT_MAIL
+never     prints the address of a way; follows a redirect; touches LND, the settings or the bucket
+
+Begin to read at `main`, at the end. You may replace this program by your own.
 """
 
 from __future__ import annotations
@@ -28,42 +37,41 @@ if TYPE_CHECKING:
 
 REPEAT_SECONDS = 86400.0 - 1800  # a day, less what an hourly check may come too early
 PATIENCE_SECONDS = 20.0
-SUBJECT_MAX, TEXT_MAX = 400, 3500  # ntfy makes an attachment of more than 4,096 bytes
+SUBJECT_MAX, TEXT_MAX = 400, 3500  # ntfy turns more than 4,096 bytes into an attachment
 SENDMAIL = "/usr/sbin/sendmail"
-SAID = Path("/run/lnd-backup-check")  # by service: what its last check said, see check-twice
+SAID = Path("/run/lnd-backup-check")  # SERVICE/said is what its last check printed: check-twice
 CHECK = re.compile(r"lnd-backup-check@(?P<service>.+)\.service")
-TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")  # before a line of the log
-LEVEL = re.compile(
-    r"^(warning|error|critical): "
-)  # behind it; a line without one is for information
+# A line of the log begins with its time. Its level follows, unless it is mere information.
+TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+LEVEL = re.compile(r"^(warning|error|critical): ")
 VERDICT = re.compile(r"(NOT BACKED UP|BACKED UP|UNKNOWN)\b")
 AGAIN = "BACKED UP again"
-WHAT_TO_DO = "What to do: /opt/lnd-backup/current/docs/operations.md, When an alert fires"
-NO_WAY = """nobody would be told: neither ALERT_MAIL nor ALERT_URL is set
+WHAT_TO_DO = 'What to do: read "When an alert fires" in /opt/lnd-backup/current/docs/operations.md'
+NO_WAY = """nobody would get an alert: neither ALERT_MAIL nor ALERT_URL is set
 hint: sudoedit /etc/default/lnd-backup-alert, then sudo lnd-backup test-alert"""
-# Why systemd says that a unit failed: by its exit code, else by its result.
+# Why a unit failed: by its exit code, or else by what systemd calls its result.
 MEANING = {
     "78": "its settings are wrong",
-    "203": "its program is not there",
+    "203": "its program is missing",
     "226": "a directory that a drop-in names is missing",
     "243": "a credential could not be read",
     "start-limit-hit": "it failed again and again",
     "watchdog": "it did not look at channel.backup for three minutes",
-    "timeout": "it did not come to an end in time",
-    "oom-kill": "it needed more memory than it may have",
-    "resources": "systemd could not prepare its start",
+    "timeout": "it took too long",
+    "oom-kill": "it needed more memory than it is allowed to use",
+    "resources": "systemd could not start it, perhaps because the settings file is missing",
 }
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is a failure: it could lead to a file, or the message to a stranger."""
+    """Treat a redirect as a failure: it could lead to a file, or to a stranger."""
 
     def redirect_request(self, *_: object, **__: object) -> None:
         """Follow nothing."""
 
 
 class Run(NamedTuple):
-    """How a unit ended, as systemd tells it."""
+    """How a unit ended, in systemd's words."""
 
     result: str
     status: str
@@ -71,7 +79,7 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, unit: str) -> Run:
-        """Return what systemd handed over, or else what it says of the unit when it is asked."""
+        """Return what systemd passed in the environment (251 and later), or else ask it."""
         names = ("MONITOR_SERVICE_RESULT", "MONITOR_EXIT_STATUS", "MONITOR_INVOCATION_ID")
         if os.environ.get(names[0]):
             return cls(*(os.environ.get(name, "") for name in names))
@@ -91,14 +99,16 @@ class Run(NamedTuple):
             return known
         if self.result == "exit-code":
             return f"it ended with exit code {self.status}" if self.status else "it did not start"
-        return f"it was ended by {self.status or self.result}"
+        if self.result in {"signal", "core-dump"}:
+            return f"the signal {self.status} ended it"
+        return f'systemd calls the reason "{self.result}"'
 
 
 class Incident:
-    """Which ways were told that a unit failed, and when; it is over for those that are not here."""
+    """By which ways it was sent that a unit failed, and when."""
 
     def __init__(self, unit: str) -> None:
-        """Read it; without a file, or with one that cannot be read, there is none."""
+        """Read it. A file that is missing or cannot be read means that nothing was sent."""
         self.path = Path(os.environ["STATE_DIRECTORY"], f"{unit}.json")
         self.told: dict[str, float] = {}
         try:
@@ -108,7 +118,7 @@ class Incident:
             return
 
     def keep(self) -> None:
-        """Write it, whole or not at all; one that is over for all is forgotten."""
+        """Write it, whole or not at all, and delete it when nothing is left in it."""
         if not self.told:
             self.path.unlink(missing_ok=True)
             return
@@ -123,7 +133,7 @@ def show(unit: str, name: str) -> str:
 
 
 def output(*command: str) -> str:
-    """Return what a command prints; nothing if it hangs or is not there."""
+    """Return what a command prints, or nothing if it hangs or is missing."""
     try:
         return subprocess.run(
             command,
@@ -138,15 +148,15 @@ def output(*command: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text that fits into a subject: one line, not too long, nothing that hides."""
+    """Return a text as a subject: one line, not too long, and without control characters."""
     line = " ".join(text.split())
     line = "".join(each if each.isprintable() else "?" for each in line)
     return line if len(line) <= SUBJECT_MAX else f"{line[:SUBJECT_MAX]}…"
 
 
 def what_it_said(service: str, invocation: str) -> list[str]:
-    """Return the lines that the check of a service printed in this run: of its log what is wrong,
-    without time and level.
+    """Return what the check of a service printed in this run. Lines of its log that are mere
+    information are left out, and so are time and level of the others.
     """
     try:
         text = Path(SAID, service, "said").read_text(encoding="utf-8", errors="replace")
@@ -162,24 +172,24 @@ def what_it_said(service: str, invocation: str) -> list[str]:
 
 
 def verdict_of(lines: list[str], run: Run) -> str:
-    """Return the sentence of a check; where it gave none, one that says why."""
+    """Return the sentence that the check printed, or one that says why it printed none."""
     spoken = [line for line in lines if line.strip() and not line.startswith("hint: ")]
     for line in spoken:
         if VERDICT.match(line):
             return one_line(line)
     if spoken:
-        return one_line(f"UNKNOWN: the check could not ask: {spoken[0]}")
-    return f"UNKNOWN: the check itself could not run: {run.why}"
+        return one_line(f"UNKNOWN: the check could not ask S3: {spoken[0]}")
+    return f"UNKNOWN: the check did not run: {run.why}"
 
 
 def last_lines(service: str) -> str:
-    """Return the end of the service's log."""
+    """Return the end of the service's log, below a title."""
     command = ["journalctl", "--unit", service, "--lines=10", "--no-pager", "--output=short-iso"]
-    return output(*command)
+    return f"The last lines of its log:\n{output(*command)}"
 
 
 def send_mail(address: str, subject: str, text: str) -> None:
-    """Hand a mail to the system's sendmail; raises OSError or CalledProcessError."""
+    """Hand a mail to the system's sendmail. Raises OSError or CalledProcessError."""
     mail = EmailMessage()
     mail["To"], mail["Subject"] = address, subject
     mail.set_content(f"{subject}\n\n{text}")
@@ -189,7 +199,7 @@ def send_mail(address: str, subject: str, text: str) -> None:
 
 
 def post(url: str, subject: str, text: str) -> None:
-    """Post the message; raises OSError or ValueError."""
+    """Post the message. Raises OSError or ValueError."""
     if urllib.parse.urlsplit(url).scheme not in {"http", "https"}:
         raise ValueError("ALERT_URL is not http or https")
     headers = {"Content-Type": "text/plain; charset=utf-8", "User-Agent": "lnd-backup-alert"}
@@ -200,12 +210,12 @@ def post(url: str, subject: str, text: str) -> None:
 
 
 def to_journal(_: str, subject: str, __: str) -> None:
-    """Write the subject to the journal; the log lines are there already."""
+    """Write the subject to the journal. The lines of the log are there already."""
     print(f"<{5 if AGAIN in subject else 2}>{subject}", flush=True)
 
 
 def ways() -> dict[str, tuple[Callable[[str, str, str], None], str]]:
-    """Return the ways that are configured, and where each leads; the journal is always there."""
+    """Return the ways that are configured, and the address of each. The journal always is."""
     found: dict[str, tuple[Callable[[str, str, str], None], str]] = {"journal": (to_journal, "")}
     for name, send in (("ALERT_MAIL", send_mail), ("ALERT_URL", post)):
         if target := os.environ.get(name):
@@ -223,18 +233,18 @@ def tell(names: list[str], subject: str, text: str) -> list[str]:
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             short = type(error).__name__  # the whole text may hold the URL, which is a secret
             reason = error.reason if isinstance(error, urllib.error.URLError) else short
-            print(f"<3>the message could not be sent: {name}: {reason}", flush=True)
+            print(f"<3>cannot send the message by {name}: {reason}", flush=True)
         else:
             worked.append(name)
     return worked
 
 
 def begin(unit: str, sentence: str, text: str, now: float) -> int:
-    """Tell each way that was not told within a day; return 1 if one of them failed."""
+    """Send it by each way by which it was not sent within a day. Return 1 if one failed."""
     incident = Incident(unit)
     due = [way for way in ways() if not 0 <= now - incident.told.get(way, -1e9) < REPEAT_SECONDS]
     if not due:
-        print("<5>not sent: it was told within the day", flush=True)
+        print("<5>not sent again: it was sent less than a day ago", flush=True)
         return 0
     told = tell(due, sentence, text)
     incident.told |= dict.fromkeys(told, now)
@@ -243,12 +253,12 @@ def begin(unit: str, sentence: str, text: str, now: float) -> int:
 
 
 def over(units: list[str], sentence: str, text: str) -> int:
-    """Tell each way that was told of a failure that it is over; return 1 if one of them failed."""
+    """Send that a failure is over, by each way by which it was sent. Return 1 if one failed."""
     incidents = [incident for unit in units if (incident := Incident(unit)).told]
     due = [way for way in ways() if any(way in incident.told for incident in incidents)]
     told = tell(due, sentence, text)
     for incident in incidents:
-        # A way that is no longer configured is forgotten; one that failed is told next time.
+        # A way that is no longer configured is forgotten. One that failed is tried next time.
         left = {way: when for way, when in incident.told.items() if way in due and way not in told}
         incident.told = left
         incident.keep()
@@ -256,7 +266,7 @@ def over(units: list[str], sentence: str, text: str) -> int:
 
 
 def after_check(unit: str, service: str, now: float) -> int:
-    """Tell what a check of a service found."""
+    """Send what a check of a service found, if it is news."""
     run = Run.of(unit)
     lines = what_it_said(service, run.invocation)
     verdict = verdict_of(lines, run)
@@ -268,34 +278,34 @@ def after_check(unit: str, service: str, now: float) -> int:
     if not verdict.startswith("BACKED UP") or show(f"{service}.service", "ActiveState") == "failed":
         return 0
     sentence = f"{here}: {verdict.replace('BACKED UP', AGAIN, 1)}"
-    return over([unit, f"{service}.service"], sentence, "Nothing is left to do.")
+    return over([unit, f"{service}.service"], sentence, "You need not do anything.")
 
 
 def after_service(unit: str, now: float) -> int:
-    """Tell that a service failed."""
+    """Send that a service failed."""
     service = unit.removesuffix(".service")
     sentence = (
-        f"{socket.gethostname()}: {service} has stopped: {Run.of(unit).why}; "
-        f"new versions of channel.backup are not stored"
+        f"{socket.gethostname()}: {service} has stopped: {Run.of(unit).why}. "
+        f"New versions of channel.backup are not stored"
     )
     return begin(unit, sentence, f"{WHAT_TO_DO}\n\n{last_lines(unit)}", now)
 
 
 def test() -> int:
-    """Send a test by each way that is configured, and return 1 if one failed or there is none."""
+    """Send a test by each way that is configured. Return 1 if one failed, or if there is none."""
     asked = [way for way in ways() if way != "journal"]
     if not asked:
         print("\n".join(f"<3>{line}" for line in NO_WAY.splitlines()), flush=True)
         return 1
     subject = f"{socket.gethostname()}: a test of lnd-backup's alerts; nothing is wrong"
-    worked = tell(asked, subject, "A real alert says what is wrong in its first line.")
+    worked = tell(asked, subject, "The first line of an alert says what is wrong.")
     for way in worked:
         print(f"<5>sent: {way}", flush=True)
     return int(worked != asked)
 
 
 def main(unit: str, clock: Callable[[], float] = time.time) -> int:
-    """Tell what there is to tell of a unit, and return 1 if somebody could not be told."""
+    """Send what there is to say about a unit. Return 1 if it could not be sent by some way."""
     if unit == "test-alert":
         return test()
     if check := CHECK.fullmatch(unit):

@@ -1,11 +1,16 @@
-"""The harness of the benchmark: what it measures with is right. The benchmark itself is `make
-bench`.
+"""The benchmark's instruments are right: the line, what it reads of processes, its tables and its
+targets; and the pages tell its figures. The benchmark itself is `make bench`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
+import re
+import shlex
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,14 +18,27 @@ from typing import TYPE_CHECKING
 import pytest
 from kit import Answer, FakeS3
 from kit.line import Line, content
+from kit.lnd import CHANNEL_SIZE, EMPTY_SIZE
 
-from bench import losses, report
-from bench.report import BARE, PROGRAM
-from bench.results import Results
-from bench.rows import Row
+import bench.__main__
+from bench import losses, report, resources, speed
+from bench.peers import AWS_V1, AWS_V2, BARE, CURL, PROGRAM, RCLONE
+from bench.report import BACKLOG, COUNTED, READING, REST, START, Results, Rows, rename_to_stored
+from bench.resources import TICKS, family, memory, peak_rss, usage, watched
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+MEGABYTES = 64
+PATIENCE_SECONDS = 10.0
+BURN = "import time\nwhile time.process_time() < 0.3: pass\nprint(time.process_time(), flush=True)"
+FILL = f"data = bytearray(b'x') * ({MEGABYTES} << 20)\nprint(flush=True)\ninput()"
+GIVE_BACK = f"data = bytearray(b'x') * ({MEGABYTES} << 20)\ndel data\nprint(flush=True)\ninput()"
+SLEEP = (
+    "import time\nprint(flush=True)\ninput()\nfor _ in range(50): "
+    "time.sleep(0.001)\nprint(flush=True)\ninput()"
+)
 
 
 def put(line: Line, *bodies: bytes) -> float:
@@ -120,57 +138,201 @@ def test_chunks_of_the_sdk_are_put_together() -> None:
     assert content(b"PUT / HTTP/1.1", b"3\r\nabc\r\n0\r\n\r\n") == b"3\r\nabc\r\n0\r\n\r\n"
 
 
-def made_up(rows: list[Row]) -> Results:
+def python(code: str) -> str:
+    """Return the shell's command for some Python code."""
+    return shlex.join([sys.executable, "-c", code])
+
+
+@contextlib.contextmanager
+def shell(script: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a shell script that ends with its stdin, at the latest."""
+    command = ["sh", "-c", f"{script}\ncat >/dev/null"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.communicate()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    """Return the next line that it printed."""
+    return process.stdout.readline() if process.stdout else ""
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    """Let it go on."""
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_cpu_time_of_ended_children_counts() -> None:
+    """The CPU time of a group is there when the child that used it is not."""
+    with shell(f"{python(BURN)}; echo over") as process:
+        used = float(said(process))
+        assert said(process) == "over\n"
+        assert family(process.pid)[0] == process.pid
+        assert used - 3 / TICKS <= usage(family(process.pid)).cpu < used + 0.3
+
+
+def test_peak_of_memory_of_a_child() -> None:
+    """The peak holds what a child had that is gone, and what is measured afterwards does not."""
+    with shell(f"{python(FILL)}; echo over") as process:
+        with watched(process.pid) as seen:
+            assert said(process) == "\n"
+            began = time.monotonic()
+            while seen[-1].pss < MEGABYTES and time.monotonic() < began + PATIENCE_SECONDS:
+                time.sleep(0.01)
+            tell(process)
+            assert said(process) == "over\n"
+        after = memory(family(process.pid))
+    assert after.rss < MEGABYTES < max(each.pss for each in seen)
+    assert all(each.pss <= each.rss for each in seen)
+
+
+def test_peak_of_memory_that_was_given_back() -> None:
+    """The kernel remembers the largest RSS of a process."""
+    with shell(f"exec {python(GIVE_BACK)}") as process:
+        assert said(process) == "\n"
+        assert memory([process.pid]).rss < MEGABYTES < peak_rss(process.pid)
+        tell(process)
+
+
+def test_wake_ups() -> None:
+    """Each time that a process waits and goes on is one wake-up, and takes some CPU time."""
+    with shell(f"exec {python(SLEEP)}") as process:
+        assert said(process) == "\n"
+        before = usage([process.pid])
+        tell(process)
+        assert said(process) == "\n"
+        after = usage([process.pid])
+        assert 50 <= after.wake_ups - before.wake_ups < 100
+        assert 0 < after.cpu - before.cpu < 1
+        tell(process)
+
+
+def test_what_has_ended_has_no_memory() -> None:
+    """A process that ended while it was looked at does not disturb the others' figures."""
+    with subprocess.Popen([sys.executable, "--version"], stdout=subprocess.DEVNULL) as process:
+        process.wait()
+    assert memory([process.pid]) == (0, 0)
+    assert usage([process.pid]) == (0, 0)
+    with pytest.raises(FileNotFoundError):
+        peak_rss(process.pid)
+
+
+def made_up(rows: list[report.Row], missing: dict[str, str] | None = None) -> Results:
     """Return results with these rows."""
-    return Results(
-        "2026-01-01T00:00+00:00",
-        {"cores": 2},
-        {PROGRAM: "0"},
-        {"some peer": "no such package"},
-        rows,
-    )
+    return Results("2026-01-01T00:00+00:00", {"cores": 2}, {PROGRAM: "0"}, missing or {}, rows)
+
+
+def test_rows_collect_values() -> None:
+    """Values of the same figure, contestant and case are one row, with the digits that mean
+    something; others are rows of their own, in the order of their first values.
+    """
+    rows = Rows()
+    for staged in (100, 7, 100):
+        rows.add("group", "PSS", "MB", PROGRAM, 1.23456, 2, staged=staged)
+    assert [(row.case, row.values) for row in rows] == [
+        ({"staged": 100}, [1.235, 2, 1.235, 2]),
+        ({"staged": 7}, [1.235, 2]),
+    ]
 
 
 def test_a_table_has_medians_spreads_and_ratios() -> None:
     """A cell shows the median, the quartiles and the ratio to this program; this program's, that to
     the bare put.
     """
-    rows = [
-        Row("group", "figure", "ms", "rclone copyto", {"size": "45 B"}, [40.0]),
-        Row("group", "figure", "ms", BARE, {"size": "45 B"}, [1.0, 2.0, 3.0]),
-        Row("group", "figure", "ms", PROGRAM, {"size": "45 B"}, [4.0, 1.0, 2.0, 3.0, 5.0]),
-        Row("group", "figure", "ms", "curl --aws-sigv4", {"size": "45 B"}, []),
-    ]
+    rows = Rows()
+    rows.add("group", "figure", "ms", RCLONE, 40.0, size="45 B")
+    rows.add("group", "figure", "ms", BARE, 1.0, 2.0, 3.0, size="45 B")
+    rows.add("group", "figure", "ms", PROGRAM, 4.0, 1.0, 2.0, 3.0, 5.0, size="45 B")
+    rows.add("group", "figure", "ms", CURL, size="45 B")
     table = report.tables(made_up(rows))[0]
     assert table.header == ["", "figure, size 45 B"]
     assert table.title == "group, ms"
     assert table.lines == [
         [PROGRAM, "3 (1.5 to 4.5), 1.5 of bare"],
         [BARE, "2 (1 to 3), 0.667x"],
-        ["rclone copyto", "40, 13.3x"],
+        [RCLONE, "40, 13.3x"],
     ]
 
 
-def test_what_was_not_measured_meets_no_target() -> None:
-    """A target is met, not met, or not measured; what is missing is named with its reason."""
-    rows = [
-        Row(losses.GROUP, "of 2", "", PROGRAM, {}, [0.0]),
-        Row(losses.GROUP, "of 1", "", PROGRAM, {}, [1.0]),
-    ]
-    verdicts = {line[0]: line[-1] for line in report.targets(made_up(rows)).lines}
-    assert verdicts.pop("versions lost, in pairs and outages") == "not met"
-    assert set(verdicts.values()) == {"not measured"}
-    assert report.targets(made_up(rows[:1])).lines[6][-1] == "met"
-    assert "some peer: not measured: no such package" in report.setting(made_up([]))
+def test_a_target_is_met_or_not_or_not_measured() -> None:
+    """The worst figure counts, and where one is missing, the target is not measured."""
+    rows = Rows()
+    verdict = {each.what: each.verdict for each in report.TARGETS}
+    start = verdict["time from start to first version stored, against `aws s3 cp`"]
+    idle = verdict["idle processor time, ms an hour"]
+    assert {each(made_up(rows)) for each in verdict.values()} == {"not measured"}
+    rows.add(START, "", "ms", PROGRAM, 80)
+    rows.add(START, "", "ms", AWS_V1, 120)
+    assert start(made_up(rows)) == "not measured"
+    rows.add(START, "", "ms", AWS_V2, 100)
+    assert start(made_up(rows)) == "met"
+    rows.add(START, "", "ms", PROGRAM, 81, 81)
+    assert start(made_up(rows)) == "not met"
+    rows.add(REST, "CPU time", "ms per hour", PROGRAM, 90)
+    assert idle(made_up(rows)) == "met"
+    told = report.summary(made_up(rows))
+    assert f"met 1 on 2026-01-01, missed 1, and {len(verdict) - 2} were not measured" in told
+
+
+def test_every_target_finds_its_figures() -> None:
+    """What a target compares is in the stored results, under these very names."""
+    # The run of 28 November 2026 did not measure these two yet.
+    new = [each for each in report.TARGETS if "10,000 staged" in each.what or "malloc" in each.what]
+    found = [each for each in report.TARGETS if each.measured(Results.load()) is not None]
+    assert len(new) == 2
+    assert [each.what for each in report.TARGETS if each not in [*found, *new]] == []
+
+
+def test_what_was_left_out_is_told_with_its_reason() -> None:
+    """A peer that could not be installed is named."""
+    told = report.setting(made_up([], {"some peer": "no such package"}))
+    assert "some peer: not measured: no such package" in told
 
 
 def test_results_are_stored_as_they_are(tmp_path: Path) -> None:
-    """What is stored is read again, a row in a line."""
-    rows = [Row("group", "", "ms", PROGRAM, {"size": "45 B", "staged": 1}, [1.5, 2.25])] * 2
+    """What is stored is read again, a row in a line; the stored ones stay the same bytes."""
+    rows = Rows()
+    for staged in (1, 2):
+        rows.add("group", "", "ms", PROGRAM, 1.5, 2.25, size="45 B", staged=staged)
     made_up(rows).save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == made_up(rows)
     assert (tmp_path / "results.json").read_text().count('"unit": "ms"') == 2
     assert len((tmp_path / "results.json").read_text().splitlines()) == 10
+    Results.load().save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == report.STORED.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "stored"),
+    [([], {}, True), (["--quick"], {}, False), ([], {RCLONE: "no root"}, False)],
+)
+def test_only_a_whole_run_replaces_the_figures(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    missing: dict[str, str],
+    stored: bool,  # noqa: FBT001 - a case
+) -> None:
+    """A quick run, and one that left a peer out, leave the stored results and the pages alone."""
+    pages: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    monkeypatch.setattr(bench.__main__, "PARTS", ())
+    monkeypatch.setattr(bench.__main__, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(bench.__main__, "install_all", lambda: ([], missing))
+    monkeypatch.setattr(bench.__main__, "end_what_was_started", lambda: None)
+    monkeypatch.setattr(report, "STORED", tmp_path / "results.json")
+    monkeypatch.setattr(report, "main", lambda: pages.append("written"))
+    (tmp_path / "cache").mkdir()
+    assert bench.__main__.main() == 0
+    assert (tmp_path / "results.json").exists() == stored
+    assert (tmp_path / "cache/results.json").exists() != stored
+    assert pages == ["written"] * stored
 
 
 def test_the_documents_tell_the_stored_results() -> None:
@@ -180,3 +342,70 @@ def test_the_documents_tell_the_stored_results() -> None:
     results = Results.load()
     for path, whole in report.documents(results).items():
         assert path.read_text() == whole, path
+
+
+def prose(path: Path) -> list[str]:
+    """Return the paragraphs of a page outside the part that is made from the results, and without
+    code.
+    """
+    head, _, rest = path.read_text().partition(report.BEGIN)
+    plain = re.sub(r"`[^`]*`", "", head + rest.partition(report.END)[2])
+    parts = re.split(r"\n\n+|\n(?=\W*[-|] )", plain)
+    return [" ".join(part.split()) for part in parts if not part.startswith("    ")]
+
+
+def counted(scheme: str, connection: str) -> float:
+    """Return the round trips of an update of this program, as stored."""
+    row = Results.load().find(COUNTED, PROGRAM, case={"scheme": scheme, "connection": connection})
+    assert row
+    return row.median
+
+
+def test_every_number_of_the_page_comes_from_the_run() -> None:
+    """Whatever number docs/performance.md has beside its tables is a setting of the benchmark or a
+    stored result. What was tried is told apart: `make bench` does not repeat it.
+    """
+    results = Results.load()
+    listed = results.find(READING, PROGRAM, "counted, handshake included", {"command": "list"})
+    assert listed
+    trips = [counted(*each) for each in (("http", "warm"), ("http", "cold"), ("https", "cold"))]
+    known = [
+        f"awscli {results.versions[AWS_V1][0]}",
+        f"({losses.PAIR_GAP_SECONDS * 1e3:g} ms between the two",
+        f"outages of {losses.FULL.outage:g} s",
+        f"up to {resources.UPDATES_MAX} updates",
+        f"over {resources.FULL.idle:g} s, scaled",
+        f"a line of {speed.DRAIN_ROUND_TRIP_SECONDS * 1e3:g} ms",
+        f"first {speed.BACKLOGS[0]} versions",
+        "a backlog of {} and of {:,}".format(*speed.BACKLOGS),
+        f"{EMPTY_SIZE + CHANNEL_SIZE * speed.USUAL:,} bytes",
+        "{:g} on an open connection, {:g} on a new one over http, {:g} over https".format(*trips),
+        f"each {int(listed.case['objects']) / (listed.median - 1):,g} objects",
+    ]
+    told, _, rest = " ".join(prose(report.DOCUMENT)).partition("## What was tried")
+    tried, _, uncovered = rest.partition("## What is not covered")
+    assert "does not repeat these" in tried
+    told += uncovered
+    for phrase in known:
+        assert told.count(phrase) == 1, phrase
+        told = told.replace(phrase, "")
+    assert re.findall(r"\S*(?<![\w])\d[\d.,]*(?!\w).{0,20}", told) == []
+    assert f"first {speed.BACKLOGS[0]} versions" in BACKLOG
+    assert f"{EMPTY_SIZE + CHANNEL_SIZE * speed.USUAL:,} B" in rename_to_stored("http", "warm")
+
+
+def test_every_measured_number_of_the_readme_has_a_source() -> None:
+    """A time, a size or a share in the README is a stored result, a setting of the benchmark, or
+    stands beside the day or the run that it comes from.
+    """
+    own = f"two writes {losses.PAIR_GAP_SECONDS * 1e3:g} ms apart"
+    text = "\n".join(prose(report.README))
+    assert text.count(own) == 1
+    measured = [
+        part
+        for part in text.replace(own, "").splitlines()
+        if re.search(r"(?<![\w-])\d[\d.,]* ?(ms|s|MB|%|seconds|times)\b", part)
+    ]
+    assert measured
+    for part in measured:
+        assert re.search(r"\d+ [A-Z]\w+ 20\d\d|real LND above|The demo", part), part

@@ -468,6 +468,25 @@ def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
     assert each_call(act) >= 6
 
 
+def test_the_trouble_lasts_until_the_receipt_is_written(
+    queue: program.Staging, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the receipt cannot be written, its version is deleted, and stays in the books."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    name = stage(queue, GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "write_file", refuse)
+        with pytest.raises(OSError, match="No space"):
+            discard(queue, name, GOOD)
+        assert files(staging) == {}
+        assert queue.acknowledged == {name}
+    queue.tidy()
+    assert queue.acknowledged == set()
+
+
 @pytest.mark.parametrize("while_discarding", [False, True])
 def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
     tmp_path: Path, *, while_discarding: bool
@@ -633,3 +652,41 @@ def test_a_staging_directory_that_cannot_be_listed(
         there.unlink()
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0
+
+
+UNREADABLE = """
+import os
+opened = os.open
+def open_unless_read(path, flags, *more, dir_fd=None):
+    if dir_fd is not None and str(path).startswith("20") and not flags & os.O_WRONLY:
+        if os.path.exists({there!r}):
+            raise OSError(5, os.strerror(5), path)
+    return opened(path, flags, *more, dir_fd=dir_fd)
+os.open = open_unless_read
+"""
+
+
+@pytest.mark.unmeasured
+def test_a_disk_that_takes_versions_and_gives_none_back(
+    fake: FakeS3,
+    fake_env: dict[str, str],
+    lnd: Lnd,
+    staging: Path,
+    tmp_path: Path,
+    started_by: Callable[[str], None],
+) -> None:
+    """What cannot be read back is sent from memory, once, and is not staged again and again."""
+    there = tmp_path / "broken"
+    started_by(UNREADABLE.format(there=str(there)))
+    with Daemon(fake_env | AT_ONCE) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        there.touch()
+        for _ in range(2):
+            daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_log("Input/output error")
+        there.unlink()
+        daemon.wait_for_log("staging works again")
+        assert daemon.stop() == 0
+        assert daemon.log.count(" captured ") == 3
+    assert len(fake.objects("some-bucket")) == 3
+    assert files(staging) == {}

@@ -7,7 +7,9 @@ on a systemd that runs: `make test-systemd`.
 from __future__ import annotations
 
 import fcntl
+import fnmatch
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -23,7 +25,7 @@ from shared import run_command, section
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 # The first test waits for an installation that all others share.
 pytestmark = pytest.mark.timeout(170)
@@ -241,7 +243,7 @@ class TestInstall:
         for path in (UNIT, CHECKOUT / "systemd/lnd-backup.timer"):
             assert (root / UNITS / path.name).read_bytes() == path.read_bytes()
         assert "MONITOR_FILE_PATH=: is not set" in told
-        assert "S3_BUCKET_NAME" not in told.partition("left to fill in")[2]
+        assert "S3_BUCKET_NAME" not in told.partition("fill in the settings")[2]
 
     def test_settings_hold_what_was_given_and_no_example(self, installed: tuple[Path, str]) -> None:
         """What was given is set, what has no default is left empty, and nothing of the building
@@ -731,7 +733,7 @@ def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> 
         assert f"MONITOR_FILE_PATH={directory}/channel.backup\n" in (root / SETTINGS).read_text(
             encoding="utf-8"
         )
-        assert "left to fill in" not in done.stdout
+        assert "fill in the settings" not in done.stdout
         check = root / UNITS / "lnd-backup-check@lnd-backup.service.d/lnd-directory.conf"
         assert section(check, "Service") == drop_in
         assert "Wants=" not in check.read_text(encoding="utf-8")
@@ -753,3 +755,96 @@ def test_a_line_that_is_misread_is_named_by_the_program(tmp_path: Path) -> None:
     done = run_script({"RESCAN_SECONDS": "0"}, "--env-file", str(path), "check")
     assert done.returncode == 78
     assert re.search(rf"cannot read --env-file: {path}: line 2$", done.stderr, re.MULTILINE)
+
+
+# --- the shell programs are read before they run as root ---
+
+INSTALLER = CHECKOUT / "systemd/install.sh"
+SHELL_COLUMNS, SHELL_FUNCTION_MAX = 100, 40  # a function is seen whole on one screen
+PATHS = re.compile(r"(?<![\w.)}])/(?:etc|opt|run|usr|var)/[\w./@*-]*[\w*]")
+# Directories of the system: it only looks whether they are there, or compares a path with them.
+OF_THE_SYSTEM = {"/etc/default", "/etc/systemd/system", "/etc/tmpfiles.d", "/run/systemd/system"}
+OF_THE_SYSTEM |= {"/run/user/*", "/usr/*", "/var/*", "/var/tmp/*"}  # noqa: S108 - none is made
+
+
+def shell_programs() -> list[Path]:
+    """Return the programs of the repository whose first line names a shell."""
+    tops = (CHECKOUT / name for name in (".ci", "bench", "container", "docs", "systemd", "tests"))
+    files = (path for top in tops for path in top.rglob("*") if path.is_file())
+    return sorted(path for path in files if re.match(rb"#!.*sh\n", path.read_bytes()))
+
+
+def test_every_shell_program_is_checked() -> None:
+    """`make lint` hands all of them to shellcheck."""
+    makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    found = re.search(r"^SHELL_PROGRAMS := (.+)$", makefile, re.MULTILINE)
+    assert found
+    assert found[1].split() == [str(path.relative_to(CHECKOUT)) for path in shell_programs()]
+
+
+@pytest.mark.parametrize(
+    "program", shell_programs(), ids=lambda path: f"{path.parent.name}-{path.name}"
+)
+def test_a_shell_program_fits_the_screen(program: Path) -> None:
+    """No function is longer than a screen, and no line of what runs on a node is wider."""
+    text = program.read_text(encoding="utf-8")
+    if program.parent.name == "systemd" and program.parent.parent == CHECKOUT:
+        assert [line for line in text.splitlines() if len(line) > SHELL_COLUMNS] == []
+    begun = re.findall(r"^(\w+)\(\) \{(?: #.*)?$", text, re.MULTILINE)
+    functions = re.findall(r"^(\w+)\(\) \{(?: #.*)?\n((?:(?!\}$).*\n)*)\}$", text, re.MULTILINE)
+    assert [name for name, _ in functions] == begun
+    assert [name for name, body in functions if body.count("\n") + 2 > SHELL_FUNCTION_MAX] == []
+
+
+def head_of(program: Path) -> dict[str, str]:
+    """Return what a program says of itself in its first comment, by the word that begins it."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), program.read_text(encoding="utf-8").splitlines()
+    )
+    parts = re.split(r"^# ([a-z]+) {2,}(?=\S)", "\n".join(lines), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def paths_used_by_the_installer() -> set[str]:
+    """Return the paths in its code, those of a node without a name."""
+    text = INSTALLER.read_text(encoding="utf-8")
+    code = "\n".join(line.partition(" # ")[0] for line in text.splitlines() if line[:1] != "#")
+    values = dict(re.findall(r'^([a-z_]+)=("?[^\s"(]+)', code, re.MULTILINE))
+    values["service"] = "lnd-backup"
+    code = code.replace("\\.", ".")
+    for _ in values:
+        code = re.sub(r"\$([a-z_]+)", lambda name: values.get(name[1], name[0]), code)
+    return set(PATHS.findall(re.sub(r'"?\$DESTDIR"?|\$\{node.*?\}', "", code)))
+
+
+def is_named(path: str, names: Iterable[str]) -> bool:
+    """Tell whether one of these names, which may have a *, is this path or one above it."""
+    return any(
+        fnmatch.fnmatchcase(str(place), name)
+        for name in names
+        for place in (Path(path), *Path(path).parents)
+    )
+
+
+def test_the_head_of_the_installer_names_every_path() -> None:
+    """The head says what the installer reads, writes, removes, connects to and never does; each
+    path in its code is named there, and each path that is named there is in its code.
+    """
+    head = head_of(INSTALLER)
+    assert {"reads", "writes", "removes", "connects", "never", "order", "begin"} <= set(head)
+    named = {path for part in head.values() for path in PATHS.findall(part)}
+    used = paths_used_by_the_installer() - OF_THE_SYSTEM
+    assert len(used) > 20
+    assert [path for path in used if not is_named(path, named)] == []
+    assert [name for name in named if not any(is_named(path, [name]) for path in used)] == []
+
+
+@needs_python
+def test_an_installation_writes_what_the_head_names(released: Package, root: Path) -> None:
+    """Each file of a service and of another node is below a path that the head says is written."""
+    done = released.make("install", root, "NODE=alice", "LND_USER=alice")
+    assert done.returncode == 0, done.stderr
+    written = PATHS.findall(head_of(INSTALLER)["writes"])
+    left = [f"/{path.relative_to(root)}" for path in root.rglob("*") if not path.is_dir()]
+    assert "/etc/tmpfiles.d/lnd-backup@alice.conf" in left
+    assert [path for path in left if not is_named(path, written)] == []

@@ -208,6 +208,15 @@ def test_before(
     assert (home / "channel.backup").read_bytes() == data[expected]
 
 
+def test_before_a_name(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+    """`--before` takes a version's name as well, as `list` prints it."""
+    older = channel_backup(1)
+    put_version(s3, bucket, NOON, older)
+    key = put_version(s3, bucket, NOON + HOUR, channel_backup(2))
+    restore(reader, home, "--before", key.removeprefix("alice/"))
+    assert (home / "channel.backup").read_bytes() == older
+
+
 def test_before_the_first(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
     """When there is no version before that time it is exit 1."""
     put_version(s3, bucket, NOON, channel_backup(5))
@@ -624,14 +633,18 @@ def test_lines_for_people_and_scripts(
         assert len(done.stdout.splitlines()) < 25
 
 
+@pytest.mark.parametrize("where", [".lnd", "lnd"])
 def test_below_a_home_of_lnd_nothing_is_written(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, where: str
 ) -> None:
-    """A directory below one with lnd.conf is LND's too, also before there is a wallet."""
+    """A directory below one with lnd.conf, or below one named .lnd, is LND's too, also before there
+    is a wallet.
+    """
     put_version(s3, bucket, NOON, channel_backup(5))
-    network = home / ".lnd" / "data" / "chain"
+    network = home / where / "data" / "chain"
     network.mkdir(parents=True)
-    (home / ".lnd" / "lnd.conf").touch()
+    if where != ".lnd":
+        (home / where / "lnd.conf").touch()
     done = restore(reader, home, "--output", str(network / "channel.backup"), code=1)
     assert "directory of LND's" in done.stderr
     assert list(network.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -347,8 +348,51 @@ def test_a_version_before_a_drop_that_cannot_be_had(
         s3.admin.put_object(Bucket=bucket, Key=key, Body=body)
     done = restore(reader, home)
     assert restored(home) == {"": data[3], ".2": data[2], ".4": data[0]}
-    assert any("warning: " in line and key in line for line in done.stderr.splitlines())
+    told, hint = done.stderr.splitlines()[-2:]
+    assert re.search(rf"warning: left out: .*channel\.backup\.3: .*{key}", told)
     assert lncli(done) == [str(home / f"channel.backup{name}") for name in ("", ".2", ".4")]
+    _, *words = shlex.split(hint.partition("the version before it: ")[2])
+    assert run_script(reader, *words[1:], cwd=home).returncode == 0
+    assert restored(home)[".3"] == data[0]
+
+
+@pytest.mark.unmeasured
+def test_the_newest_is_damaged_and_the_drops_count(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """The command of the hint restores the version before, and those before the drops as well."""
+    data = history(s3, bucket, 5000, 4000, 3000)
+    key = "alice/" + version_name(data[2], NOON + 2 * HOUR)
+    s3.admin.put_object(Bucket=bucket, Key=key, Body=data[2][::-1])
+    done = restore(reader, home, code=1)
+    _, *words = shlex.split(done.stderr.partition("the version before it: ")[2])
+    assert run_script(reader, *words[1:], cwd=home).returncode == 0
+    assert restored(home) == {"": data[1], ".2": data[0]}
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("drops", [3, 4])
+def test_more_drops_than_three_are_told(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, drops: int
+) -> None:
+    """What is not restored although it precedes a drop is worth a warning."""
+    history(s3, bucket, *(9000 - 1000 * number for number in range(drops + 1)))
+    assert ("more drops than three" in restore(reader, home).stderr) == (drops > 3)
+
+
+@pytest.mark.unmeasured
+def test_every_file_is_told_with_its_key_and_digest(
+    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+) -> None:
+    """Somebody who compares the files with the bucket finds them all in the output."""
+    data = history(s3, bucket, 5000, 4000)
+    lines = restore(reader, home).stdout.splitlines()
+    for line, number, end in zip(lines, (1, 0), ("", ".2"), strict=False):
+        key = "alice/" + version_name(data[number], NOON + number * HOUR)
+        digest = hashlib.sha256(data[number]).hexdigest()
+        file = home / f"channel.backup{end}"
+        told = f"restored {key} as {file}: {len(data[number])} bytes, SHA-256 {digest}"
+        assert line == told
 
 
 @pytest.mark.unmeasured

@@ -384,6 +384,8 @@ def test_what_the_wrapper_refuses(wrapper: Wrapper) -> None:
     refused = wrapper("check", env={"TEST_UID": "1000"})
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "sudo lnd-backup check" in refused.stderr
+    other = wrapper("@alice", "check", env={"TEST_UID": "1000"})
+    assert "sudo lnd-backup @alice check" in other.stderr
     for args in (["run"], [], ["--env-file", "mine"]):
         done = wrapper(*args)
         assert (done.returncode, done.stdout) == (2, "")
@@ -610,7 +612,7 @@ def test_each_way_is_told_by_itself(teller: Teller, capsys: pytest.CaptureFixtur
     assert teller.ended(CHECK, 0, FINE) == 0
     assert len(teller.mails) == len(teller.posts) == 2
     printed = capsys.readouterr().out
-    assert "<3>the message could not be sent: ALERT_URL: OSError" in printed
+    assert "<3>cannot send the message by ALERT_URL: OSError" in printed
     assert "secret" not in printed
     assert f"<2>box: lnd-backup: {REFUSED}" in printed
 
@@ -636,7 +638,8 @@ def test_each_node_is_told_of_by_its_name(teller: Teller) -> None:
         (226, "exit-code", "a directory that a drop-in names is missing"),
         (1, "exit-code", "it ended with exit code 1"),
         ("", "exit-code", "it did not start"),
-        ("SEGV", "signal", "it was ended by SEGV"),
+        ("SEGV", "signal", "the signal SEGV ended it"),
+        ("", "protocol", 'systemd calls the reason "protocol"'),
     ],
 )
 def test_a_service_that_stopped_is_told_in_words(
@@ -644,7 +647,7 @@ def test_a_service_that_stopped_is_told_in_words(
 ) -> None:
     """Its failure is told at once, and that it is over only when a check is good and it runs."""
     teller.ended("lnd-backup.service", status, result=result)
-    told = f"box: lnd-backup has stopped: {words}; new versions of channel.backup are not stored"
+    told = f"box: lnd-backup has stopped: {words}. New versions of channel.backup are not stored"
     assert teller.mails == [told]
     teller.state = "failed"
     teller.ended(CHECK, 0, FINE)
@@ -663,8 +666,8 @@ def test_a_service_that_stopped_is_told_in_words(
         (["NOT BACKED UP: \x1b[2Je"], "NOT BACKED UP: ?[2Je"),
         (["2026-11-28 14:04:00 using x", "hint: h",
           "2026-11-28 14:05:00 error: configuration: X=: is not set"],
-         "UNKNOWN: the check could not ask: configuration: X=: is not set"),
-        ([], "UNKNOWN: the check itself could not run: its settings are wrong"),
+         "UNKNOWN: the check could not ask S3: configuration: X=: is not set"),
+        ([], "UNKNOWN: the check did not run: its settings are wrong"),
     ],
 )  # fmt: skip
 def test_the_sentence_is_what_the_check_said(

@@ -54,7 +54,7 @@ build() { # SUITE DIRECTORY
 
 up() { # DIRECTORY [ARG...]
     mkdir -p "$BOX/changes" "$BOX/work" "$BOX/tree"
-    # shellcheck disable=SC2016
+    # shellcheck disable=SC2016 # the bash inside expands it
     unshare --mount --propagation private -- bash -euc '
         box=$1 directory=$2
         shift 2

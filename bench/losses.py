@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kit import Written
+    from kit.line import Line
 
-    from bench.line import Line
     from bench.peers import Contestant, Running, World
     from bench.report import Rows
 

@@ -34,16 +34,14 @@ from kit import (
     script_environment,
     version_name,
 )
+from kit.line import Line
 from stores.servers import NotInstalledError, make_venv, packages, run
-
-from bench.line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kit import Written
-
-    from bench.line import Stored
+    from kit.line import Stored
 
 PROGRAM, BARE, CURL, RCLONE = "this program", "bare put_object", "curl --aws-sigv4", "rclone copyto"
 AWS_V1, AWS_V2 = "aws s3 cp v1", "aws s3 cp v2"

@@ -31,7 +31,8 @@ from bench.resources import peak_rss
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from bench.line import Line
+    from kit.line import Line
+
     from bench.peers import World
     from bench.report import Case, Rows
 

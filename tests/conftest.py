@@ -30,7 +30,7 @@ from kit import (
     settings_for,
 )
 from kit import script as script_module
-from kit.script import MEASURED
+from kit.script import LATE_ENOUGH, MEASURED, warm_starts, write_launcher
 from shared import NOWHERE, SELDOM, SteppedS3, leave
 
 import s3_backup_lnd_channels as program
@@ -64,6 +64,20 @@ def _measured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if (case and any(case.indices.values())) or request.node.get_closest_marker("unmeasured"):
         for name in MEASURED:
             monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warm_starts() -> Iterator[None]:
+    """Load the program's libraries once for all tests of this process."""
+    with warm_starts():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start the program cold where a test says that the start, memory or time is its subject."""
+    if any(map(request.node.get_closest_marker, ("alone", "cold"))):
+        monkeypatch.setattr(script_module, "warm_server", None)
 
 
 @pytest.fixture(scope="session")
@@ -202,12 +216,9 @@ def started_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     """Return what makes some Python code run before the program, in its process."""
 
     def prepare(code: str) -> None:
-        script = str(script_module.SCRIPT)
-        launcher = tmp_path / "launcher.py"
-        launcher.write_text(
-            f"import runpy\nSCRIPT = {script!r}\n{code}\nrunpy.run_path(SCRIPT, "
-            f"run_name='__main__')\n"
-        )
+        if not code.startswith(LATE_ENOUGH):
+            monkeypatch.setattr(script_module, "warm_server", None)
+        launcher = write_launcher(tmp_path / "launcher.py", code)
         monkeypatch.setattr(script_module, "SCRIPT", launcher)
 
     return prepare

@@ -32,7 +32,7 @@ from kit import (
     settings_at,
     version_name,
 )
-from kit.raw_s3 import BLOCK, continuing, dripping, endless, entry, error, framed, head, listing
+from kit.answers import BLOCK, continuing, dripping, endless, entry, error, framed, head, listing
 from shared import HOUR, NOON
 
 if TYPE_CHECKING:
@@ -459,7 +459,7 @@ def test_a_heartbeat_that_hangs_is_tried_again(
         with Daemon(raw_env) as daemon:
             for count in range(1, 4):
                 daemon.wait_for_stored(lnd.write(1))
-                beat.wait_for_requests(count)
+                beat.wait_for_requests(count, method="GET")
             answered = threading.Event()
 
             def healthy(_: Request) -> Iterator[bytes]:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from kit import Answer, FakeS3
+from kit.line import Line, content
 from kit.lnd import CHANNEL_SIZE, EMPTY_SIZE
 
 import bench.__main__
 from bench import losses, report, resources, speed
-from bench.line import Line, content
 from bench.peers import AWS_V1, AWS_V2, BARE, CURL, PROGRAM, RCLONE
 from bench.report import BACKLOG, COUNTED, READING, REST, START, Results, Rows, rename_to_stored
 from bench.resources import TICKS, family, memory, peak_rss, usage, watched

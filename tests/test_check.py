@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from kit import (
     hurried,
     reader_settings,
     run_script,
-    script_environment,
 )
-from kit.fake_s3 import ACCESS_DENIED, HTML
+from kit.answers import ACCESS_DENIED, HTML
 from shared import NOWHERE
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -406,13 +405,8 @@ def test_a_staging_directory_of_somebody_else(
     )
     os.chmod(env["BACKUP_DIRECTORY"], 0)
     try:
-        done = subprocess.run(
-            [*ordinary, sys.executable, str(SCRIPT), "check", "--json"],
-            env=script_environment(node_reader, "/nonexistent"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [*ordinary, sys.executable, str(SCRIPT)]
+        done = run_script(node_reader, "check", "--json", command=command)
     finally:
         os.chmod(env["BACKUP_DIRECTORY"], 0o700)
     assert "Traceback" not in done.stderr

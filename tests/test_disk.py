@@ -44,7 +44,7 @@ from kit import (
     settings_at,
     unlistable_while,
 )
-from kit import script as script_module
+from kit.script import write_launcher
 from shared import AT_ONCE, OFTEN, SELDOM, leave, staged
 
 import s3_backup_lnd_channels as program
@@ -89,29 +89,21 @@ def test_kills_at_any_moment_lose_nothing_that_was_staged(
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_no_half_version(
-    env: dict[str, str],
-    lnd: Lnd,
-    check: partial[None],
-    staging: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, tmp_path: Path
 ) -> None:
     """Killed when 4096 bytes of a version are written, the daemon leaves nothing that looks like a
     version.
     """
-    launcher = tmp_path / "limited.py"
-    launcher.write_text(f"""
-import resource, runpy, signal
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-runpy.run_path({str(script_module.SCRIPT)!r}, run_name="__main__")
-""")
+    limited = write_launcher(
+        tmp_path / "limited.py",
+        "import resource, signal\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)",
+    )
     version = lnd.write()
-    with monkeypatch.context() as limited:
-        limited.setattr(script_module, "SCRIPT", launcher)
-        with Script(env) as script:
-            assert script.wait() == -signal.SIGXFSZ
+    with Script(env, launcher=limited) as script:
+        assert script.wait() == -signal.SIGXFSZ
     assert staged(staging) == []
     with Daemon(SELDOM | env) as daemon:
         daemon.wait_for_stored(version)

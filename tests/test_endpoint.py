@@ -26,16 +26,16 @@ from kit import (
     Lnd,
     S3Server,
     Script,
+    answers,
     channel_backup,
     hurried,
     reader_settings,
     run_script,
     settings_for,
 )
-from kit import fake_s3 as answers
-from kit.tunnel import ConnectProxy
+from kit.connect_proxy import ConnectProxy
+from kit.tls_front import TlsFront
 from shared import done_well, failure_of, refused
-from stores.front import TlsFront
 
 import s3_backup_lnd_channels as program
 

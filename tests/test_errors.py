@@ -11,7 +11,7 @@ from botocore.parsers import ResponseParserError
 from hypothesis import given
 from hypothesis import strategies as st
 from kit import FakeS3, S3Server, hurried, reader_settings, run_script
-from kit.raw_s3 import error
+from kit.answers import error
 from shared import say, statements
 
 import s3_backup_lnd_channels as program

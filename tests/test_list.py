@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
-import pty
 import re
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +24,13 @@ from kit import (
     S3Server,
     Script,
     allow,
+    answers,
     channel_backup,
     reader_settings,
+    run_on_terminal,
     run_script,
-    script_environment,
 )
-from kit import fake_s3 as answers
-from kit.raw_s3 import framed, listing
+from kit.answers import framed, listing
 from shared import HOUR, NOON, NOWHERE, put_version, restore
 
 if TYPE_CHECKING:
@@ -77,25 +74,11 @@ def plain(env: dict[str, str]) -> list[str]:
     return done.stdout.splitlines()[1:]
 
 
-def on_terminal(env: dict[str, str], home: Path, *args: str) -> str:
+def on_terminal(env: dict[str, str], *args: str) -> str:
     """Run the program with a terminal as its stdout, and return what is seen there."""
-    screen, terminal = pty.openpty()
-    command = [sys.executable, str(SCRIPT), *args]
-    seen = b""
-    with subprocess.Popen(
-        command,
-        env=script_environment(env, str(home)),
-        stdin=subprocess.DEVNULL,
-        stdout=terminal,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        os.close(terminal)
-        with contextlib.suppress(OSError):  # EIO: the other end is closed
-            while part := os.read(screen, 65536):
-                seen += part
-    os.close(screen)
-    assert process.returncode == 0, seen
-    return seen.decode()
+    code, seen = run_on_terminal(env, *args)
+    assert code == 0, seen
+    return seen
 
 
 # --- Order and marks ---
@@ -205,32 +188,26 @@ def test_json(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
     assert abs(stored - before) < timedelta(seconds=30)
 
 
-def test_json_beside_a_terminal(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
-) -> None:
+def test_json_beside_a_terminal(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
     """`--json` is JSON on a terminal, too."""
     name = put(s3, bucket, NOON)
-    assert [row["name"] for row in json.loads(on_terminal(reader, tmp_path, "list", "--json"))] == [
-        name
-    ]
+    assert [row["name"] for row in json.loads(on_terminal(reader, "list", "--json"))] == [name]
 
 
-def test_the_table(s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path) -> None:
+def test_the_table(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
     """On a terminal and in a pipe there is the same table: one line for each version, with its
     size and when it was stored.
     """
     names = [put(s3, bucket, NOON + HOUR, os.urandom(12_345_678)), put(s3, bucket, NOON, 0)]
     lines = plain(reader)
-    assert on_terminal(reader, tmp_path, "list").splitlines()[1:] == lines
+    assert on_terminal(reader, "list").splitlines()[1:] == lines
     assert [line.split()[0] for line in lines] == names
     assert [line.split()[1].replace(",", "") for line in lines] == ["12345678", "45"]
     assert all(f"{datetime.now(UTC):%Y-%m-%d}" in line for line in lines)
     assert all(line.isascii() and line.isprintable() for line in lines)
 
 
-def test_foreign_keys_cannot_forge_lines(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path
-) -> None:
+def test_foreign_keys_cannot_forge_lines(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
     """Keys and prefixes with control characters, whoever made them, reach neither the terminal nor
     the log.
     """
@@ -243,7 +220,7 @@ def test_foreign_keys_cannot_forge_lines(
     ):
         s3.admin.put_object(Bucket=bucket, Key=key, Body=b"foreign")
     done = run_script(reader, "list")
-    seen = done.stdout + done.stderr + on_terminal(reader, tmp_path, "list").replace("\r\n", "\n")
+    seen = done.stdout + done.stderr + on_terminal(reader, "list").replace("\r\n", "\n")
     assert all(character.isprintable() for character in seen if character not in "\n\t")
     assert len(done.stdout.splitlines()) == 2  # the head, and a version
 
@@ -321,18 +298,14 @@ def test_thousands_of_versions(tmp_path: Path, prefix: str) -> None:
 
 @pytest.mark.parametrize("options", ["", "--json"])
 def test_a_reader_that_goes_away(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, options: str
+    s3: S3Server, bucket: str, reader: dict[str, str], options: str
 ) -> None:
     """`list | head` is no fault: who has read enough is not shown a traceback."""
     for second in range(100):  # more than the buffer of stdout takes
         put(s3, bucket, NOON + timedelta(seconds=second), 1)
-    done = subprocess.run(
-        ["/bin/sh", "-c", f'"{sys.executable}" "{SCRIPT}" list {options} | true'],
-        env=script_environment(reader, str(tmp_path)),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    piped = f'"{sys.executable}" "{SCRIPT}" list {options} | true'
+    done = run_script(reader, command=["/bin/sh", "-c", piped])
+    assert done.returncode == 0
     assert "using endpoint" in done.stderr
     assert not any(
         text in done.stderr for text in ("Traceback", "BrokenPipe", "fault of this program")

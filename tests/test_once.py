@@ -24,15 +24,14 @@ from kit import (
     Lnd,
     RawS3,
     Request,
+    answers,
     channel_backup,
     hurried,
     run_script,
     settings_at,
     version_name,
 )
-from kit import fake_s3 as answers
-from kit.fake_s3 import HTML
-from kit.raw_s3 import error, framed
+from kit.answers import HTML, error, framed
 from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, staged, staged_data
 
 import s3_backup_lnd_channels as program

@@ -26,11 +26,11 @@ from kit import (
     Lnd,
     Mode,
     Request,
+    answers,
     assert_nothing_lost,
     channel_backup,
     settings_at,
 )
-from kit import fake_s3 as answers
 from shared import AT_ONCE, expect_newest_last
 
 import s3_backup_lnd_channels as program
@@ -339,6 +339,7 @@ def processor_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+@pytest.mark.cold
 @pytest.mark.unmeasured
 def test_a_month_of_versions_is_no_burden(
     nowhere_env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import yaml
 from kit import CHECKOUT, SCRIPT, FakeS3, Lnd, Script, run_script, settings_at
-from kit.fake_s3 import ACCESS_DENIED
+from kit.answers import ACCESS_DENIED
 from stores.template import filled, read_template, template_settings
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from kit import SCRIPT, Daemon, FakeS3, Lnd, as_nobody, channel_backup, run_script
-from kit import script as script_module
 from shared import AT_ONCE, AWAY, LARGEST, OFTEN, SELDOM
 
 import s3_backup_lnd_channels as program
@@ -414,14 +413,7 @@ def test_a_single_file_that_is_mounted(
         assert run_script(fake_env, "once").returncode == 0
     asked = len(fake.requests)
     lnd.path.with_suffix(".backup.new").write_bytes(channel_backup(3))
-    shell = [*wrapper, sys.executable, "-c", code]
-    done = subprocess.run(
-        shell,
-        env=script_module.script_environment(env, str(tmp_path)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(env, command=[*wrapper, sys.executable, "-c", code])
     assert done.returncode == 1, done.stderr
     assert not done.stdout.startswith("BACKED UP")
     assert "Traceback" not in done.stderr
@@ -442,6 +434,7 @@ def test_the_largest_version(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -
     assert [len(request.body) for request in fake.requests] == [LARGEST]
 
 
+@pytest.mark.cold
 @pytest.mark.unmeasured
 def test_large_versions_fit_into_the_units_memory(
     fake: FakeS3, fake_env: dict[str, str], lnd: Lnd

@@ -26,13 +26,13 @@ from kit import (
     S3Server,
     Script,
     allow,
+    answers,
     channel_backup,
     reader_settings,
     run_script,
     script_environment,
     version_name,
 )
-from kit import fake_s3 as answers
 from shared import HOUR, LARGEST, NOON, Done, expect_tidy, put_version, restore
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import stat
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +24,12 @@ from kit import (
     channel_backup,
     reader_settings,
     run_script,
-    script_environment,
     version_name,
 )
 from shared import HOUR, NOON, Done, expect_tidy, put_version, restore
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Sequence
 
 SLOW_BYTES_PER_SECOND = 400_000
@@ -38,15 +37,7 @@ SLOW_BYTES_PER_SECOND = 400_000
 
 def wrapped(env: dict[str, str], home: Path, wrapper: Sequence[str], *args: str) -> Done:
     """Run the program by another command, in that directory."""
-    return subprocess.run(
-        [*wrapper, sys.executable, str(SCRIPT), *args],
-        env=script_environment(env, str(home)),
-        cwd=home,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_script(env, *args, cwd=home, command=[*wrapper, sys.executable, str(SCRIPT)])
 
 
 DATA = channel_backup(1)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from shared import Session
 
+pytestmark = pytest.mark.cold
+
 # --- Readiness ---
 
 

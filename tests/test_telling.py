@@ -28,12 +28,12 @@ from kit import (
     FakeS3,
     NotifySocket,
     Script,
+    answers,
     channel_backup,
     run_script,
     settings_at,
     unlistable_while,
 )
-from kit import fake_s3 as answers
 from kit import script as script_module
 
 import s3_backup_lnd_channels as program

@@ -24,13 +24,13 @@ from kit import (
     Lnd,
     S3Server,
     Script,
+    answers,
     assert_nothing_lost,
     channel_backup,
     hurried,
     run_script,
     settings_for,
 )
-from kit import fake_s3 as answers
 from shared import done_well, refused, staged_data
 
 import s3_backup_lnd_channels as program

@@ -18,11 +18,9 @@ import argparse
 import contextlib
 import io
 import itertools
-import os
 import queue
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -40,7 +38,7 @@ from kit import (
     S3Server,
     Script,
     Written,
-    script_environment,
+    run_on_terminal,
     settings_for,
 )
 from rich.console import Console
@@ -467,28 +465,6 @@ def act_stop(stage: Stage) -> None:
         stage.problems.append(f"the daemon ended with exit code {code}")
 
 
-def run_on_terminal(settings: dict[str, str], *arguments: str) -> tuple[int, list[str]]:
-    """Run the program with a terminal for its output, and return its exit code and what it
-    printed.
-    """
-    mine, its = os.openpty()
-    with (
-        tempfile.TemporaryDirectory() as home,
-        open(mine, encoding="utf-8", errors="replace") as output,
-    ):
-        command = [sys.executable, str(SCRIPT), *arguments]
-        with subprocess.Popen(
-            command, env=script_environment(settings, home), stdout=its, stderr=its
-        ) as process:
-            os.close(its)
-            lines: list[str] = []
-            with contextlib.suppress(OSError):  # EIO: the other end is closed
-                lines.extend(line.rstrip() for line in output)
-        return process.returncode, [
-            line for line in lines if not line.startswith("20") or " using " not in line
-        ]
-
-
 def act_read_back(stage: Stage) -> None:
     """Ask for what the bucket holds, with a reader's key, and bring the file back as on the day of
     a loss.
@@ -511,7 +487,9 @@ def act_read_back(stage: Stage) -> None:
         ({}, ["restore", "--output", str(output)]),
     ):
         stage.screen.say(f"$ s3_backup_lnd_channels.py {arguments[0]}", "bold")
-        code, lines = run_on_terminal(bucket | settings, *arguments)
+        code, seen = run_on_terminal(bucket | settings, *arguments, log=True)
+        lines = [line.rstrip() for line in seen.splitlines()]
+        lines = [line for line in lines if not line.startswith("20") or " using " not in line]
         for line in shortened(lines) if arguments[0] == "list" else lines:
             shown = line.replace(f"{stage.root}/", "").replace(
                 f"{sys.executable} {SCRIPT}", SCRIPT.name

@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FakeS3, Lnd, Script, assert_nothing_lost, channel_backup, settings_at
-from kit import fake_s3 as answers
+from kit import (
+    Daemon,
+    FakeS3,
+    Lnd,
+    Script,
+    answers,
+    assert_nothing_lost,
+    channel_backup,
+    settings_at,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -358,6 +366,7 @@ def test_a_hundred_thousand_updates(
     assert Counter(names_in(fake)).most_common(1)[0][1] <= 2, "a version was sent again and again"
 
 
+@pytest.mark.cold
 @pytest.mark.once
 @pytest.mark.timeout(900)
 def test_a_month_away(

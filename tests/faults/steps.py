@@ -19,11 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from faults.forked import Forked
 from faults.order import ORDER, order_of
 from faults.strace import KIND_OF, TURN, Call, Strace, counts
 from faults.table import Tally
-from kit import VERSION_NAME, Lnd, S3Server, find_problems, script_environment, settings_for
+from kit import VERSION_NAME, Lnd, S3Server, Script, find_problems, settings_for
+from kit.script import warm_starts, write_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +46,23 @@ CALM = 10  # so many times the turns and failures of an undisturbed run are stil
 EARLIER = "20260101T000000.000000Z"
 GRACE_SECONDS = 10.0
 IN_ORDER = "none: the order of its steps"
+LOOK_SECONDS = 0.02
+
+WARM = contextlib.ExitStack()
+
+# Run before the program: stop it when it is about to open or make a directory for the first time.
+HELD = """
+import os, signal, sys
+
+def hold(event, arguments):
+    if event in ("open", "os.mkdir") and isinstance(arguments[0], (str, os.PathLike)):
+        if held and os.fspath(arguments[0]) == held[0]:
+            held.clear()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+held = [{at!r}]
+sys.addaudithook(hold)
+"""
 
 
 @dataclass(frozen=True)
@@ -129,16 +146,12 @@ class Run:
         self.lnd = Lnd(self.directory / "lnd")
         self.staging = self.directory / "staging"
         self.trace = self.directory / "trace"
-        self.env = script_environment(
-            dict(place.settings)
-            | {
-                "MONITOR_FILE_PATH": str(self.lnd.path),
-                "BACKUP_DIRECTORY": str(self.staging),
-                "S3_BACKUP_PREFIX": self.prefix,
-                "RESCAN_SECONDS": "2",
-            },
-            home=str(self.directory),
-        )
+        self.env = dict(place.settings) | {
+            "MONITOR_FILE_PATH": str(self.lnd.path),
+            "BACKUP_DIRECTORY": str(self.staging),
+            "S3_BACKUP_PREFIX": self.prefix,
+            "RESCAN_SECONDS": "2",
+        }
         self.tally = Tally(case.fault)
         self.log = ""
 
@@ -186,7 +199,7 @@ class Run:
         )
         self.damage(before.false)
         staged, stored = self.staged(), self.stored()
-        with Forked(self.env, "once") as again:
+        with Script(self.env, "once") as again:
             code = again.wait()
         self.log += f"--- the plain start afterwards ---\n{again.log}"
         if code != 0 or re.search("damaged|error:|Traceback", again.log):
@@ -222,6 +235,31 @@ class Run:
             self.complain(f"{extra - expected} captures under two keys: {sorted(after)}")
 
 
+class Program(Script):
+    """The program, of which nobody knows how it will end."""
+
+    def wait_until(
+        self, reached: Callable[[str], object], timeout: float = PATIENCE_SECONDS
+    ) -> bool:
+        """Wait until its log, or whatever else, is so; tell whether it is, or it ended or the time
+        passed before.
+        """
+        until = time.monotonic() + timeout
+        while not reached(self.log):
+            if self.returncode is not None:
+                return bool(reached(self.log))
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOOK_SECONDS)
+        return True
+
+    def wait_until_held(self) -> None:
+        """Wait until it stands still where HELD stops it."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        if not self.wait_until(lambda _: stat.read_text().rpartition(")")[2].split()[0] == "T"):
+            raise AssertionError(f"it did not come to its staging directory:\n{self.log}")
+
+
 def run_once(run: Run) -> list[Call]:
     """`once`, with a version that an earlier run had to leave staged: from its first touch of the
     staging directory.
@@ -232,10 +270,12 @@ def run_once(run: Run) -> list[Call]:
     (run.staging / name).write_bytes(earlier.data)
     (run.staging / name).chmod(0o600)
     run.lnd.write(channels=10)
-    with Forked(run.env, "once", hold_at=run.staging) as program:
+    launcher = write_launcher(run.directory / "launcher.py", HELD.format(at=str(run.staging)))
+    with Program(run.env, "once", launcher=launcher) as program:
+        program.wait_until_held()
         with Strace(program, run.trace, *run.case.injections()) as strace:
-            program.go_on()
-            program.wait_until(lambda _: strace.injected(), PATIENCE_SECONDS)
+            program.signal(signal.SIGCONT)
+            program.wait_until(lambda _: strace.injected())
         code = program.wait()
         run.note(program.log, strace, code)
     wanted = {
@@ -256,7 +296,7 @@ def run_once(run: Run) -> list[Call]:
 def run_daemon(run: Run) -> list[Call]:
     """The daemon, up and with a connection that it has used, takes in a version and stops."""
     first = run.lnd.write(channels=10)
-    return run_on(run, lambda _: first.sha256 in run.receipt() and not run.staged())
+    return run_on(run, lambda _: first.sha256 in run.receipt() and not [*run.staging.glob("2*")])
 
 
 def run_cold_daemon(run: Run) -> list[Call]:
@@ -266,27 +306,27 @@ def run_cold_daemon(run: Run) -> list[Call]:
 
 def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
     """Let the daemon come up, and then take in a version and stop."""
-    with Forked(run.env, "run") as program:
-        if not program.wait_until(is_up, PATIENCE_SECONDS):
+    with Program(run.env, "run") as program:
+        if not program.wait_until(is_up):
             raise AssertionError(f"the daemon did not come up:\n{program.log}")
         with Strace(program, run.trace, *run.case.injections()) as strace:
             second, stopping = run.lnd.write(channels=300), False
-            program.wait_until(
-                lambda log: strace.injected() or is_stored(second)(log), PATIENCE_SECONDS
-            )
+            program.wait_until(lambda log: strace.injected() or is_stored(second)(log))
             if run.case.lasting:
                 time.sleep(LASTING_SECONDS)  # the fault lasts
             elif not strace.injected():  # it may still come, or comes while the daemon stops
-                stopping = program.signal(signal.SIGTERM)
-                program.wait_until(lambda _: strace.injected(), PATIENCE_SECONDS)
+                stopping = program.returncode is None
+                program.signal(signal.SIGTERM)
+                program.wait_until(lambda _: strace.injected())
         # The line in the log may be what failed.
         by_itself = program.wait_until(
-            lambda log: is_stored(second)(log) or second.sha256 in run.receipt(), PATIENCE_SECONDS
+            lambda log: is_stored(second)(log) or second.sha256 in run.receipt()
         )
         by_itself = by_itself or second.data in run.stored().values()
         if not stopping:  # a second signal would end it at once
             program.signal(signal.SIGTERM)
-        code = program.wait(PATIENCE_SECONDS + GRACE_SECONDS)
+        program.wait_until(lambda _: False, PATIENCE_SECONDS + GRACE_SECONDS)
+        code = program.returncode
         run.note(program.log, strace, code)
     loud = code == 1 and "critical: " in run.log
     if code == -signal.SIGKILL or (
@@ -401,10 +441,16 @@ def cases(scenario: str, normal: dict[str, int]) -> Iterator[Case]:
             )
 
 
+def start_warm() -> None:
+    """Let each start of this process, a worker, be a warm one."""
+    WARM.enter_context(warm_starts())
+
+
 def inject_all(http: Place, https: Place, progress: Callable[[str], None]) -> list[Tally]:
     """Run every case of every scenario, and return what came of them."""
     places = {"once": http, "run": http, "run over https": https}
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=start_warm) as pool:
         normals = {name: pool.submit(undisturbed, place, name) for name, place in places.items()}
         tallies = [pool.submit(check_order, http).result()]
         futures = []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from faults.forked import Forked
+    from kit import Script
 
 # Every call with which the program captures and uploads, by the word for it in the table.
 KINDS = {
@@ -44,7 +44,7 @@ class Call(NamedTuple):
 class Strace:
     """strace on one process and the threads that it will start; leaving the block lets go of it."""
 
-    def __init__(self, program: Forked, output: Path, *inject: str) -> None:
+    def __init__(self, program: Script, output: Path, *inject: str) -> None:
         """Return when it is attached; `inject` are its fault injections."""
         self.program, self.output = program, output
         options = [option for each in inject for option in ("-e", f"inject={each}")]
@@ -74,7 +74,7 @@ class Strace:
 
     def __exit__(self, *_: object) -> None:
         """Let the program go on without it."""
-        if not self.program.ended:
+        if self.program.returncode is None:
             self.process.terminate()
         try:
             self.process.wait(END_SECONDS)

@@ -2,7 +2,8 @@
 they are held to.
 """
 
-from .fake_s3 import Answer, FakeS3, Request
+from .answers import Answer
+from .fault_proxy import Counts, FaultProxy, Mode
 from .installed import Installed, install
 from .invariant import (
     VERSION_NAME,
@@ -15,9 +16,8 @@ from .invariant import (
 )
 from .lnd import Lnd, Written, channel_backup, version_name
 from .nobody import NOBODY, as_nobody
-from .proxy import Counts, FaultProxy, Mode
-from .raw_s3 import RawS3
-from .s3 import (
+from .output import NotifySocket
+from .s3_server import (
     CHECKOUT,
     PATIENCE_SECONDS,
     Credentials,
@@ -28,19 +28,18 @@ from .s3 import (
     make_client,
 )
 from .script import (
-    MADE_UP,
     SCRIPT,
     Daemon,
-    NotifySocket,
     Script,
     hurried,
-    reader_settings,
+    run_on_terminal,
     run_script,
     script_environment,
-    settings_at,
-    settings_for,
     unlistable_while,
+    write_launcher,
 )
+from .scripted_s3 import FakeS3, RawS3, Request
+from .settings import MADE_UP, reader_settings, settings_at, settings_for
 
 __all__ = [
     "CHECKOUT",
@@ -79,10 +78,12 @@ __all__ = [
     "make_client",
     "normalised_prefix",
     "reader_settings",
+    "run_on_terminal",
     "run_script",
     "script_environment",
     "settings_at",
     "settings_for",
     "unlistable_while",
     "version_name",
+    "write_launcher",
 ]

@@ -9,7 +9,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from .s3 import CHECKOUT
+from .s3_server import CHECKOUT
 from .script import SCRIPT
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .lnd import Lnd
-    from .s3 import StoredObject
+    from .s3_server import StoredObject
 
 VERSION_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-([0-9a-f]{6})", re.ASCII)
 MAX_REPORTED = 20

@@ -1,22 +1,26 @@
-"""A stand-in for LND that writes `channel.backup` with LND's own sequence of system calls."""
+"""A stand-in for LND that writes `channel.backup` with LND's own sequence of system calls.
+
+As a script it is LND as a service, on a machine that has nothing else of the kit.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import socket
+import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
 
 EMPTY_SIZE = 45
 CHANNEL_SIZE = 673
 MAIN_NAME = "channel.backup"
 TEMP_NAME = "temp-dont-use.backup"
 ARCHIVE_NAME = "chan-backup-archives"
+STOPPING_SECONDS = 0.5
 
 # What os.Create of Go passes to open(2).
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -199,3 +203,21 @@ def _identity(path: Path) -> tuple[int, ...]:
         status.st_mtime_ns,
         status.st_ctime_ns,
     )
+
+
+def serve(lnd: Lnd) -> None:
+    """Write at the start, at each SIGUSR1, and once more after SIGTERM, late in the stop."""
+    signals = {signal.SIGUSR1, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    lnd.write()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
+    while signal.sigwait(signals) != signal.SIGTERM:
+        lnd.write()
+    # It closes its peers and its database first; whoever stops beside it, stops before it.
+    time.sleep(STOPPING_SECONDS)
+    lnd.write()
+
+
+if __name__ == "__main__":
+    serve(Lnd(Path(sys.argv[1])))

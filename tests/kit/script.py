@@ -7,88 +7,33 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
-from .invariant import normalised_prefix
-from .s3 import CHECKOUT, PATIENCE_SECONDS, REGION, Credentials
+from .output import NotifySocket, Text
+from .s3_server import CHECKOUT, PATIENCE_SECONDS
+from .warm import WarmProcess, WarmServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from .lnd import Lnd, Written
-    from .s3 import S3Server
+    from .lnd import Written
 
 SCRIPT = CHECKOUT / "s3_backup_lnd_channels.py"
-MADE_UP = Credentials("AKIDENVIRONMENT", "t0p-s3cr3t/t0p-s3cr3t")  # for those who do not look
 STUCK_SECONDS = 90.0
 
 MEASURED = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _COVERAGE = (*MEASURED, "COVERAGE_FILE", "COVERAGE_CORE")
 
+# Begins code that may run when the program's libraries are loaded; other code may change them.
+LATE_ENOUGH = "# changes the program alone"
 
-def reader_settings(
-    server: S3Server, bucket: str, prefix: str, user: Credentials
-) -> dict[str, str]:
-    """Return the bucket's settings and nothing else, as on a machine that never saw the node."""
-    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | {
-        "S3_BUCKET_NAME": bucket,
-        "S3_BACKUP_PREFIX": prefix,
-        "AWS_ACCESS_KEY_ID": user.access_key,
-        "AWS_SECRET_ACCESS_KEY": user.secret_key,
-        "AWS_ENDPOINT_URL_S3": server.endpoint,
-        "AWS_REGION": "us-east-1",
-    }
-
-
-def settings_at(
-    endpoint: str,
-    lnd: Lnd,
-    staging: Path,
-    *,
-    bucket: str = "some-bucket",
-    prefix: str = "alice/",
-    user: Credentials = MADE_UP,
-) -> dict[str, str]:
-    """Return the program's settings for whatever answers at the endpoint."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": bucket,
-        "S3_BACKUP_PREFIX": prefix,
-        "AWS_ACCESS_KEY_ID": user.access_key,
-        "AWS_SECRET_ACCESS_KEY": user.secret_key,
-        "AWS_ENDPOINT_URL_S3": endpoint,
-        "AWS_REGION": REGION,
-    }
-
-
-def settings_for(
-    server: S3Server,
-    bucket: str,
-    prefix: str,
-    lnd: Lnd,
-    staging: Path,
-    *,
-    endpoint: str | None = None,
-) -> dict[str, str]:
-    """Return the program's settings, with a new key that may put below the prefix and nothing
-    else.
-    """
-    user = server.put_only_user(bucket, normalised_prefix(prefix))
-    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | settings_at(
-        endpoint or server.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user
-    )
+warm_server: WarmServer | None = None  # where nobody asks for warm starts, there are none
 
 
 def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
@@ -104,32 +49,90 @@ def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
     return minimum | {name: os.environ[name] for name in _COVERAGE if name in os.environ} | env
 
 
+@contextlib.contextmanager
+def warm_starts() -> Iterator[None]:
+    """Start the program warm in this block, wherever that makes no difference."""
+    global warm_server  # noqa: PLW0603 - all of a test run share the one server
+    home = tempfile.gettempdir()  # nothing is there that a library reads while it is loaded
+    with WarmServer(SCRIPT, script_environment({}, home)) as server:
+        warm_server = server
+        try:
+            yield
+        finally:
+            warm_server = None
+
+
+def start(
+    env: Mapping[str, str],
+    *args: str,
+    cwd: str | Path,
+    streams: Sequence[int],
+    launcher: Path | None = None,
+    command: Sequence[str] = (),
+) -> subprocess.Popen[bytes] | WarmProcess:
+    """Start the program, a launcher of it, or another command, in exactly this environment, with
+    these descriptors as stdin, stdout and stderr.
+    """
+    script = str(launcher or SCRIPT)
+    if warm_server and not command and warm_server.can_start(env):
+        return warm_server.start([script, *args], env, str(cwd), streams)
+    stdin, stdout, stderr = streams
+    return subprocess.Popen(
+        [*(command or (sys.executable, script)), *args],
+        env=env,
+        cwd=cwd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+    )
+
+
 def run_script(
     env: dict[str, str],
     *args: str,
     timeout: float = STUCK_SECONDS,
-    input: str | None = None,  # noqa: A002 - the name that subprocess.run uses
     cwd: Path | None = None,
-    stdout: int | IO[str] = subprocess.PIPE,
+    stdout: IO[str] | None = None,
+    command: Sequence[str] = (),
     measured: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end, and return its exit code and output; not measured, it costs half
-    as much.
+    """Run the program to its end, and return its exit code and output; not measured, it costs
+    less.
     """
     unmeasured = {} if measured else dict.fromkeys(MEASURED, "")
-    with tempfile.TemporaryDirectory() as home:
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), *args],
-            env=script_environment(env | unmeasured, home),
-            cwd=cwd or home,
-            input="" if input is None else input,
-            timeout=timeout,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
+    with Script(env | unmeasured, *args, cwd=cwd, stdout=stdout, command=command) as script:
+        code = script.wait(timeout)
+        return subprocess.CompletedProcess(list(args), code, script.stdout, script.log)
+
+
+def run_on_terminal(env: dict[str, str], *args: str, log: bool = False) -> tuple[int, str]:
+    """Run the program with a terminal for its output, and for its log if that is wanted, and return
+    the exit code and what is seen.
+    """
+    screen, terminal = os.openpty()
+    with (
+        tempfile.TemporaryDirectory() as home,
+        open(os.devnull, "r+b") as null,
+        open(screen, "rb", buffering=0) as output,
+    ):
+        nowhere = null.fileno()
+        streams = (nowhere, terminal, terminal if log else nowhere)
+        process = start(script_environment(env, home), *args, cwd=home, streams=streams)
+        os.close(terminal)
+        seen = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while part := output.read(65536):
+                seen += part
+        return process.wait(STUCK_SECONDS), seen.decode(errors="replace")
+
+
+def write_launcher(path: Path, code: str) -> Path:
+    """Write a script that runs some Python code, and then the program in the same process."""
+    path.write_text(
+        f"import runpy\nSCRIPT = {str(SCRIPT)!r}\n{code}\nrunpy.run_path(SCRIPT, "
+        f"run_name='__main__')\n"
+    )
+    return path
 
 
 def unlistable_while(there: Path) -> str:
@@ -149,11 +152,11 @@ os.scandir = scandir
 
 def hurried(factor: float) -> str:
     """Return code that runs the program with each `*_SECONDS` so many times shorter, and with two
-    attempts as the most that may hang. LATE_SECONDS stays: the contract tells how long it is.
+    attempts as the most that may hang. LATE_SECONDS stays: operators are told how long it is.
 
     How long a test has to wait for the end of an attempt is then up to the test.
     """
-    return f"""
+    return f"""{LATE_ENOUGH}
 import re, sys
 text = open(SCRIPT, encoding="utf-8").read()
 text = re.sub(r"(?m)^((?!LATE)[A-Z_]+_SECONDS = [0-9.]+)", r"\\1 / {factor}", text)
@@ -165,126 +168,38 @@ exec(compile(text, SCRIPT, "exec"), vars(module))
 """
 
 
-class _Text:
-    """What a process writes to a pipe.
-
-    A thread takes it in, so that the process never waits; whoever asks for it takes in the rest
-    before, so that all that was written until then is in the answer, whatever the thread has come
-    to.
-    """
-
-    def __init__(self, what: str, source: int) -> None:
-        """Begin to read the descriptor, until its end."""
-        self._what = what
-        self._source = source
-        self._text = ""
-        self._line = b""  # the beginning of one
-        self._ended = False
-        self._changed = threading.Condition()
-        os.set_blocking(source, False)
-        self._reader = threading.Thread(target=self._follow)
-        self._reader.start()
-
-    def __str__(self) -> str:
-        """Return everything up to now."""
-        with self._changed:
-            self._take_in()
-            return self._text
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the end."""
-        self._reader.join(timeout)
-
-    def wait_for(self, pattern: str, timeout: float, count: int) -> re.Match[str]:
-        """Block until the pattern has occurred so many times, and return that occurrence."""
-        expression = re.compile(pattern, re.MULTILINE)
-        found: list[re.Match[str]] = []
-
-        def occurred() -> bool:
-            found[:] = expression.finditer(self._text)
-            return len(found) >= count or self._ended
-
-        with self._changed:
-            self._take_in()
-            self._changed.wait_for(occurred, timeout)
-            if len(found) < count:
-                why = "it ended" if self._ended else f"{timeout} s passed"
-                raise AssertionError(
-                    f"{pattern!r} came {len(found)} of {count} times in {self._what} "
-                    f"until {why}:\n{self._text}"
-                )
-            return found[count - 1]
-
-    def _follow(self) -> None:
-        """Take in what comes, until the end."""
-        something = select.poll()
-        something.register(self._source, select.POLLIN)
-        while not self._ended:
-            something.poll()
-            with self._changed:
-                self._take_in()
-
-    def _take_in(self) -> None:
-        """Take in what is there, and wake those who wait; with the lock held."""
-        with contextlib.suppress(BlockingIOError):
-            while not self._ended:
-                data = os.read(self._source, 65536)
-                self._ended = not data
-                self._text += self._decode(data)
-                self._changed.notify_all()
-
-    def _decode(self, data: bytes) -> str:
-        """Return the lines that are complete with this."""
-        lines, newline, self._line = (
-            (self._line + data).rpartition(b"\n") if data else (self._line, b"", b"")
-        )
-        return (lines + newline).decode(errors="replace")
-
-
-class _Messages(_Text):
-    """What a process sends to a datagram socket."""
-
-    def __init__(self, what: str, source: int) -> None:
-        """Begin to read the descriptor, until its end."""
-        self._messages: list[str] = []
-        super().__init__(what, source)
-
-    def __iter__(self) -> Iterator[str]:
-        """Return the messages up to now, each as it was sent."""
-        with self._changed:
-            self._take_in()
-            return iter(self._messages[:])
-
-    def _decode(self, data: bytes) -> str:
-        """Return one message as lines."""
-        if not data:
-            return ""
-        self._messages.append(data.decode(errors="replace"))
-        return self._messages[-1].rstrip("\n") + "\n"
-
-
 class Script:
     """The program, running; leaving the `with` block kills what is left of it."""
 
     def __init__(
-        self, env: dict[str, str], *args: str, cwd: Path | None = None, command: Sequence[str] = ()
+        self,
+        env: dict[str, str],
+        *args: str,
+        cwd: Path | None = None,
+        stdout: IO[str] | None = None,
+        launcher: Path | None = None,
+        command: Sequence[str] = (),
     ) -> None:
-        """Start it with these settings and arguments, by default in an empty directory; or start
-        another command.
+        """Start it with these settings and arguments, by default in an empty directory and with a
+        pipe for its stdout; or start its launcher, or another command.
         """
         self._home = tempfile.mkdtemp(prefix="kit-home-")
-        self.process = subprocess.Popen(
-            [*(command or (sys.executable, str(SCRIPT))), *args],
-            env=script_environment(env, self._home),
-            cwd=cwd or self._home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        if not (self.process.stderr and self.process.stdout):
-            raise AssertionError("a pipe is missing")
-        self._log = _Text("the log", self.process.stderr.fileno())
-        self._stdout = _Text("stdout", self.process.stdout.fileno())
+        out, err = os.pipe(), os.pipe()
+        self._ends = [os.fdopen(pipe[0], "rb") for pipe in (out, err)]
+        opened = nothing, into_out, into_err = os.open(os.devnull, os.O_RDONLY), out[1], err[1]
+        try:
+            self.process = start(
+                script_environment(env, self._home),
+                *args,
+                cwd=cwd or self._home,
+                streams=(nothing, stdout.fileno() if stdout else into_out, into_err),
+                launcher=launcher,
+                command=command,
+            )
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+        self._stdout, self._log = Text("stdout", out[0]), Text("the log", err[0])
 
     def __enter__(self) -> Self:
         """Return the running program."""
@@ -347,47 +262,9 @@ class Script:
         self.process.wait()
         for text in (self._log, self._stdout):
             text.join()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream:
-                stream.close()
+        for end in self._ends:
+            end.close()
         shutil.rmtree(self._home, ignore_errors=True)
-
-
-class NotifySocket:
-    """The socket on which systemd listens for the state of a service."""
-
-    def __init__(self) -> None:
-        """Listen below /tmp, since the path of a socket is limited to 107 bytes."""
-        self._directory = tempfile.mkdtemp(prefix="kit-", dir="/tmp")
-        self.path = str(Path(self._directory, "notify"))
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._messages = _Messages("the messages to systemd", self._socket.fileno())
-
-    def __enter__(self) -> Self:
-        """Return the listening socket."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop listening and remove the socket."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"", self.path)  # what the end of a pipe reads as
-        self._messages.join()
-        self._socket.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    @property
-    def messages(self) -> list[str]:
-        """Return what was sent until now."""
-        return list(self._messages)
-
-    def wait_for(
-        self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1
-    ) -> re.Match[str]:
-        """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at
-        lines.
-        """
-        return self._messages.wait_for(pattern, timeout, count)
 
 
 class Daemon(Script):

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import botocore.exceptions as sdk
 from kit import Credentials, FaultProxy, Lnd, Script, channel_backup, run_script
+from kit.tls_front import TlsFront
 
-from .front import TlsFront
 from .servers import NoSuchFeatureError
 
 if TYPE_CHECKING:

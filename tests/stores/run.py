@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kit import CHECKOUT, foreign_settings
+from kit.tls_front import TlsFront
 
 from stores import bucket
 from stores.features import FEATURES, Bench
-from stores.front import TlsFront
 from stores.servers import STORES, NoSuchFeatureError, NotInstalledError, Store, make_venv
 
 DOCUMENT = CHECKOUT / "docs/stores.md"

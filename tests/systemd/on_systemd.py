@@ -43,7 +43,7 @@ Description=LND, as far as channel.backup goes
 [Service]
 Type=notify
 User=bitcoin
-ExecStart=/usr/bin/python3 -B /src/tests/systemd/pretend_lnd.py {directory}
+ExecStart=/usr/bin/python3 -B /src/tests/kit/lnd.py {directory}
 [Install]
 WantedBy=multi-user.target
 """
@@ -201,7 +201,7 @@ class Node:
 
     def lnd_writes(self) -> bytes:
         """Let the LND that runs write a version, and return it."""
-        directory = self.box.sh("sed -n s/.*pretend_lnd.py.//p /etc/systemd/system/lnd.service")
+        directory = self.box.sh("sed -n s/.*kit.lnd.py.//p /etc/systemd/system/lnd.service")
         path = f"{directory.strip()}/channel.backup"
         before = self.current(path)
         self.systemctl("kill", "--signal=USR1", "lnd")

@@ -4,27 +4,23 @@ what it was sent.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
-import ssl
 import threading
-import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-import trustme
-from kit import FaultProxy
-from kit.background import Background, end_all
+from .fault_proxy import FaultProxy
+from .s3_server import PATIENCE_SECONDS
+from .tls_front import TlsFront
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
-    from kit import Counts
+    from .fault_proxy import Counts
+    from .tcp_server import Tap
 
-CHUNK = 65536
-PATIENCE_SECONDS = 30.0
 _INTERIM, _GOOD = range(100, 200), range(200, 300)
 _NO_BODY = {204, 304}
 
@@ -135,7 +131,7 @@ class _Tap:
         self._up = _Messages(lambda _: True, self._request)
         self._down = _Messages(self._answer_has_body, self._answer)
 
-    def up(self, data: bytes) -> None:
+    def up(self, data: bytes, _: float) -> None:
         """Take bytes for S3."""
         self._up.feed(data)
 
@@ -161,36 +157,13 @@ class _Tap:
             self._note(self._at, request)
 
 
-class _Front:
-    """The end of the line before S3: ends TLS, passes the bytes on, and listens to them."""
+class _Front(TlsFront):
+    """The end of the line before S3, which listens to what passes."""
 
     def __init__(self, port: int, directory: Path, *, tls: bool) -> None:
-        """Prepare to stand before that port; with TLS, under a certificate of an authority of its
-        own.
-        """
-        self.target, self.port = port, 0
-        self.ca_file: Path | None = None
-        self._context: ssl.SSLContext | None = None
-        if tls:
-            authority = trustme.CA()
-            self.ca_file = directory / "ca.pem"
-            authority.cert_pem.write_to_path(str(self.ca_file))
-            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._context.num_tickets = 0  # they come unasked, and would be counted as an answer
-            authority.issue_cert("127.0.0.1").configure_cert(self._context)
+        super().__init__(port, directory, tls=tls)
         self._changed = threading.Condition()
         self._stored: dict[str, Stored] = {}
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._background = Background("line")
-
-    def __enter__(self) -> Self:
-        self._background.__enter__()
-        self._background.call(self._listen())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._background.call(end_all(self._server, self._cut))
-        self._background.__exit__()
 
     def wait_for(self, sha256: str, timeout: float) -> Stored | None:
         """Block until an object of these bytes is stored; None if the time ran out."""
@@ -203,82 +176,16 @@ class _Front:
         with self._changed:
             return list(self._stored.values())
 
-    def cut(self) -> None:
-        """Close every connection."""
-
-        async def cut() -> None:
-            self._cut()
-
-        self._background.call(cut())
-
-    def _cut(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
+    def taps(self) -> tuple[Tap, Tap]:
+        """Return what listens to one connection."""
+        tap = _Tap(self._note)
+        return tap.up, tap.down
 
     def _note(self, at: float, request: _Request) -> None:
         digest = hashlib.sha256(request.body).hexdigest()
         with self._changed:
             self._stored.setdefault(digest, Stored(at, request.target, len(request.body), digest))
             self._changed.notify_all()
-
-    async def _listen(self) -> None:
-        self._server = await asyncio.start_server(
-            self._accept, "127.0.0.1", self.port, ssl=self._context
-        )
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection to its end."""
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            async with self._open(writer):
-                target_reader, target_writer = await asyncio.open_connection(
-                    "127.0.0.1", self.target
-                )
-                async with self._open(target_writer):
-                    await self._serve(reader, writer, target_reader, target_writer)
-
-    async def _serve(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        target_reader: asyncio.StreamReader,
-        target_writer: asyncio.StreamWriter,
-    ) -> None:
-        """Pass the bytes both ways until either side ends."""
-        tap = _Tap(self._note)
-        ways = [
-            asyncio.create_task(_pass_on(reader, target_writer, lambda data, _: tap.up(data))),
-            asyncio.create_task(_pass_on(target_reader, writer, tap.down)),
-        ]
-        done, waiting = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in waiting:
-            way.cancel()
-        for way in done:
-            way.result()  # a message that the tap does not understand is a fault of the benchmark
-
-    @contextlib.asynccontextmanager
-    async def _open(self, writer: asyncio.StreamWriter) -> AsyncIterator[None]:
-        """Close a writer at the end, and know it until its socket is closed."""
-        self._writers.add(writer)
-        try:
-            yield
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-            self._writers.remove(writer)
-
-
-async def _pass_on(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tap: Callable[[bytes, float], None]
-) -> None:
-    """Pass bytes one way; the ear comes last, so that it delays nothing."""
-    with contextlib.suppress(OSError):
-        while data := await reader.read(CHUNK):
-            at = time.monotonic()
-            writer.write(data)
-            tap(data, at)
-            await writer.drain()
 
 
 class Line:
@@ -321,7 +228,7 @@ class Line:
     @property
     def ca_file(self) -> Path | None:
         """Return the authority of its certificate, None for http."""
-        return self._front.ca_file
+        return self._front.ca_file if self.scheme == "https" else None
 
     @property
     def proxy(self) -> FaultProxy:
@@ -353,7 +260,7 @@ class Line:
         if self._proxy:
             self._proxy.cut_all()
         else:
-            self._front.cut()
+            self._front.cut_all()
 
     def take_down(self) -> None:
         """Begin an outage: connections are cut, and new ones refused."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import struct
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from .background import Background, deafen, end_all
-from .s3 import PATIENCE_SECONDS
+from .s3_server import PATIENCE_SECONDS
+from .tcp_server import CHUNK, TcpServer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
 Mode = Literal[
     "pass",
@@ -30,7 +29,6 @@ Mode = Literal[
     "portal",
 ]
 
-CHUNK = 65536
 PORTAL_PAGE = b"<html><body>Please accept our terms of use.</body></html>"
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
@@ -166,7 +164,7 @@ class _Connection:
     async def forward(self) -> None:
         """Pass the bytes of both directions, with the fault of the mode."""
         try:
-            reader, writer = await asyncio.open_connection(*self.proxy.upstream)
+            reader, writer = await self.proxy.connect(self.proxy.upstream)
         except OSError:
             await self.reject()
             return
@@ -289,6 +287,10 @@ class _Connection:
         self.proxy.count(bytes_down=len(data), round_trips=int(self.asked))
         self.asked = False
 
+    def freeze(self) -> None:
+        """Go silent for good."""
+        self.frozen = True
+
     def reset(self) -> None:
         """Cut the connection hard, so that both sides see a reset."""
         for writer in self.writers:
@@ -299,7 +301,7 @@ class _Connection:
                 writer.transport.abort()
 
 
-class FaultProxy:
+class FaultProxy(TcpServer):
     """A TCP proxy on the loopback address whose mode decides what becomes of each new connection.
 
     - `pass`: nothing happens;
@@ -317,27 +319,20 @@ class FaultProxy:
 
     def __init__(self, host: str, port: int) -> None:
         """Prepare a proxy before that server; it runs inside `with`."""
+        super().__init__()
         self.upstream = (host, port)
         self.mode: Mode = "pass"
         self.settings: dict[str, float] = {}
-        self.port = 0
         self._counts = Counts()
         self._changed = threading.Condition()
-        self._background = Background("fault-proxy")
-        self._server: asyncio.Server | None = None
         self._placeholder: socket.socket | None = None
-        self._connections: dict[asyncio.Task[None], _Connection] = {}
-
-    def __enter__(self) -> Self:
-        """Start listening."""
-        self._background.__enter__()
-        self._background.call(self._listen())
-        return self
+        self._connections: set[_Connection] = set()
 
     def __exit__(self, *_: object) -> None:
-        """Cut every connection and end the thread."""
-        self._background.call(self._close())
-        self._background.__exit__()
+        """Cut every connection, and end the thread."""
+        super().__exit__()
+        if self._placeholder:
+            self._placeholder.close()
 
     @property
     def counts(self) -> Counts:
@@ -355,17 +350,17 @@ class FaultProxy:
         """
         if mode not in get_args(Mode):
             raise ValueError(f"unknown mode {mode!r}")
-        self._background.call(self._set(mode, settings))
+        self.call(self._set(mode, settings))
         if cut:
             self.cut_all()
 
     def cut_all(self) -> None:
         """Reset every open connection."""
-        self._background.call(self._each(_Connection.reset))
+        self.call(self._each(_Connection.reset))
 
     def freeze_all(self) -> None:
         """Let every open connection go silent for good, as a router does that has forgotten it."""
-        self._background.call(self._each(lambda connection: setattr(connection, "frozen", True)))
+        self.call(self._each(_Connection.freeze))
 
     def reset_counts(self) -> None:
         """Count from zero again."""
@@ -390,80 +385,31 @@ class FaultProxy:
             )
             self._changed.notify_all()
 
-    def _bind(self) -> socket.socket:
-        """Return a socket bound to the proxy's port, always the same one."""
-        bound = socket.socket()
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(("127.0.0.1", self.port))
-        self.port = bound.getsockname()[1]
-        return bound
-
-    async def _listen(self) -> None:
-        """Accept connections."""
-        if self._placeholder:
-            self._placeholder.close()
-            self._placeholder = None
-        if self._server is None:
-            self._server = await asyncio.start_server(self._accept, sock=self._bind(), limit=CHUNK)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection as the mode says that holds now."""
+        self.count(connections=1, round_trips=1)
+        connection = _Connection(self, reader, writer)
+        self._connections.add(connection)
+        try:
+            await connection.serve()
+        finally:
+            self._connections.remove(connection)
 
     async def _set(self, mode: Mode, settings: dict[str, float]) -> None:
         """Take over the mode; to refuse connections the port is kept, but not listened at."""
         self.mode, self.settings = mode, settings
+        if self._placeholder:
+            self._placeholder.close()
+            self._placeholder = None
         if mode != "refuse":
-            await self._listen()
-        elif self._server:
-            await deafen(self._server)
-            self._server = None
-            self._placeholder = self._bind()
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection to its end, however it ends."""
-        task: asyncio.Task[None] | None = asyncio.current_task()
-        if task is None:
+            await self.listen()
             return
-        self.count(connections=1, round_trips=1)
-        connection = self._connections[task] = _Connection(self, reader, writer)
-        expected = (OSError, EOFError, asyncio.CancelledError)
-        try:
-            with contextlib.suppress(*expected):
-                await _unwrapped(connection.serve())
-        finally:
-            await _abort(connection.writers)
-            del self._connections[task]
+        await self.deafen()
+        self._placeholder = socket.socket()
+        self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._placeholder.bind(("127.0.0.1", self.port))
 
     async def _each(self, action: Callable[[_Connection], None]) -> None:
         """Do something to every open connection."""
-        for connection in list(self._connections.values()):
+        for connection in self._connections:
             action(connection)
-
-    async def _close(self) -> None:
-        """Stop listening and end every connection."""
-        if self._placeholder:
-            self._placeholder.close()
-        ended: set[asyncio.Task[None]] = set()
-
-        def cut() -> None:
-            for task in self._connections.keys() - ended:
-                task.cancel()
-                ended.add(task)
-
-        await end_all(self._server, cut)
-
-
-async def _unwrapped(work: Awaitable[None]) -> None:
-    """Turn the group in which a task group wraps an error back into the error."""
-    try:
-        await work
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
-
-
-async def _abort(writers: list[asyncio.StreamWriter]) -> None:
-    """Close the connections at once, and wait until their sockets are closed."""
-    for writer in writers:
-        writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()

@@ -1,0 +1,308 @@
+"""A scripted S3: it answers as told, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import socketserver
+import ssl
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Self
+
+from .answers import ACCESS_DENIED, STORED, Answer, error
+from .s3_server import PATIENCE_SECONDS, StoredObject
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterable
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it arrived; the names of the headers are in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class _Connection(ssl.SSLSocket):
+    """A connection that leaves nothing open when the client has reset it before it was accepted.
+
+    `ssl.SSLSocket._create` (CPython 3.11.7) tries to read from it then, and raises without closing
+    it.
+    """
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Read, and close what was reset."""
+        try:
+            return super().recv(buflen, flags)
+        except ConnectionResetError:
+            self.close()
+            raise
+
+
+class ScriptedS3(socketserver.ThreadingTCPServer):
+    """Takes requests in over http or https, remembers them, and lets a subclass answer.
+
+    It runs inside `with`. Its connections are cut at the end, so that no thread outlives the test.
+    """
+
+    daemon_threads = False
+    block_on_close = True
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        """Listen on a free port of the loopback address."""
+        self.requests: list[Request] = []
+        self.asked_at = 0.0  # when the first request came, by the monotonic clock
+        self._changed = threading.Condition()
+        self._open: set[socket.socket] = set()
+        self._scheme = "https" if tls else "http"
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(0.02,), name=type(self).__name__
+        )
+        if tls:
+            tls.sslsocket_class = _Connection
+            # The handshake belongs to the thread of the connection.
+            self.socket = tls.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
+
+    def __enter__(self) -> Self:
+        """Begin to answer."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Accept nothing more, cut all connections, and wait for their threads."""
+        self.shutdown()
+        self._thread.join()
+        with self._changed:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(2)
+        self.server_close()
+
+    @property
+    def port(self) -> int:
+        """Return the port on the loopback address."""
+        return int(self.server_address[1])
+
+    @property
+    def endpoint(self) -> str:
+        """Return the URL of the server."""
+        return f"{self._scheme}://127.0.0.1:{self.port}"
+
+    def wait_for_requests(
+        self, count: int, timeout: float = PATIENCE_SECONDS, *, method: str = "PUT"
+    ) -> list[Request]:
+        """Block until so many requests of the method have arrived, and return all of them."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._of(method)) >= count, timeout):
+                raise AssertionError(
+                    f"{len(self._of(method))} of {count} requests arrived: {self.requests}"
+                )
+            return self._of(method)
+
+    def note(self, request: Request) -> None:
+        """Remember a request; for the handler."""
+        with self._changed:
+            self.asked_at = self.asked_at or time.monotonic()
+            self.requests.append(request)
+            self._changed.notify_all()
+
+    def answer(self, request: Request, handler: _Handler) -> None:
+        """Answer a request."""
+        raise NotImplementedError
+
+    def _of(self, method: str) -> list[Request]:
+        """Return the requests of one method."""
+        return [request for request in self.requests if request.method == method]
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
+        """Remember the connection."""
+        with self._changed:
+            self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 - as in the base class
+        """Forget the connection."""
+        with self._changed:
+            self._open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
+        """Keep quiet about clients that went away."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Takes requests in as HTTP."""
+
+    protocol_version = "HTTP/1.1"
+    server: ScriptedS3
+
+    def take_in(self) -> None:
+        """Take in one request, and have it answered."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.answer(Request(self.command, self.path, headers, body), self)
+
+    do_PUT = do_GET = do_HEAD = do_POST = do_DELETE = take_in  # noqa: N815 - the names of the base class
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the signature of the base class
+        """Write nothing."""
+
+
+class FakeS3(ScriptedS3):
+    """Answers each PUT with the next of the scripted answers and then with success, and any other
+    method by default.
+
+    With `hold` requests are taken in and recorded, and answered only after `release`.
+    """
+
+    def __init__(
+        self,
+        *answers: Answer,
+        defaults: dict[str, Answer] | None = None,
+        hold: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Script the answers; `defaults` gives by method what follows them (other methods than PUT:
+        AccessDenied).
+        """
+        super().__init__(tls)
+        self._stored: dict[str, StoredObject] = {}
+        self._answers = deque(answers)
+        self._defaults = {"PUT": STORED} | (defaults or {})
+        self._released = threading.Event()
+        if not hold:
+            self._released.set()
+
+    def __exit__(self, *_: object) -> None:
+        """Cut all connections and end."""
+        self.release()
+        super().__exit__()
+
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
+        """Return by key what was answered as a good PUT is, as a server would show it."""
+        start = f"/{bucket}/"
+        with self._changed:
+            found = {
+                path.removeprefix(start): entry
+                for path, entry in self._stored.items()
+                if path.startswith(start)
+            }
+        return {key: entry for key, entry in found.items() if key.startswith(prefix)}
+
+    def script(self, *answers: Answer) -> None:
+        """Append answers for the PUTs to come."""
+        with self._changed:
+            self._answers.extend(answers)
+
+    def set_default(self, answer: Answer, method: str = "PUT") -> None:
+        """Answer in this way from now on whenever nothing is scripted."""
+        with self._changed:
+            self._defaults[method] = answer
+
+    def hold(self) -> None:
+        """Answer nothing until `release`."""
+        self._released.clear()
+
+    def release(self) -> None:
+        """Answer what is waiting, and answer at once from now on."""
+        self._released.set()
+
+    def wait_for_leave(self) -> None:
+        """Block until a request that was recorded may be answered."""
+        self._released.wait()
+
+    def take(self, request: Request) -> Answer:
+        """Remember a request, wait as long as answers are held, and return the answer."""
+        with self._changed:
+            self.note(request)
+            answer = self._defaults.get(request.method, ACCESS_DENIED)
+            if request.method == "PUT" and self._answers:
+                answer = self._answers.popleft()
+        self.wait_for_leave()
+        if request.method == "PUT" and answer == STORED:
+            self._store(request)
+        return answer
+
+    def answer(self, request: Request, handler: _Handler) -> None:
+        """Give the answer as HTTP."""
+        answer = self.take(request)
+        if answer.drop:
+            handler.close_connection = True
+            return
+        content = error(answer.code) if answer.code else answer.body or b""
+        headers = {"Content-Length": str(len(content))}
+        if answer.code:
+            headers["Content-Type"] = "application/xml"
+        elif answer.etag:
+            headers["ETag"] = _etag(request)
+        handler.send_response(HTTPStatus(answer.status))
+        for name, value in (headers | answer.headers).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        if request.method != "HEAD":
+            handler.wfile.write(content)
+
+    def _store(self, request: Request) -> None:
+        """Keep what is acknowledged."""
+        key = request.path.lstrip("/").partition("/")[2]
+        metadata = {"sha256": request.headers.get("x-amz-meta-sha256", "")}
+        with self._changed:
+            self._stored[request.path] = StoredObject(
+                key, request.body, metadata, datetime.now(UTC), _etag(request)
+            )
+            self._changed.notify_all()
+
+
+class RawS3(ScriptedS3):
+    """Sends to each request the bytes that `reply` gives for it, and closes the connection.
+
+    A number among the pieces is a pause in seconds. What was sent is counted, up to the moment in
+    which the client went away.
+    """
+
+    def __init__(self, reply: Callable[[Request], Iterable[bytes | float]]) -> None:
+        """Answer by this function, which may be replaced at any time."""
+        super().__init__()
+        self.reply = reply
+        self.sent = 0
+        self._ended = threading.Event()
+
+    def __exit__(self, *_: object) -> None:
+        """Cut all connections and end."""
+        self._ended.set()
+        super().__exit__()
+
+    def answer(self, request: Request, handler: _Handler) -> None:
+        """Send the answer, piece by piece."""
+        self.note(request)
+        handler.close_connection = True
+        for piece in self.reply(request):
+            if self._ended.is_set():
+                return
+            if not isinstance(piece, bytes):
+                self._ended.wait(piece)
+                continue
+            handler.wfile.write(piece)
+            with self._changed:
+                self.sent += len(piece)
+
+
+def _etag(request: Request) -> str:
+    """Return the tag that S3 gives to what is put."""
+    return f'"{hashlib.md5(request.body, usedforsecurity=False).hexdigest()}"'

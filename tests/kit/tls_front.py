@@ -1,0 +1,42 @@
+"""What stands before a server: TLS where it has none of its own."""
+
+from __future__ import annotations
+
+import ssl
+from typing import TYPE_CHECKING
+
+import trustme
+
+from .tcp_server import TcpServer, no_tap, pass_both
+
+if TYPE_CHECKING:
+    import asyncio
+    from pathlib import Path
+
+    from .tcp_server import Tap
+
+
+class TlsFront(TcpServer):
+    """Passes what comes to a port, and back; with TLS, what is in it."""
+
+    def __init__(self, port: int, directory: Path, *, tls: bool = True) -> None:
+        """Prepare to stand before that port; with TLS, under a certificate for 127.0.0.1 of an
+        authority of its own.
+        """
+        self.target, self.ca_file, context = port, directory / "ca.pem", None
+        if tls:
+            authority = trustme.CA()
+            authority.cert_pem.write_to_path(str(self.ca_file))
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.num_tickets = 0  # they come unasked, and would be counted as an answer
+            authority.issue_cert("127.0.0.1").configure_cert(context)
+        super().__init__(context)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass the bytes of one connection both ways until either side ends."""
+        there = await self.connect(("127.0.0.1", self.target))
+        await pass_both((reader, writer), there, *self.taps())
+
+    def taps(self) -> tuple[Tap, Tap]:
+        """Return what listens to the bytes of one connection, each way."""
+        return no_tap, no_tap

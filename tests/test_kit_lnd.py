@@ -1,0 +1,180 @@
+"""The stand-in for LND writes as LND does, and remembers what it wrote."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import signal
+import struct
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from kit import CHECKOUT, Lnd, NotifySocket, Script, channel_backup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+EVENTS = {
+    0x1: "ACCESS",
+    0x2: "MODIFY",
+    0x4: "ATTRIB",
+    0x8: "CLOSE_WRITE",
+    0x10: "CLOSE_NOWRITE",
+    0x20: "OPEN",
+    0x40: "MOVED_FROM",
+    0x80: "MOVED_TO",
+    0x100: "CREATE",
+    0x200: "DELETE",
+}
+IN_ISDIR = 0x40000000
+NAMES = {
+    "channel.backup": "main",
+    "temp-dont-use.backup": "temp",
+    "chan-backup-archives": "archives",
+}
+
+READ_OLD = ["OPEN main", "ACCESS main", "CLOSE_NOWRITE main"]
+WRITE_TEMP = ["CREATE temp", "OPEN temp", "MODIFY temp", "CLOSE_WRITE temp"]
+RENAME = ["MOVED_FROM temp", "MOVED_TO main"]
+
+
+@contextmanager
+def watched(directory: Path) -> Iterator[Callable[[], list[str]]]:
+    """Watch a directory with the kernel's inotify, and yield what reads the events up to now."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert libc.inotify_add_watch(descriptor, os.fsencode(directory), sum(EVENTS)) > 0
+
+    def events() -> list[str]:
+        data, found = os.read(descriptor, 65536), []
+        while data:
+            _, mask, _, length = struct.unpack_from("iIII", data)
+            name = NAMES.get(data[16 : 16 + length].rstrip(b"\0").decode(), "?")
+            if name == "archives" and not mask & 0x100:
+                name = ""
+            if name:
+                found.append(f"{EVENTS[mask & ~IN_ISDIR]} {name}")
+            data = data[16 + length :]
+        return found
+
+    try:
+        yield events
+    finally:
+        os.close(descriptor)
+
+
+def write(lnd: Lnd) -> None:
+    """Write once."""
+    lnd.write()
+
+
+def leave_half(lnd: Lnd) -> None:
+    """Leave a temporary file, as a crash does."""
+    (lnd.directory / "temp-dont-use.backup").write_bytes(b"half")
+
+
+UPDATES: dict[str, tuple[bool, list[Callable[[Lnd], object]], list[str]]] = {
+    "the first": (True, [write], [*WRITE_TEMP, *RENAME]),
+    "the first without archive": (False, [write], [*WRITE_TEMP, *RENAME]),
+    "after a crash": (True, [leave_half, write], ["DELETE temp", *WRITE_TEMP, *RENAME]),
+    "without archive": (False, [write, write], [*READ_OLD, *WRITE_TEMP, *RENAME]),
+    "the first into the archive": (
+        True,
+        [write, write],
+        [*READ_OLD, *WRITE_TEMP, "OPEN main", "CREATE archives", *READ_OLD[1:], *RENAME],
+    ),
+    "into the archive": (
+        True,
+        [write, write, write],
+        [*READ_OLD, *WRITE_TEMP, *READ_OLD, *RENAME],
+    ),
+    "an export of lncli": (
+        True,
+        [write, Lnd.write_in_place],
+        ["OPEN main", "MODIFY main", "CLOSE_WRITE main"],
+    ),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_an_update_has_the_events_of_lnd(tmp_path: Path, update: str) -> None:
+    """The last step leaves the events that were measured with LND and lncli."""
+    archive, (*before, last), expected = UPDATES[update]
+    lnd = Lnd(tmp_path, archive=archive)
+    for step in before:
+        step(lnd)
+    with watched(tmp_path) as events:
+        last(lnd)
+        assert events() == expected
+    assert lnd.path.read_bytes() == lnd.written[-1].data
+
+
+def test_backups_have_real_sizes_and_never_repeat() -> None:
+    """A backup has the size of a real one, and no two are the same."""
+    assert [len(channel_backup(channels)) for channels in (0, 1, 10)] == [45, 718, 6775]
+    assert channel_backup(0) != channel_backup(0)
+
+
+def test_versions_are_recorded_in_order(tmp_path: Path) -> None:
+    """Every version is recorded with its bytes, its hash and rising times; a file merely placed is
+    not.
+    """
+    lnd = Lnd(tmp_path)
+    first, second = lnd.write(channels=3), lnd.write(data=b"x" * 45)
+    lnd.place(b"odd")
+    assert lnd.written == [first, second]
+    assert (first.channels, second.channels) == (3, 0)
+    assert first.sha256 == hashlib.sha256(first.data).hexdigest()
+    assert first.renamed_at < second.renamed_at
+    assert first.wall < second.wall
+    assert lnd.path.read_bytes() == b"odd"
+    assert len(list((tmp_path / "chan-backup-archives").iterdir())) in (1, 2)
+
+
+def test_the_gap_lies_between_read_and_rename(tmp_path: Path) -> None:
+    """The old version stays in place for the whole gap after LND has read it."""
+    lnd = Lnd(tmp_path, read_gap_seconds=0.05)
+    lnd.write()
+    began = time.monotonic()
+    assert lnd.write().renamed_at - began >= 0.05
+
+
+def test_reading_leaves_the_fingerprint_and_any_change_alters_it(tmp_path: Path) -> None:
+    """Reading does not show in the fingerprint, and each way of touching the directory does."""
+    lnd = Lnd(tmp_path)
+    lnd.leave_decoys()
+    lnd.write()
+    before = lnd.fingerprint()
+    assert {"admin.macaroon", "wallet.db", "channel.backup", "."} == set(before)
+    lnd.path.read_bytes()
+    assert lnd.fingerprint() == before
+    touches: list[Callable[[], None]] = [
+        lnd.path.touch,
+        lambda: lnd.path.chmod(0o600),
+        (tmp_path / "new").touch,
+    ]
+    for touch in touches:
+        touch()
+        assert lnd.fingerprint() != before
+        before = lnd.fingerprint()
+
+
+def test_it_is_a_service_as_well(tmp_path: Path) -> None:
+    """As a script it tells systemd when it has written, and writes at SIGUSR1 and in its stop."""
+    command = [sys.executable, str(CHECKOUT / "tests/kit/lnd.py")]
+    with (
+        watched(tmp_path) as events,
+        NotifySocket() as systemd,
+        Script({"NOTIFY_SOCKET": systemd.path}, str(tmp_path), command=command) as service,
+    ):
+        systemd.wait_for("READY=1")
+        assert events().count("MOVED_TO main") == 1
+        service.signal(signal.SIGUSR1)
+        assert service.stop() == 0
+        assert events().count("MOVED_TO main") == 2

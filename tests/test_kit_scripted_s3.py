@@ -1,0 +1,106 @@
+"""The scripted S3 answers as it is told, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from http import HTTPStatus
+from http.client import HTTPSConnection
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trustme
+from botocore.exceptions import ClientError, ConnectionClosedError
+from kit import PATIENCE_SECONDS, Answer, Credentials, FakeS3, answers, make_client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def fake_client(fake: FakeS3) -> Iterator[Any]:
+    """Yield a client of the scripted server."""
+    client = make_client("s3", fake.endpoint, Credentials("key", "secret"))
+    yield client
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answers.SLOW_DOWN,
+        answers.INTERNAL_ERROR,
+        answers.ACCESS_DENIED,
+        answers.EXPIRED_TOKEN,
+        answers.CLOCK_SKEW,
+        answers.UNKNOWN_KEY,
+        answers.WRONG_SIGNATURE,
+        answers.NO_SUCH_BUCKET,
+    ],
+    ids=lambda answer: answer.code,
+)
+def test_a_scripted_error_comes_once(answer: Answer) -> None:
+    """The scripted error is what the client sees, and the next put succeeds; both are recorded."""
+    with FakeS3(answer) as fake, fake_client(fake) as client:
+        with pytest.raises(ClientError, match=answer.code):
+            client.put_object(Bucket="bucket", Key="a", Body=b"data")
+        assert client.put_object(Bucket="bucket", Key="a", Body=b"data")["ETag"]
+        first, second = fake.wait_for_requests(2)
+        assert (first.method, first.path, first.body) == ("PUT", "/bucket/a", b"data")
+        assert second.headers["content-length"] == "4"
+
+
+def test_scripted_oddities() -> None:
+    """Success without ETag, a portal's page, a redirect and a dropped connection are as they are
+    named.
+    """
+    with FakeS3(answers.NO_ETAG, answers.PORTAL_WITH_ETAG) as fake, fake_client(fake) as client:
+        assert "ETag" not in client.put_object(Bucket="bucket", Key="a", Body=b"data")
+        portal = client.put_object(Bucket="bucket", Key="a", Body=b"data")
+        assert portal["ETag"]
+        assert portal["ResponseMetadata"]["HTTPHeaders"]["content-length"] == str(len(answers.HTML))
+        fake.script(answers.DROPPED)
+        with pytest.raises(ConnectionClosedError):
+            client.put_object(Bucket="bucket", Key="a", Body=b"data")
+        fake.set_default(answers.WRONG_REGION)
+        with pytest.raises(ClientError, match="PermanentRedirect"):
+            client.put_object(Bucket="bucket", Key="a", Body=b"data")
+        with pytest.raises(ClientError, match="AccessDenied"):
+            client.list_objects_v2(Bucket="bucket")
+
+
+def test_answers_can_be_held_back() -> None:
+    """A held answer comes when it is released, and leaving the block releases and cuts
+    everything.
+    """
+    with FakeS3(hold=True) as fake, fake_client(fake) as client, ThreadPoolExecutor() as pool:
+        answer = pool.submit(client.put_object, Bucket="bucket", Key="a", Body=b"")
+        fake.wait_for_requests(1)
+        assert not answer.done()
+        fake.release()
+        assert answer.result(PATIENCE_SECONDS)
+        fake.hold()
+        with socket.create_connection(("127.0.0.1", fake.port)) as connection:
+            connection.sendall(b"PUT /a HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
+            fake.wait_for_requests(2)
+    with pytest.raises(AssertionError, match="2 of 3 requests"):
+        fake.wait_for_requests(3, timeout=0)
+
+
+def test_a_client_that_is_gone_before_it_is_accepted_leaves_nothing_open() -> None:
+    """A connection that was reset before the server took it is closed, and the next one is
+    served.
+    """
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    fake = FakeS3(tls=context)
+    with socket.create_connection(("127.0.0.1", fake.port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with fake, closing(HTTPSConnection("127.0.0.1", fake.port, context=trusting)) as client:
+        client.request("PUT", "/bucket/a")
+        assert client.getresponse().status == HTTPStatus.OK

@@ -33,6 +33,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -1126,6 +1127,8 @@ def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> in
         if os.access(file.parent / name, os.R_OK):
             told = "this user can read %s: docs/access.md shows how to avoid this"
             log.warning(told, file.parent / name)
+    if settings.heartbeat_url and not settings.refresh_seconds:
+        log.warning("REFRESH_SECONDS=0: there is no heartbeat while no channel changes")
     daemon = Daemon(settings, bucket)
     asyncio.run(daemon.run())
     log.info("stopped; staged for the next start: %d", len(daemon.staging.pending))
@@ -1287,10 +1290,10 @@ def restore_line(options: argparse.Namespace, *which: str) -> str:
     return shlex.join([sys.executable, os.path.abspath(sys.argv[0]), *env_file, "restore", *which])
 
 
-def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, str]:
+def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Return the key asked for; or the newest version with channels and the last before each drop.
 
-    With each key comes the command line for the version before it, or nothing if there is none.
+    With each key come the version before it and the command line for that; or nothing.
 
     A channel leaves the file when its closing confirms, possibly before its money is swept. Then
     the version before has it, and LND skips what it knows. Raises BackupError.
@@ -1298,7 +1301,8 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, st
     if options.key is not None:
         name = options.key.rpartition("/")[2]
         key = (bucket.prefix if captured_at(options.key) else "") + options.key
-        return {key: restore_line(options, "--before", name) if captured_at(name) else ""}
+        line = restore_line(options, "--before", name)
+        return {key: ("this", line if captured_at(name) else "")}
     what = f"cannot restore: s3://{bucket.name}/{bucket.prefix}"
     versions = list_versions(bucket)[0]
     limit = options.before
@@ -1322,11 +1326,11 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, st
     drops = [versions[i + 1] for i, version in enumerate(versions) if DROP in version.marks]
     if drops[3:]:
         log.warning("more drops than three: `list` marks them, and docs/recovery.md says more")
-    chosen = {}
-    for each in [full[0], *drops[:3]]:
-        chosen[each.key] = restore_line(options, "--before", each.counts_from().isoformat())
-    if full[-1].key in chosen:
-        chosen[full[-1].key] = ""
+    chosen = {each.key: ("", "") for each in [full[0], *drops[:3]]}
+    for each, older in itertools.pairwise(full):
+        if each.key in chosen:
+            line = restore_line(options, "--before", each.counts_from().isoformat())
+            chosen[each.key] = (older.key, line)
     return chosen
 
 
@@ -1359,7 +1363,7 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     told, faults = {}, []
     for path, (key, before) in zip(paths, chosen.items(), strict=False):
         try:
-            told[path] = restore_version(bucket, key, path, before, until)
+            told[path] = restore_one(bucket, key, path, until, *before)
         except BackupError as error:
             if path == output:
                 raise
@@ -1367,19 +1371,19 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     steps = "  lncli verifychanbackup --multi_file {0}\n  lncli restorechanbackup --multi_file {0}"
     lines = "\n".join(steps.format(shlex.quote(str(file))) for file in told)
     line = "(there is no version before it)"
-    if before := next(iter(chosen.values())):
-        line = f"{before} --output {shlex.quote(options.output + '.before')}"
-    text = "\n".join([*told.values(), NEXT_STEPS.format(lines, line)])
-    print("\n".join(printable(line) for line in text.splitlines()))
+    if before_first := next(iter(chosen.values()))[1]:
+        line = f"{before_first} --output {shlex.quote(options.output + '.before')}"
+    for text in [*told.values(), *NEXT_STEPS.format(lines, line).splitlines()]:
+        print(printable(text))
     for path, fault in faults:  # at the end, where they are not overlooked
         log.warning("left out: %s: %s", path, fault, extra={"hint": fault.hint})
     return EXIT_DONE
 
 
-def restore_version(bucket: Bucket, key: str, path: Path, before: str, until: float) -> str:
-    """Download a version, verify it, write it to a new file; return the line that tells of it.
+def restore_one(bucket: Bucket, key: str, path: Path, until: float, older: str, line: str) -> str:
+    """Download a version, verify it, write it to a new file; return what tells of it.
 
-    `before` is the command line for the version before it, `until` a time of time.monotonic.
+    `until` is a time of time.monotonic, `line` the command line for the version before, `older`.
     Raises BackupError.
     """
     try:
@@ -1390,10 +1394,11 @@ def restore_version(bucket: Bucket, key: str, path: Path, before: str, until: fl
     except OSError as error:
         raise BackupError(f"cannot restore: {path}: {error.strerror}", ELSEWHERE) from None
     except BackupError as error:
-        if before:
+        if line:
             if error.hint:
                 error.hint += "; "
-            error.hint += f"the version before it: {before} --output {shlex.quote(str(path))}"
+            file = shlex.quote(str(path))
+            error.hint += f"{older} is the version before it: {line} --output {file}"
         raise
     if len(data) == EMPTY_BYTES:
         log.warning("no channels in this version: restoring it brings nothing back from channels")
@@ -1931,7 +1936,7 @@ def prepare_environment(more: Mapping[str, str]) -> None:
             keep_secret(value)
         if "@" in value and (name.lower().endswith("_proxy") or "ENDPOINT_URL" in name):
             user = value.rpartition("@")[0].rpartition("://")[2]
-            keep_secret(user)
+            keep_secret(user, user.partition("/")[0])
     warn_of_misspelt(more)
     sources.ProcessProvider = functools.partial(sources.ProcessProvider, popen=CredentialProgram)
     sources.AssumeRoleProvider = functools.partial(sources.AssumeRoleProvider, prompter=no_prompt)

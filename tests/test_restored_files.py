@@ -351,7 +351,7 @@ def test_a_version_before_a_drop_that_cannot_be_had(
     told, hint = done.stderr.splitlines()[-2:]
     assert re.search(rf"warning: left out: .*channel\.backup\.3: .*{key}", told)
     assert lncli(done) == [str(home / f"channel.backup{name}") for name in ("", ".2", ".4")]
-    _, *words = shlex.split(hint.partition("the version before it: ")[2])
+    _, *words = shlex.split(hint.partition(" is the version before it: ")[2])
     assert run_script(reader, *words[1:], cwd=home).returncode == 0
     assert restored(home)[".3"] == data[0]
 
@@ -365,7 +365,7 @@ def test_the_newest_is_damaged_and_the_drops_count(
     key = "alice/" + version_name(data[2], NOON + 2 * HOUR)
     s3.admin.put_object(Bucket=bucket, Key=key, Body=data[2][::-1])
     done = restore(reader, home, code=1)
-    _, *words = shlex.split(done.stderr.partition("the version before it: ")[2])
+    _, *words = shlex.split(done.stderr.partition(" is the version before it: ")[2])
     assert run_script(reader, *words[1:], cwd=home).returncode == 0
     assert restored(home) == {"": data[1], ".2": data[0]}
 

@@ -128,6 +128,15 @@ def test_a_wrong_path_stops_it(node: Node, missing: str) -> None:
     assert not node.new.exists()
 
 
+@pytest.mark.parametrize("look", [LOOK, LOOK_AGAIN], ids=["the move", "the undoing"])
+@pytest.mark.parametrize("missing", ["old", "new"])
+def test_a_file_that_is_missing_is_no_proof(node: Node, look: str, missing: str) -> None:
+    """`test` calls a file newer than one that is not there: nothing is believed of LND then."""
+    node.run(MOVE)
+    getattr(node, missing).unlink()
+    assert node.run(look).startswith("STOP")
+
+
 def test_a_copy_that_fails_stops_it(node: Node) -> None:
     """LND is not told a place that does not exist."""
     node.new.parent.rmdir()

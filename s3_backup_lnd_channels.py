@@ -345,8 +345,8 @@ class Staging:
         self.receipt = receipt
 
     def tidy(self) -> None:
-        """Write the last receipt down, then delete what is acknowledged; on a full disk, first."""
-        with contextlib.suppress(OSError):
+        """Write the last receipt down, then delete what is acknowledged."""
+        with contextlib.suppress(OSError):  # on a full disk it is written after the deletion
             self.write_receipt()
         for name in sorted(self.acknowledged):
             with contextlib.suppress(FileNotFoundError):  # it was sent from memory

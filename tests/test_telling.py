@@ -10,6 +10,7 @@ import http.server
 import os
 import re
 import shlex
+import socket
 import stat
 import subprocess
 import threading
@@ -956,3 +957,18 @@ def test_what_a_heartbeat_asks_for(
     (request,) = beat.requests
     assert (request.method, request.path, request.body) == (method, asked, body)
     assert request.headers["user-agent"] == f"lnd-backup/{program.__version__}"
+
+
+@pytest.mark.parametrize("sign", ["", "@"], ids=["a path", "abstract"])
+def test_systemd_is_told_at_either_kind_of_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sign: str
+) -> None:
+    """NOTIFY_SOCKET is a path, or begins with @: a name that is in no file system."""
+    monkeypatch.chdir(tmp_path)  # a whole path may be too long for a socket
+    name = f"notify-{os.getpid()}@host"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}" if sign else name)
+        systemd.settimeout(PATIENCE_SECONDS)
+        monkeypatch.setenv("NOTIFY_SOCKET", sign + name)
+        program.notify_systemd("READY=1")
+        assert systemd.recv(100) == b"READY=1"

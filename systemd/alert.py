@@ -308,6 +308,7 @@ def main(unit: str, clock: Callable[[], float] = time.time) -> int:
     """Send what there is to say about a unit. Return 1 if it could not be sent by some way."""
     if unit == "test-alert":
         return test()
+    unit = unit.removeprefix("over-")
     if check := CHECK.fullmatch(unit):
         return after_check(unit, check["service"], clock())
     return after_service(unit, clock())

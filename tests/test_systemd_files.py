@@ -180,7 +180,8 @@ def test_the_check_is_hardened_like_the_service_and_writes_nothing() -> None:
         assert f"\n{line}\n" in text
     assert "75" in check["SuccessExitStatus"].split()
     unit = section(CHECK_UNIT, "Unit")
-    assert unit["OnFailure"] == unit["OnSuccess"] == section(UNIT, "Unit")["OnFailure"]
+    assert unit["OnFailure"] == section(UNIT, "Unit")["OnFailure"]
+    assert unit["OnSuccess"] == unit["OnFailure"].replace("@", "@over-")
 
 
 def test_the_times_of_the_check_fit() -> None:

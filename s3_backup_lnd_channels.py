@@ -281,7 +281,6 @@ class Staging:
         """Make the directory if need be, and lock it; raises TransientError, ConfigError."""
         self.directory = directory
         self.pending: list[str] = []  # versions to be sent, oldest first
-        self.unreadable: set[str] = set()  # those that the disk did not give
         self.acknowledged: set[str] = set()  # versions to be deleted
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -309,19 +308,19 @@ class Staging:
             files = [entry for entry in entries if captured_at(entry.name)]
             names = {entry.name for entry in files if entry.is_file(follow_symlinks=False)}
         self.pending = sorted(names - self.acknowledged)
-        self.unreadable &= names
 
-    def newest(self) -> Version | None:
-        """Return the newest version that waits.
+    def newest(self, held: Version | None = None) -> Version | None:
+        """Return the newest version that waits; `held` is in memory, and is not read from disk.
 
-        One that the disk does not give waits for the next listing, so that others can go: `capture`
-        holds the newest in memory then. A damaged one is put aside.
+        One that the disk does not give waits for the next listing, so that others can go. A damaged
+        one is put aside.
         """
         while self.pending:
             name = self.pending.pop()
-            self.unreadable.add(name)
+            if held and held.name == name:
+                self.pending.append(name)
+                return held
             data, _ = read_file(name, self.fd)
-            self.unreadable.discard(name)
             if EMPTY_BYTES <= len(data) <= LARGEST_BYTES and sha256_of(data).endswith(name[-6:]):
                 self.pending.append(name)
                 return Version(name, data)
@@ -500,7 +499,7 @@ class Daemon:
             running = [each for each in awaited if each and not each.done()]
             await asyncio.wait(running, timeout=self.pause(deadline), return_when=FIRST_COMPLETED)
             self.finish_upload()
-        self.list_at = 0.0  # stays so if the directory cannot be listed
+        self.list_at = 0.0  # stays so if the directory, or the newest there, cannot be read
         self.list_staging()
         for _ in range(2):  # what is being told, and then what came since
             if telling := self.telling():
@@ -596,12 +595,12 @@ class Daemon:
             return
         with self.using_disk():
             self.staging.relist()
+            version = self.staging.newest(self.on_disk)
             self.list_at = time.monotonic() + self.settings.rescan_seconds
-            version = self.staging.newest()
             if version and version.name >= self.newest:
                 self.newest, self.newest_sha256 = version.name, sha256_of(version.data)
                 self.newest_receipt = self.unstaged = None
-            if not (self.unstaged or self.staging.acknowledged or self.staging.unreadable):
+            if not (self.unstaged or self.staging.acknowledged):
                 self.disk.resolve()
 
     def capture(self) -> None:
@@ -622,10 +621,8 @@ class Daemon:
                 captured = self.unstaged = Version(self.newest, data)
                 self.retry_at, self.failures = 0.0, 0  # a new version resets the back-off
             self.on_disk = Version(self.newest, data)
-            if self.newest in self.staging.unreadable and not self.newest_receipt:
-                self.unstaged = self.on_disk
         with self.using_disk():
-            if self.unstaged and self.unstaged.name not in self.staging.unreadable:
+            if self.unstaged:
                 self.staging.stage(self.unstaged)
                 self.unstaged = None
         if captured:
@@ -645,7 +642,7 @@ class Daemon:
         """
         if sha256 != self.newest_sha256:
             return True
-        if self.unstaged or self.newest in {*self.staging.pending[-1:], *self.staging.unreadable}:
+        if self.unstaged or self.newest in self.staging.pending[-1:]:
             return False
         if self.newest_receipt is None:
             return True
@@ -662,7 +659,7 @@ class Daemon:
         if self.bucket.client and now > self.used_at + IDLE_SECONDS:
             self.bucket.client.close()  # a NAT drops what is idle, and a put on it would hang
         with self.using_disk():
-            version = self.unstaged or self.staging.newest()
+            version = self.unstaged or self.staging.newest(self.on_disk)
             if version:
                 seconds = ATTEMPT_SECONDS + len(version.data) / SLOWEST_BYTES_PER_SECOND
                 call = in_daemon_thread(seconds, "cannot store", self.bucket.put, *version)
@@ -1141,7 +1138,7 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
     daemon.stop.set()
     asyncio.run(daemon.run())
     error = daemon.reading.error
-    if daemon.list_at == 0.0 or daemon.staging.unreadable:  # what waits there was not all sent
+    if daemon.list_at == 0.0:  # what waits in the staging directory was not all seen
         error = error or daemon.disk.error
     if daemon.is_waiting():
         error = daemon.storing.error or TransientError("S3 is too slow")
@@ -1237,16 +1234,14 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
     """Print the verdict on the version on disk, and why, for somebody who is woken by it."""
     try:
         verdict = judge(settings, bucket, read_channel_backup(settings.file))
-        code = EXIT_DONE if verdict.current else EXIT_FAILED
-        if verdict.current is None:
-            code = EXIT_TRY_AGAIN
+        code = {True: EXIT_DONE, False: EXIT_FAILED, None: EXIT_TRY_AGAIN}[verdict.current]
     except BackupError as error:
         error.log()
         verdict = Verdict(None, "receipt", None, str(error))
         code = error.exit_code
     staged = key = captured = stored = None
     with contextlib.suppress(OSError):
-        staged = len([name for name in os.listdir(settings.staging) if captured_at(name)])
+        staged = len(list(filter(captured_at, os.listdir(settings.staging))))
     if version := verdict.version:
         key, stored = version.key, version.stored_at
         captured = captured_at(version.name)
@@ -1293,10 +1288,9 @@ def restore_line(options: argparse.Namespace, *which: str) -> str:
 def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Return the key asked for; or the newest version with channels and the last before each drop.
 
-    With each key come the version before it and the command line for that; or nothing.
-
-    A channel leaves the file when its closing confirms, possibly before its money is swept. Then
-    the version before has it, and LND skips what it knows. Raises BackupError.
+    With each key come the version before it and the command line for that, if there is one. A
+    channel leaves the file when its closing confirms, possibly before its money is swept. Then the
+    version before has it, and LND skips what it knows. Raises BackupError.
     """
     if options.key is not None:
         name = options.key.rpartition("/")[2]
@@ -1305,12 +1299,12 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tu
         return {key: ("this", line if captured_at(name) else "")}
     what = f"cannot restore: s3://{bucket.name}/{bucket.prefix}"
     versions = list_versions(bucket)[0]
-    limit = options.before
-    if isinstance(limit, str):  # a name; its version may count from S3's time, if that is earlier
-        named = [version.counts_from() for version in versions if version.name == limit]
-        limit = max(named, default=captured_at(limit))
-    earlier = f" before {limit.isoformat()}" if limit else ""
-    if limit:
+    earlier = ""
+    if limit := options.before:
+        for version in versions:
+            if version.captured_at == limit:  # its name was given
+                limit = version.counts_from()
+        earlier = f" before {limit.isoformat()}"
         versions = [version for version in versions if version.counts_from() < limit]
     full = [version for version in versions if version.size_bytes > EMPTY_BYTES]
     if not versions:
@@ -1395,10 +1389,8 @@ def restore_one(bucket: Bucket, key: str, path: Path, until: float, older: str, 
         raise BackupError(f"cannot restore: {path}: {error.strerror}", ELSEWHERE) from None
     except BackupError as error:
         if line:
-            if error.hint:
-                error.hint += "; "
-            file = shlex.quote(str(path))
-            error.hint += f"{older} is the version before it: {line} --output {file}"
+            line = f"{older} is the version before it: {line} --output {shlex.quote(str(path))}"
+            error.hint = "; ".join(filter(None, (error.hint, line)))
         raise
     if len(data) == EMPTY_BYTES:
         log.warning("no channels in this version: restoring it brings nothing back from channels")
@@ -1844,10 +1836,10 @@ COMMANDS = {
 }
 
 
-def time_or_name(text: str) -> datetime | str:
-    """Parse a time of the command line, ISO 8601, local without an offset; or a version's name."""
+def point_in_time(text: str) -> datetime:
+    """Parse ISO 8601, local without an offset; or the time of capture in a version's name."""
     try:
-        return text if captured_at(text) else datetime.fromisoformat(text).astimezone(UTC)
+        return captured_at(text) or datetime.fromisoformat(text).astimezone(UTC)
     except (ValueError, OverflowError):
         example = "write it like 2026-11-20, 2026-11-20T18:00:00+01:00, or a version's name"
         raise argparse.ArgumentTypeError(example) from None
@@ -1873,7 +1865,7 @@ def build_parser() -> argparse.ArgumentParser:
     restore = commands.choices["restore"]
     which, name = restore.add_mutually_exclusive_group(), "channel.backup"
     which.add_argument("--key", help="this version: a whole key, or the name alone")
-    which.add_argument("--before", metavar="TIME", type=time_or_name, help="the newest before it")
+    which.add_argument("--before", metavar="TIME", type=point_in_time, help="the newest before it")
     restore.add_argument("--output", metavar="FILE", default=name, help=f"default: {name}")
     return parser
 
@@ -1886,7 +1878,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"cannot start: {MISSING}\nhint: with Python 3.11 or newer, run: {make}\n")
         return EXIT_CONFIG
     prepare_output()
-    command, code = options.command or "run", EXIT_FAILED
+    command = options.command or "run"
     options.env_file = getattr(options, "env_file", None)
     try:
         prepare_environment(read_env_file(options.env_file) if options.env_file else {})
@@ -1896,22 +1888,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(end="", flush=True)
     except BackupError as error:
         error.log()
-        code = error.exit_code
+        return error.exit_code
     except ExceptionGroup as faults:
         for fault in faults.exceptions:
             fault.log()  # type: ignore[union-attr]
-        code = EXIT_CONFIG
+        return EXIT_CONFIG
     except BrokenPipeError:  # list | head
-        code = EXIT_DONE
+        return EXIT_DONE
     except OSError as error:
-        hint = "check the disk, the permissions and the limits"
-        BackupError(f"cannot go on: {error}", hint).log()
-        code = EXIT_FAILED
+        BackupError(f"cannot go on: {error}", "check the disk, the permissions, the limits").log()
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        return 128 + signal.SIGINT
     except Exception:
         log.critical(FAULT, exc_info=True)
-    return code
+    else:
+        return code
+    return EXIT_FAILED
 
 
 def prepare_output() -> None:

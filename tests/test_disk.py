@@ -668,25 +668,36 @@ os.open = open_unless_read
 
 @pytest.mark.unmeasured
 def test_a_disk_that_takes_versions_and_gives_none_back(
-    fake: FakeS3,
-    fake_env: dict[str, str],
+    env: dict[str, str],
     lnd: Lnd,
+    s3_line: FaultProxy,
+    check: partial[None],
     staging: Path,
     tmp_path: Path,
     started_by: Callable[[str], None],
 ) -> None:
-    """What cannot be read back is sent from memory, once, and is not staged again and again."""
+    """The newest is sent from memory, and nothing is staged again and again. An older one that
+    cannot be read keeps nothing back, and is sent when the disk gives it.
+    """
     there = tmp_path / "broken"
     started_by(UNREADABLE.format(there=str(there)))
-    with Daemon(fake_env | AT_ONCE) as daemon:
+    with Daemon(env | AT_ONCE) as daemon:
         daemon.wait_for_stored(lnd.write())
         there.touch()
-        for _ in range(2):
-            daemon.wait_for_stored(lnd.write())
+        daemon.wait_for_stored(lnd.write())
+        s3_line.set("refuse", cut=True)
+        older = lnd.write()
+        daemon.wait_for_captured(older)
+        newer = lnd.write()
+        daemon.wait_for_captured(newer)
+        s3_line.set("pass")
+        daemon.wait_for_stored(newer)
         daemon.wait_for_log("Input/output error")
         there.unlink()
         daemon.wait_for_log("staging works again")
+        daemon.wait_for_stored(older)
+        daemon.wait_for_looks()
         assert daemon.stop() == 0
-        assert daemon.log.count(" captured ") == 3
-    assert len(fake.objects("some-bucket")) == 3
+        assert daemon.log.count(" captured ") == 5, "the newest once more, as the last"
+    check(refreshes=1)
     assert files(staging) == {}

@@ -37,7 +37,10 @@ def main() -> int:
         help="strace's part, or the tests'",
     )
     parser.add_argument(
-        "--only", default="", help="of the tests, run only those that pytest -k takes by this"
+        "--only",
+        default="",
+        help="run only these: of the tests, what pytest -k takes by this; of strace's part, the "
+        "rows whose name holds it",
     )
     options = parser.parse_args()
     if wrong := prepare():
@@ -46,15 +49,19 @@ def main() -> int:
     tallies: list[table.Tally] = []
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         if options.part != "tests":
-            tallies += under_strace(Path(name))
+            tallies += under_strace(Path(name), options.only)
         if options.part != "steps":
             tallies += rows.inject_by_tests(Path(name), options.rounds, options.only)
     table.show(merged := table.merged(tallies))
     return 0 if merged and all(row.passed for row in merged) else 1
 
 
-def under_strace(directory: Path) -> list[table.Tally]:
+def under_strace(directory: Path, only: str) -> list[table.Tally]:
     """Kill it at each step, and let each step fail, over http and https."""
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     with (
         S3Server(directory / "s3-http") as http,
         S3Server(directory / "s3-https", tls=True) as https,
@@ -63,7 +70,7 @@ def under_strace(directory: Path) -> list[table.Tally]:
             steps.Place.at(http, directory / "http"),
             steps.Place.at(https, directory / "https"),
         )
-        return steps.inject_all(*places, lambda text: print(text, file=sys.stderr, flush=True))
+        return steps.inject_all(*places, only, progress)
 
 
 def prepare() -> str | None:

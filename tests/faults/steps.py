@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 import shutil
 import signal
@@ -37,9 +38,9 @@ ASIDE = (
     "lock, mode or directory",
     "watch",
 )  # beside the way of a version; one error will do
-LASTING_ERRORS = ERRORS[
-    :-1
-]  # no system interrupts every call, and Python makes an interrupted one again
+ERRORS_OF = {"rename": ("EXDEV",)}  # that no call of another kind knows
+# No system interrupts every call, and Python makes an interrupted one again.
+NEVER_LASTING = ("EINTR",)
 PATIENCE_SECONDS = 10.0
 LASTING_SECONDS = 2.0
 CALM = 10  # so many times the turns and failures of an undisturbed run are still no busy loop
@@ -416,12 +417,19 @@ def attempt(place: Place, case: Case) -> Tally:
     return run.tally
 
 
-FAULTS = [
+EVERY_ERROR = (*ERRORS, *itertools.chain.from_iterable(ERRORS_OF.values()))
+FAULTS = [  # in the order of the table
     IN_ORDER,
     *dict.fromkeys(Case("", call, 1).fault for call in KIND_OF),
-    *(Case("", "read", 1, error).fault for error in ERRORS),
-    *(Case("", "read", 1, error, lasting=True).fault for error in LASTING_ERRORS),
+    *(Case("", "read", 1, error).fault for error in EVERY_ERROR),
+    *(Case("", "read", 1, error, lasting=True).fault for error in EVERY_ERROR),
 ]
+
+
+def errors_of(call: str) -> tuple[str, ...]:
+    """Return the errors with which a call is made to fail."""
+    kind = KIND_OF[call]
+    return ERRORS[:1] if kind in ASIDE else ERRORS + ERRORS_OF.get(kind, ())
 
 
 def cases(scenario: str, normal: dict[str, int]) -> Iterator[Case]:
@@ -429,16 +437,13 @@ def cases(scenario: str, normal: dict[str, int]) -> Iterator[Case]:
     for call, number in normal.items():
         if call == TURN:
             continue
-        errors = ERRORS[:1] if KIND_OF[call] in ASIDE else ERRORS
         for n in range(1, number + 1):
             yield Case(scenario, call, n)
-            yield from (Case(scenario, call, n, error) for error in errors)
+            yield from (Case(scenario, call, n, error) for error in errors_of(call))
         if scenario != "once":
-            yield from (
-                Case(scenario, call, 1, error, lasting=True)
-                for error in errors
-                if error in LASTING_ERRORS
-            )
+            for error in errors_of(call):
+                if error not in NEVER_LASTING:
+                    yield Case(scenario, call, 1, error, lasting=True)
 
 
 def start_warm() -> None:
@@ -446,8 +451,10 @@ def start_warm() -> None:
     WARM.enter_context(warm_starts())
 
 
-def inject_all(http: Place, https: Place, progress: Callable[[str], None]) -> list[Tally]:
-    """Run every case of every scenario, and return what came of them."""
+def inject_all(
+    http: Place, https: Place, only: str, progress: Callable[[str], None]
+) -> list[Tally]:
+    """Run every case of every scenario whose fault is named so, and return what came of them."""
     places = {"once": http, "run": http, "run over https": https}
     context = get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=start_warm) as pool:
@@ -455,9 +462,8 @@ def inject_all(http: Place, https: Place, progress: Callable[[str], None]) -> li
         tallies = [pool.submit(check_order, http).result()]
         futures = []
         for name, place in places.items():
-            futures += [
-                pool.submit(attempt, place, case) for case in cases(name, normals[name].result()[1])
-            ]
+            wanted = [case for case in cases(name, normals[name].result()[1]) if only in case.fault]
+            futures += [pool.submit(attempt, place, case) for case in wanted]
         for number, future in enumerate(futures, 1):
             tallies.append(tally := future.result())
             for complaint in tally.complaints:

@@ -57,7 +57,7 @@ def merged(tallies: Iterable[Tally]) -> list[Tally]:
 
 
 def show(rows: list[Tally]) -> None:
-    """Print the table, and every complaint below it."""
+    """Print every complaint, and below them the table."""
     table = Table(box=box.MARKDOWN)  # as it stands in docs/reliability.md
     table.add_column("fault")
     for name in ("times injected", "versions at stake", "lost", "duplicates", "damaged"):
@@ -75,9 +75,9 @@ def show(rows: list[Tally]) -> None:
     numbers = (total.injected, total.at_stake, total.lost, total.duplicates, total.damaged)
     table.add_row(total.fault, *(f"{number:,}" for number in numbers))
     console = Console(width=WIDTH)
-    console.print(table)
     for row in rows:
         if not row.injected:
             console.print(f"{row.fault}: never injected", markup=False)
         for complaint in row.complaints:
             console.print(f"{row.fault}: {complaint}", markup=False)
+    console.print(table)

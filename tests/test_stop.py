@@ -6,7 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FaultProxy, Lnd, Mode, Written, run_script, unlistable_while
+from kit import Daemon, FaultProxy, Lnd, Mode, Script, Written, run_script, unlistable_while
 from shared import OFTEN, SELDOM, SteppedS3, staged
 
 if TYPE_CHECKING:
@@ -129,6 +129,24 @@ def test_a_second_signal_ends_it_at_once(
         daemon.begin_to_stop()
         daemon.signal(second)
         assert daemon.wait() == 128 + second
+    check_stepped()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_once_ends_at_the_first_signal(
+    env: dict[str, str],
+    lnd: Lnd,
+    stepped: SteppedS3,
+    check_stepped: partial[None],
+    sig: signal.Signals,
+) -> None:
+    """`once` is stopping from its beginning, so the first signal ends it; its version is staged."""
+    lnd.write()
+    with Script(env, "once") as script:
+        stepped.wait_for_requests(1)
+        script.signal(sig)
+        assert script.wait() == 128 + sig
+        assert "Traceback" not in script.log
     check_stepped()
 
 

@@ -338,14 +338,14 @@ def test_a_slow_uplink_is_not_given_up(
     """An upload that goes on steadily may take longer than the silence, and than the time, after
     which an attempt is given up.
     """
-    started_by(hurried(40))  # 0.75 s of silence, 3 s for an attempt
+    started_by(hurried(20))  # 1.5 s of silence, 6 s for an attempt
     lnd.write(data=os.urandom(15 << 20))  # socket buffers take some 4 MiB at once
-    server = TricklingServer(pieces=100, pause_seconds=0.035)
+    server = TricklingServer(pieces=200, pause_seconds=0.035)
     server.thread.start()
     with server.socket, Script(fake_env | {"AWS_ENDPOINT_URL_S3": server.endpoint}) as script:
         began = time.monotonic()
         script.wait_for_log("stored s3://")
-        assert time.monotonic() - began > 3
+        assert time.monotonic() - began > 6
         assert "cannot store" not in script.log
         assert server.received == 15 << 20
         script.signal(signal.SIGKILL)

@@ -31,6 +31,7 @@ def block(heading: str, number: int = 0) -> str:
 
 
 MOVE = block("**3. Let LND write to the new place.**")
+SET_ASIDE = block("**3. Let LND write to the new place.**", 1)
 LOOK = block("**4. See that LND writes there.**")
 UNDO, LOOK_AGAIN = block("### Undo method 1"), block("### Undo method 1", 1)
 
@@ -178,6 +179,17 @@ def test_a_path_that_stays_stops_the_undoing(node: Node) -> None:
     node.new.write_bytes(b"new")
     assert "STOP" in node.run(UNDO).splitlines()[-1]
     assert "start lnd" not in node.calls.read_text()
+
+
+def test_a_path_that_was_set_before_is_brought_back(node: Node) -> None:
+    """Who set a path of his own, and turned it into a comment, has it again after the undoing."""
+    before = f"[Application Options]\n  backupfilepath={node.old}\nalias=a\n"
+    node.conf.write_text(before)
+    node.run(SET_ASIDE)
+    assert node.run(MOVE).splitlines()[-1].startswith("done")
+    node.lnd_writes(node.new)
+    assert node.run(UNDO).splitlines()[-1].startswith("done")
+    assert node.conf.read_text() == f"{before}\n[Application Options]\nno-backup-archive=1\n"
 
 
 # --- docs/containers.md ---

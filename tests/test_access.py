@@ -1,5 +1,6 @@
-"""The steps of docs/access.md that move LND's file, run as the page has them, beside stand-ins for
-sudo and systemctl: what could lead to a false BACKED UP stops them.
+"""The steps of docs/access.md and docs/containers.md that move LND's file, run as the pages have
+them, beside stand-ins for sudo, systemctl and docker: what could lead to a false BACKED UP stops
+them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 PAGE = (CHECKOUT / "docs/access.md").read_text(encoding="utf-8")
 SUDO = '#!/bin/sh\n[ "$1" != -u ] || shift 2\nexec "$@"\n'
 SYSTEMCTL = '#!/bin/sh\necho "$*" >>"$CALLS"\n'
+# docker compose run --rm --no-deps --entrypoint COMMAND lnd ...: runs the command here.
+DOCKER = '#!/bin/sh\ncommand=$6\nshift 7\nexec "$command" "$@"\n'
 
 
 def block(heading: str, number: int = 0) -> str:
@@ -28,6 +31,7 @@ def block(heading: str, number: int = 0) -> str:
 
 
 MOVE = block("**3. Let LND write to the new place.**")
+SET_ASIDE = block("**3. Let LND write to the new place.**", 1)
 LOOK = block("**4. See that LND writes there.**")
 UNDO, LOOK_AGAIN = block("### Undo method 1"), block("### Undo method 1", 1)
 
@@ -65,7 +69,7 @@ class Node(NamedTuple):
 def node(tmp_path: Path) -> Node:
     """Return a node with the file at its old place."""
     (tmp_path / "bin").mkdir()
-    for name, text in (("sudo", SUDO), ("systemctl", SYSTEMCTL)):
+    for name, text in (("sudo", SUDO), ("systemctl", SYSTEMCTL), ("docker", DOCKER)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "scb").mkdir()
@@ -175,3 +179,54 @@ def test_a_path_that_stays_stops_the_undoing(node: Node) -> None:
     node.new.write_bytes(b"new")
     assert "STOP" in node.run(UNDO).splitlines()[-1]
     assert "start lnd" not in node.calls.read_text()
+
+
+def test_a_path_that_was_set_before_is_brought_back(node: Node) -> None:
+    """Who set a path of his own, and turned it into a comment, has it again after the undoing."""
+    before = f"[Application Options]\n  backupfilepath={node.old}\nalias=a\n"
+    node.conf.write_text(before)
+    node.run(SET_ASIDE)
+    assert node.run(MOVE).splitlines()[-1].startswith("done")
+    node.lnd_writes(node.new)
+    assert node.run(UNDO).splitlines()[-1].startswith("done")
+    assert node.conf.read_text() == f"{before}\n[Application Options]\nno-backup-archive=1\n"
+
+
+# --- docs/containers.md ---
+
+CONTAINERS = (CHECKOUT / "docs/containers.md").read_text(encoding="utf-8")
+
+
+def in_container(words: str) -> str:
+    """Return the block of commands for LND's container that has these words."""
+    found = re.findall(r"^( *)```sh\n(.*?)^ *```$", CONTAINERS, re.MULTILINE | re.DOTALL)
+    [block] = [text for _, text in found if f"{words}" in text and "--entrypoint" in text]
+    return str(block)
+
+
+MOVE_THERE, UNDO_THERE = in_container("already names a path"), in_container("still names a path")
+COMMENT_OUT = in_container("--entrypoint sed")
+
+
+@pytest.mark.parametrize("line", ["", "backupfilepath=/elsewhere\n", "  backupfilepath = /else\n"])
+def test_lnd_in_a_container_writes_to_its_old_path_again(node: Node, line: str) -> None:
+    """The undoing brings back a path that was set before, and nothing else changes in lnd.conf."""
+    before = f"[Application Options]\n{line}# backupfilepath=/example\n"
+    node.conf.write_text(before)
+    move, undo = (
+        text.replace("/lnd-scb", str(node.new.parent)) for text in (MOVE_THERE, UNDO_THERE)
+    )
+    if line:
+        assert "STOP" in node.run(move).splitlines()[-1]
+        assert node.conf.read_text() == before
+        assert not node.new.exists()
+        node.run(COMMENT_OUT)
+    assert node.run(move).splitlines()[-1].startswith("done")
+    assert re.findall(r"^ *backupfilepath.*", node.conf.read_text(), re.MULTILINE) == [
+        f"backupfilepath={node.new}"
+    ]
+    assert node.new.read_bytes() == b"old"
+    node.lnd_writes(node.new)
+    assert node.run(undo).splitlines()[-1].startswith("done")
+    assert node.old.read_bytes() == b"by LND"
+    assert node.conf.read_text() == f"{before}\n[Application Options]\nno-backup-archive=1\n"

@@ -891,9 +891,10 @@ def test_a_test_alert_goes_out_by_every_way(alerts: Alerts, node: Node) -> None:
     assert "sent: ALERT_URL" in done.stderr
     (subject,) = alerts.wait_for(1)
     assert "a test of lnd-backup's alerts" in subject
-    node.box.sh("rm /usr/sbin/sendmail")
+    node.box.write("/usr/sbin/sendmail", "#!/bin/sh\necho sendmail: wrong password >&2; exit 77\n")
     failed = node.box.run("lnd-backup", "test-alert", check=False)
     assert failed.returncode == 1
+    assert "sendmail: wrong password" in failed.stderr
     assert "cannot send the message by ALERT_MAIL" in failed.stderr
     assert "secret-topic" not in failed.stderr
     node.box.write("/etc/default/lnd-backup-alert", "")
@@ -1255,8 +1256,8 @@ def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
         f"cd {directory}; echo m >admin.macaroon; chmod 0640 admin.macaroon; echo k "
         f">~/.lnd/tls.key'"
     )
-    node.box.make("install", f"LND_DIRECTORY={directory}")
     node.set_up(MONITOR_FILE_PATH=f"{directory}/channel.backup")
+    node.box.make("install", f"LND_DIRECTORY={directory}")
     node.lnd_in(directory)
     node.box.drop_in(
         "lnd-backup-mounts@lnd-backup.timer",

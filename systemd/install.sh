@@ -105,6 +105,7 @@ install_all() {
     check_given
     check_lnd_user
     check_lnd_directory
+    check_monitored
     check_copy
     check_user
     check_files
@@ -225,6 +226,18 @@ check_lnd_directory() {
         give_up "a unit file would read the name $lnd_directory differently" 'use LND_USER' ;;
     esac
     command -v setfacl >/dev/null || give_up 'there is no setfacl' 'apt install acl'
+}
+
+# Otherwise LND would write one file, and the service would back up another that no longer changes.
+check_monitored() {
+    expected=${lnd_directory:-${lnd_user:+"$scb"}}
+    [ -n "$expected" ] && [ -z "$(given MONITOR_FILE_PATH)" ] && [ -e "$settings" ] || return 0
+    set_to=$(setting MONITOR_FILE_PATH "$settings")
+    [ -n "$set_to" ] || return 0
+    [ "$(realpath -m -- "$(dirname -- "$set_to")")" = "$(realpath -m -- "$expected")" ] || give_up \
+        "$settings_name has MONITOR_FILE_PATH=$set_to, which is not in $expected" \
+        "sudoedit $settings_name, and write MONITOR_FILE_PATH=$expected/channel.backup;\
+ or leave out ${lnd_user:+LND_USER}${lnd_directory:+LND_DIRECTORY}"
 }
 
 check_copy() {
@@ -623,17 +636,10 @@ say_what_is_left() {
         say "$wrong" | sed 's/^/  /'
     fi
     [ -z "$DESTDIR" ] || return 0
-    [ -z "$lnd_user" ] || say_how_lnd_writes_there
     say_where_the_key_belongs
+    [ -z "$lnd_user" ] || say_what_lnd_lacks
     say_what_the_copy_lacks
     say_what_comes_next
-}
-
-say_how_lnd_writes_there() {
-    say "left to do: let LND write its file to $scb (docs/access.md has the lines):
-  stop LND, and copy the old file: sudo -u $lnd_user cp OLD/channel.backup $scb/
-  add to lnd.conf, below [Application Options]: backupfilepath=$scb/channel.backup
-  start LND"
 }
 
 say_where_the_key_belongs() {
@@ -645,6 +651,11 @@ say_where_the_key_belongs() {
     [default]
     aws_access_key_id = ...
     aws_secret_access_key = ..."
+}
+
+say_what_lnd_lacks() {
+    say "left to do, unless LND writes to $scb already: let it write there, and see that it does" \
+        "before you start the service: steps 2 to 4 of method 1 in docs/access.md"
 }
 
 # The service says so as well, but later.

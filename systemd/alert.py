@@ -57,7 +57,7 @@ MEANING = {
     "203": "its program is missing",
     "226": "a directory that a drop-in names is missing",
     "243": "a credential could not be read",
-    "start-limit-hit": "it failed again and again",
+    "start-limit-hit": "it failed or was restarted eight times in ten minutes",
     "watchdog": "it did not look at channel.backup for three minutes",
     "timeout": "it took too long",
     "oom-kill": "it needed more memory than it is allowed to use",

@@ -635,7 +635,7 @@ def test_each_node_is_told_of_by_its_name(teller: Teller) -> None:
     ("status", "result", "words"),
     [
         (78, "exit-code", "its settings are wrong"),
-        (1, "start-limit-hit", "it failed again and again"),
+        (1, "start-limit-hit", "it failed or was restarted eight times in ten minutes"),
         (1, "watchdog", "it did not look at channel.backup for three minutes"),
         (226, "exit-code", "a directory that a drop-in names is missing"),
         (1, "exit-code", "it ended with exit code 1"),

@@ -199,9 +199,12 @@ check_that_it_agrees() { # NAME VALUE
     if [ "$1" = COPY_DIRECTORY ] && [ -z "$(setting COPY_DIRECTORY "$settings")" ]; then
         return 0 # it will be added
     fi
+    # The unit changes with COPY_DIRECTORY, so this is needed again.
+    then="leave out $1"
+    [ "$1" != COPY_DIRECTORY ] || then='run this again'
     grep -qxF -e "$1=$2" -- "$settings" || give_up \
         "there is no line $1=$2 in $settings_name, which is never changed" \
-        "edit the file: sudoedit $settings_name, and leave out $1"
+        "edit the file: sudoedit $settings_name, and $then"
 }
 
 check_lnd_user() {

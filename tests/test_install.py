@@ -695,7 +695,9 @@ class TestCopyDirectory:
             settings.write("COPY_DIRECTORY=/mnt/other\n")
         before = tree(root)
         assert_refused(
-            released.make("install", root, f"COPY_DIRECTORY={place}"), "is never changed"
+            released.make("install", root, f"COPY_DIRECTORY={place}"),
+            "is never changed",
+            f"sudoedit /{SETTINGS}, and run this again",
         )
         assert tree(root) == before
 

@@ -398,7 +398,7 @@ make_venv() {
         give_up 'the packages could not be installed' \
             "see pip's message above; nothing has changed, and what was running still runs"
     # The service needs neither of them, and what is not there cannot be misused.
-    step "$partial/venv/bin/python" -I -m pip --quiet --disable-pip-version-check \
+    step "$partial/venv/bin/python" -I -m pip --quiet --quiet --disable-pip-version-check \
         uninstall --yes setuptools pip
     # These name the directory in which the version is built. The interpreter is a link, and stays.
     find "$partial/venv/bin" -type f -delete

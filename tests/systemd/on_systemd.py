@@ -932,6 +932,22 @@ def test_after_the_start_limit_the_timer_tries_again(node: Node, listener: Liste
     assert node.box.show("lnd-backup", "ActiveState") == "inactive"
 
 
+def test_the_lines_of_the_page_start_what_failed_too_often(node: Node) -> None:
+    """After the start limit systemd refuses a mere start, although the cause is gone."""
+    fails = "[Service]\nRestartSec=50ms\nExecStartPre=/usr/bin/test -e /run/healed\n"
+    if SUITES[node.box.suite] >= "254":
+        fails += "RestartMaxDelaySec=100ms\n"
+    node.box.drop_in("lnd-backup.service", fails)
+    node.systemctl("start", "--no-block", "lnd-backup")
+    until("systemd gave up", lambda: "repeated too quickly" in node.box.log())
+    node.box.run("touch", "/run/healed")
+    assert node.systemctl("start", "lnd-backup", check=False).returncode != 0
+    page = (CHECKOUT / "docs/operations.md").read_text(encoding="utf-8")
+    block = page.partition("If the service has stopped")[2].split("\n\n")[1]
+    node.box.sh(block.replace("sudo ", ""))
+    assert node.is_active()
+
+
 def test_credentials_come_from_the_store_unless_the_environment_has_some(node: Node) -> None:
     """The key in /etc/credstore reaches the service alone; a stale one in the settings wins, and
     the log says so.

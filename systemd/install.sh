@@ -611,6 +611,9 @@ use() { # NUMBER
 restart() {
     services=$(running)
     [ -n "$services" ] || return 0
+    # Restarts by hand count towards the start limit, and would make this one fail.
+    # shellcheck disable=SC2086 # $services is a list
+    step systemctl reset-failed $services || :
     # A start waits for nothing, so a minute is long even on a small board.
     # shellcheck disable=SC2086 # $services is a list
     if step timeout 60 systemctl restart $services; then

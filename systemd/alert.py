@@ -18,6 +18,7 @@ Begin to read at `main`, at the end. You may replace this program by your own.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -49,13 +50,14 @@ AGAIN = "BACKED UP again"
 WHAT_TO_DO = 'What to do: read "When an alert fires" in /opt/lnd-backup/current/docs/operations.md'
 NO_WAY = """nobody would get an alert: neither ALERT_MAIL nor ALERT_URL is set
 hint: sudoedit /etc/default/lnd-backup-alert, then sudo lnd-backup test-alert"""
+FAILURES = (OSError, ValueError, subprocess.SubprocessError, http.client.HTTPException)
 # Why a unit failed: by its exit code, or else by what systemd calls its result.
 MEANING = {
     "78": "its settings are wrong",
     "203": "its program is missing",
     "226": "a directory that a drop-in names is missing",
     "243": "a credential could not be read",
-    "start-limit-hit": "it failed again and again",
+    "start-limit-hit": "it failed or was restarted eight times in ten minutes",
     "watchdog": "it did not look at channel.backup for three minutes",
     "timeout": "it took too long",
     "oom-kill": "it needed more memory than it is allowed to use",
@@ -189,7 +191,7 @@ def last_lines(service: str) -> str:
 
 
 def send_mail(address: str, subject: str, text: str) -> None:
-    """Hand a mail to the system's sendmail. Raises OSError or CalledProcessError."""
+    """Hand a mail to the system's sendmail. Raises one of FAILURES."""
     mail = EmailMessage()
     mail["To"], mail["Subject"] = address, subject
     mail.set_content(f"{subject}\n\n{text}")
@@ -199,7 +201,7 @@ def send_mail(address: str, subject: str, text: str) -> None:
 
 
 def post(url: str, subject: str, text: str) -> None:
-    """Post the message. Raises OSError or ValueError."""
+    """Post the message. Raises one of FAILURES."""
     if urllib.parse.urlsplit(url).scheme not in {"http", "https"}:
         raise ValueError("ALERT_URL is not http or https")
     headers = {"Content-Type": "text/plain; charset=utf-8", "User-Agent": "lnd-backup-alert"}
@@ -223,6 +225,21 @@ def ways() -> dict[str, tuple[Callable[[str, str, str], None], str]]:
     return found
 
 
+def reason_of(error: Exception) -> str:
+    """Say why a message was not sent, without the URL, which is a secret. What sendmail says is in
+    the journal already.
+    """
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{SENDMAIL} ended with exit code {error.returncode}"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no {SENDMAIL}"
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    return type(error).__name__
+
+
 def tell(names: list[str], subject: str, text: str) -> list[str]:
     """Send a message by these ways, and return those that worked."""
     worked = []
@@ -230,10 +247,8 @@ def tell(names: list[str], subject: str, text: str) -> list[str]:
         send, target = ways()[name]
         try:
             send(target, subject, text)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            short = type(error).__name__  # the whole text may hold the URL, which is a secret
-            reason = error.reason if isinstance(error, urllib.error.URLError) else short
-            print(f"<3>cannot send the message by {name}: {reason}", flush=True)
+        except FAILURES as error:
+            print(f"<3>cannot send the message by {name}: {reason_of(error)}", flush=True)
         else:
             worked.append(name)
     return worked

@@ -105,6 +105,7 @@ install_all() {
     check_given
     check_lnd_user
     check_lnd_directory
+    check_monitored
     check_copy
     check_user
     check_files
@@ -198,9 +199,12 @@ check_that_it_agrees() { # NAME VALUE
     if [ "$1" = COPY_DIRECTORY ] && [ -z "$(setting COPY_DIRECTORY "$settings")" ]; then
         return 0 # it will be added
     fi
+    # The unit changes with COPY_DIRECTORY, so this is needed again.
+    then="leave out $1"
+    [ "$1" != COPY_DIRECTORY ] || then='run this again'
     grep -qxF -e "$1=$2" -- "$settings" || give_up \
         "there is no line $1=$2 in $settings_name, which is never changed" \
-        "edit the file: sudoedit $settings_name, and leave out $1"
+        "edit the file: sudoedit $settings_name, and $then"
 }
 
 check_lnd_user() {
@@ -225,6 +229,18 @@ check_lnd_directory() {
         give_up "a unit file would read the name $lnd_directory differently" 'use LND_USER' ;;
     esac
     command -v setfacl >/dev/null || give_up 'there is no setfacl' 'apt install acl'
+}
+
+# Otherwise LND would write one file, and the service would back up another that no longer changes.
+check_monitored() {
+    expected=${lnd_directory:-${lnd_user:+"$scb"}}
+    [ -n "$expected" ] && [ -z "$(given MONITOR_FILE_PATH)" ] && [ -e "$settings" ] || return 0
+    set_to=$(setting MONITOR_FILE_PATH "$settings")
+    [ -n "$set_to" ] || return 0
+    [ "$(realpath -m -- "$(dirname -- "$set_to")")" = "$(realpath -m -- "$expected")" ] || give_up \
+        "$settings_name has MONITOR_FILE_PATH=$set_to, which is not in $expected" \
+        "sudoedit $settings_name, and write MONITOR_FILE_PATH=$expected/channel.backup;\
+ or leave out ${lnd_user:+LND_USER}${lnd_directory:+LND_DIRECTORY}"
 }
 
 check_copy() {
@@ -382,7 +398,7 @@ make_venv() {
         give_up 'the packages could not be installed' \
             "see pip's message above; nothing has changed, and what was running still runs"
     # The service needs neither of them, and what is not there cannot be misused.
-    step "$partial/venv/bin/python" -I -m pip --quiet --disable-pip-version-check \
+    step "$partial/venv/bin/python" -I -m pip --quiet --quiet --disable-pip-version-check \
         uninstall --yes setuptools pip
     # These name the directory in which the version is built. The interpreter is a link, and stays.
     find "$partial/venv/bin" -type f -delete
@@ -595,6 +611,9 @@ use() { # NUMBER
 restart() {
     services=$(running)
     [ -n "$services" ] || return 0
+    # Restarts by hand count towards the start limit, and would make this one fail.
+    # shellcheck disable=SC2086 # $services is a list
+    step systemctl reset-failed $services || :
     # A start waits for nothing, so a minute is long even on a small board.
     # shellcheck disable=SC2086 # $services is a list
     if step timeout 60 systemctl restart $services; then
@@ -623,17 +642,10 @@ say_what_is_left() {
         say "$wrong" | sed 's/^/  /'
     fi
     [ -z "$DESTDIR" ] || return 0
-    [ -z "$lnd_user" ] || say_how_lnd_writes_there
     say_where_the_key_belongs
+    [ -z "$lnd_user" ] || say_what_lnd_lacks
     say_what_the_copy_lacks
     say_what_comes_next
-}
-
-say_how_lnd_writes_there() {
-    say "left to do: let LND write its file to $scb (docs/access.md has the lines):
-  stop LND, and copy the old file: sudo -u $lnd_user cp OLD/channel.backup $scb/
-  add to lnd.conf, below [Application Options]: backupfilepath=$scb/channel.backup
-  start LND"
 }
 
 say_where_the_key_belongs() {
@@ -645,6 +657,11 @@ say_where_the_key_belongs() {
     [default]
     aws_access_key_id = ...
     aws_secret_access_key = ..."
+}
+
+say_what_lnd_lacks() {
+    say "left to do, unless LND writes to $scb already: let it write there, and see that it does" \
+        "before you start the service: steps 2 to 4 of method 1 in docs/access.md"
 }
 
 # The service says so as well, but later.

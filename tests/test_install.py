@@ -695,7 +695,9 @@ class TestCopyDirectory:
             settings.write("COPY_DIRECTORY=/mnt/other\n")
         before = tree(root)
         assert_refused(
-            released.make("install", root, f"COPY_DIRECTORY={place}"), "is never changed"
+            released.make("install", root, f"COPY_DIRECTORY={place}"),
+            "is never changed",
+            f"sudoedit /{SETTINGS}, and run this again",
         )
         assert tree(root) == before
 
@@ -711,6 +713,35 @@ class TestCopyDirectory:
 
 @needs_python
 @pytest.mark.skipif(not shutil.which("setfacl"), reason="needs setfacl (Debian: acl)")
+@pytest.mark.parametrize("given", ["LND_USER=root", "LND_DIRECTORY={}"])
+def test_lnd_and_the_service_mean_the_same_file(
+    given: str, released: Package, root: Path, tmp_path: Path
+) -> None:
+    """Settings that name another file than LND would write are refused, and the line to write is
+    told; with that line it goes on.
+    """
+    directory, settings = tmp_path / "mainnet", root / SETTINGS
+    directory.mkdir()
+    name, _, place = given.format(directory).partition("=")
+    expected = f"MONITOR_FILE_PATH={'/var/lib/lnd-scb' if place == 'root' else place}"
+    text = settings.read_text(encoding="utf-8")
+    for other in ("/home/bitcoin/mainnet", f"{tmp_path}"):
+        settings.write_text(
+            text.replace("MONITOR_FILE_PATH=", f"MONITOR_FILE_PATH={other}/channel.backup", 1),
+            encoding="utf-8",
+        )
+        before = tree(root)
+        refused = released.make("install", root, f"{name}={place}")
+        told = (f"MONITOR_FILE_PATH={other}/channel.backup", f"{expected}/channel.backup", name)
+        assert_refused(refused, *told)
+        assert tree(root) == before
+    settings.write_text(
+        text.replace("MONITOR_FILE_PATH=", f"{expected}/channel.backup", 1), encoding="utf-8"
+    )
+    done = released.make("install", root, f"{name}={place}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_directory_of_lnd_is_opened_alone(released: Package, root: Path) -> None:
     """LND_DIRECTORY= gives a drop-in that shows this directory, hides what is closed around it, and
     sets the path.

@@ -10,6 +10,8 @@ import hashlib
 import importlib.util
 import re
 import shutil
+import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -634,7 +636,7 @@ def test_each_node_is_told_of_by_its_name(teller: Teller) -> None:
     ("status", "result", "words"),
     [
         (78, "exit-code", "its settings are wrong"),
-        (1, "start-limit-hit", "it failed again and again"),
+        (1, "start-limit-hit", "it failed or was restarted eight times in ten minutes"),
         (1, "watchdog", "it did not look at channel.backup for three minutes"),
         (226, "exit-code", "a directory that a drop-in names is missing"),
         (1, "exit-code", "it ended with exit code 1"),
@@ -721,6 +723,75 @@ def test_a_test_goes_out_by_every_way(
     capsys.readouterr()
     assert teller.module.main("test-alert") == 1
     assert "hint: sudoedit /etc/default/lnd-backup-alert" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sendmail", "told"),
+    [
+        (None, "there is no "),
+        ("#!/bin/sh\nexit 75\n", "ended with exit code 75"),
+        ("#!/bin/sh\nkill -9 $$\n", "ended with exit code -9"),
+    ],
+)
+def test_a_mail_that_fails_says_how(
+    sendmail: str | None,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What became of sendmail is told, without the address."""
+    module, path = alert_module(), tmp_path / "sendmail"
+    if sendmail:
+        path.write_text(sendmail, encoding="utf-8")
+        path.chmod(0o755)
+    monkeypatch.setattr(module, "SENDMAIL", str(path))
+    monkeypatch.setenv("ALERT_MAIL", "me@example.org")
+    monkeypatch.delenv("ALERT_URL", raising=False)
+    assert module.main("test-alert") == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("<3>cannot send the message by ALERT_MAIL: ")
+    assert told in printed
+    assert str(path) in printed
+    assert "example.org" not in printed
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "HTTP 404 Not Found"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", "HTTP 302 Found"),
+        (b"220 this is a mail server\r\n", "BadStatusLine"),
+    ],
+)
+def test_a_post_that_fails_says_how(
+    answer: bytes, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the other side answered is told, without the URL; also if it does not speak HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=answer_once, args=(listener, answer))
+        server.start()
+        monkeypatch.setenv("ALERT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}/secret")
+        monkeypatch.delenv("ALERT_MAIL", raising=False)
+        assert alert_module().main("test-alert") == 1
+        server.join()
+    printed = capsys.readouterr().out
+    assert printed == f"<3>cannot send the message by ALERT_URL: {told}\n"
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> None:
+    """Take one request, and answer it with these bytes."""
+    connection, _ = listener.accept()
+    with connection, connection.makefile("rb") as received:
+        while b"test of lnd-backup" not in received.readline():
+            pass
+        connection.sendall(answer)
+
+
+def test_the_journal_keeps_what_sendmail_says() -> None:
+    """Its lines have the level of the unit, which is not among those that are kept out."""
+    alert = section(CHECKOUT / "systemd/lnd-backup-alert@.service", "Service")
+    assert alert["SyslogLevel"] == alert["LogLevelMax"]
 
 
 def test_a_message_is_posted_whole_and_not_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ LND_FILES = ("channel.db", "wallet.db", "*.macaroon", "chan-backup-archives", "l
 # Never to be restored from a copy (a stale channel.db loses money), or never to leave the node.
 FORBIDDEN = r"(channel|wallet)\.db|.*\.sqlite.*|.*\.macaroon|hsm_secret|walletunlock\.json"
 PAGES_MAX = 1000  # of a thousand keys each: a longer list is taken for endless
+LIST_BYTES_MAX = 4 << 20  # of such a page: a thousand keys of 1,024 bytes, escaped
 LATE_SECONDS = 600.0  # a put that began so long after the capture may not be the newest by time
 TROUBLE_SECONDS = 1.0  # how often to look at a file that is absent, unreadable or unwatched
 SILENCE_SECONDS = 30.0  # an attempt is given up when the socket is silent for so long
@@ -272,9 +273,8 @@ def read_receipt(directory: Path) -> Receipt | None:
 class Staging:
     """The staging directory, locked until the process ends; used by the loop alone.
 
-    Beside versions: .lock, .receipt, .*.partial (cut short by a crash), .damaged-*. The queue is
-    used through one descriptor, so that replacing the directory cannot split it. Its methods raise
-    OSError.
+    Beside versions: .lock, .receipt, .*.partial (cut short by a crash), .damaged-*. One descriptor
+    is used, so that replacing the directory cannot split the queue. Its methods raise OSError.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -285,12 +285,13 @@ class Staging:
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
             self.fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            lock = os.open(".lock", flags, 0o600, dir_fd=self.fd)
+            is_read_only = os.fstatvfs(self.fd).f_flag & os.ST_RDONLY  # versions can still be sent
+            access = os.O_RDONLY if is_read_only else os.O_RDWR
+            lock = os.open(".lock", access | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in os.listdir(self.fd):
                 if fnmatch(name, ".*.partial"):
-                    with contextlib.suppress(IsADirectoryError):
+                    with contextlib.suppress(OSError):
                         os.unlink(name, dir_fd=self.fd)
         except BlockingIOError:
             message = f"cannot start: {directory}: another copy holds it"
@@ -372,7 +373,7 @@ class Bucket:
         """Name the bucket, the prefix of its keys, and more arguments of a put; connect nothing."""
         self.name, self.prefix = name, prefix
         self.put_arguments = put_arguments
-        self.place = ""
+        self.place = self.told = ""
         self.client: Any = None
 
     def forget(self) -> None:
@@ -399,8 +400,10 @@ class Bucket:
                 self.client = new_client(session)
             url, region = self.client.meta.endpoint_url, self.client.meta.region_name
             self.place = f"{url.rpartition('//')[2].rpartition('@')[2].rstrip('/')}/{self.name}"
-            told = "using endpoint %s, region %s, credentials: %s"
-            log.info(told, url, region, credentials.method)
+            told = f"using endpoint {url}, region {region}, credentials: {credentials.method}"
+            if told != self.told:
+                log.info("%s", told)
+            self.told = told
         return self.client
 
     def put(self, name: str, data: bytes) -> Receipt:
@@ -521,7 +524,7 @@ class Daemon:
         """Return for how many seconds nothing is to be done, unless something happens."""
         now, settings = time.monotonic(), self.settings
         pauses = [deadline - now, settings.rescan_seconds, settings.refresh_seconds or FOREVER]
-        if os.environ.get("WATCHDOG_USEC", "").isdigit():
+        if os.environ.get("WATCHDOG_USEC", "").isdecimal():
             pauses.append(int(os.environ["WATCHDOG_USEC"]) / 3e6 or FOREVER)
         if self.reading.error or self.watching.error or self.unstaged:
             pauses.append(TROUBLE_SECONDS)
@@ -583,14 +586,11 @@ class Daemon:
         except OSError as error:
             what = f"{error.filename or ''} {error.strerror}".strip()
             message = f"cannot use BACKUP_DIRECTORY: {self.staging.directory}: {what}"
-            hint = "free or repair the disk; meanwhile the newest version is sent from memory"
+            hint = "free or repair the disk (replaced: restart); the newest is sent from memory"
             self.disk.report(BackupError(message, hint))
 
     def list_staging(self) -> None:
-        """Every RESCAN_SECONDS see what waits: others may add, edit or remove a version.
-
-        A name above the newest, laid there by others, becomes the newest: names increase.
-        """
+        """See what waits, every RESCAN_SECONDS; others may remove a version, or lay a later one."""
         if time.monotonic() < self.list_at:
             return
         with self.using_disk():
@@ -836,8 +836,8 @@ def scoped_config(session: Any) -> dict[str, str]:
 def new_client(session: Any, **credentials: str) -> Any:
     """Return an S3 client with limits; what the user chose is left alone. Raises what the SDK does.
 
-    Beyond boto3's interface it uses two things of botocore's (1.44): `_session`, to see what the
-    user chose in a profile, and `_endpoint`, to read no answer further than it can be good.
+    Beyond boto3's interface it uses these of botocore's (1.44): `_session`, to see what the user
+    chose in a profile, `_endpoint`, to read no answer further than it can be good, and the parser.
     """
     chosen = {name[4:].lower() for name in os.environ if name.startswith("AWS_")}
     chosen.update(scoped_config(session))
@@ -846,6 +846,8 @@ def new_client(session: Any, **credentials: str) -> Any:
         limits[checksums] = "when_required"  # else trailers, which break many stores (boto3#4392)
     if not chosen & {"max_attempts", "retry_mode"}:  # the SDK's attempts run dry; the loop's never
         limits["retries"] = {"mode": "standard", "total_max_attempts": 1}
+    parsers = session._session.get_component("response_parser_factory")
+    parsers.set_parser_defaults(timestamp_parser=str)  # else one wrong time spoils a whole list
     client = session.client("s3", config=Config(**limits), **credentials)
 
     def drop_expect(request: Any, **_: object) -> None:
@@ -853,12 +855,18 @@ def new_client(session: Any, **credentials: str) -> Any:
 
     def send(request: Any, **_: object) -> Any:  # every answer of S3 is read here, up to a limit
         request.stream_output = True
-        limit = LARGEST_BYTES if request.method == "GET" else 65536
+        if request.method == "HEAD":  # the SDK asks where the bucket is, and is redirected again
+            raise ValueError("a redirect that names no region")
+        limit = 65536
+        if request.method == "GET":
+            limit = LIST_BYTES_MAX if "list-type=" in request.url else LARGEST_BYTES
         answer = client._endpoint.http_session.send(request)
         data = answer.raw.read(limit + 1)
         if len(data) > limit:
             answer.raw.close()
             answer.headers["Content-Length"] = str(len(data))
+        elif answer.raw.length_remaining or answer.status_code // 100 == 1:
+            raise sdk.HTTPClientError(error="the answer is cut short")
         answer.raw = AnswerBody(data)
         return answer
 
@@ -1025,9 +1033,8 @@ class StoredVersion(NamedTuple):
     marks: tuple[str, ...] = ()  # what deserves a look
 
     def counts_from(self) -> datetime:
-        """Return the earlier of capture and storing; S3 cuts its times to the second."""
-        is_ahead = self.captured_at >= self.stored_at + timedelta(seconds=1)
-        return self.stored_at if is_ahead else self.captured_at
+        """Return the earlier of capture and storing, whose time S3 may have cut to the second."""
+        return min(self.captured_at, self.stored_at + timedelta(microseconds=999_999))
 
     def marked(self, older: StoredVersion | None) -> StoredVersion:
         """Return it with its marks, beside the version before it."""
@@ -1053,11 +1060,11 @@ def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
             key = str(entry.get("Key"))
             name = key.removeprefix(bucket.prefix)
             captured = captured_at(name)
-            if captured is None:
+            if captured is None or key != bucket.prefix + name:
                 others += 1
                 continue
-            with contextlib.suppress(KeyError, OverflowError):  # no such field, no possible time
-                at = entry["LastModified"].astimezone(UTC)
+            with contextlib.suppress(KeyError, ValueError, OverflowError):  # no field, no such time
+                at = datetime.fromisoformat(entry["LastModified"]).astimezone(UTC)
                 version = StoredVersion(name, key, int(entry["Size"]), captured, at)
                 if version.size_bytes >= EMPTY_BYTES:
                     versions.append((version.counts_from(), version))
@@ -1072,38 +1079,37 @@ def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
 
 def list_pages(bucket: Bucket) -> Iterator[dict[str, Any]]:
     """Yield what S3 tells of the keys under the prefix, page by page; raises BackupError."""
-    what, client = f"cannot list: s3://{bucket.name}/{bucket.prefix}", bucket.connect()
+    what = f"cannot list: s3://{bucket.name}/{bucket.prefix}"
     request = {"Bucket": bucket.name, "Prefix": bucket.prefix, "Delimiter": "/"}
+    tokens = {""}
     for _ in range(PAGES_MAX):
-        with explained(what):
-            page = client.list_objects_v2(**request)
-        if "IsTruncated" not in page:
+        with alarm(ONE_SHOT_SECONDS), explained(what):
+            page = bucket.connect().list_objects_v2(**request)
+        if page.keys().isdisjoint(("IsTruncated", "Contents", "CommonPrefixes")):
             raise TransientError(f"{what}: the answer is not S3's", SOMETHING_BETWEEN)
         yield page
-        if not page["IsTruncated"]:
+        token = page.get("NextContinuationToken", "")
+        if not token and not page.get("IsTruncated"):
             return
-        last, token = request.get("ContinuationToken"), page.get("NextContinuationToken")
-        if token in (None, "", last):
+        if token in tokens:
             break
+        tokens.add(token)
         request["ContinuationToken"] = token
     log.warning("%s: the list has no proper end; what S3 has listed is used", what)
 
 
-def get_version(bucket: Bucket, key: str) -> bytes:
-    """Return the bytes of a version, verified by its metadata, or else by the digits of its name.
-
-    Raises BackupError, and DamagedError if the bytes are not that version's.
-    """
-    what, client = f"cannot use s3://{bucket.name}/{key}", bucket.connect()
-    with explained(what):
-        answer = client.get_object(Bucket=bucket.name, Key=key)
+def get_version(bucket: Bucket, key: str, seconds: float = ONE_SHOT_SECONDS) -> bytes:
+    """Return the bytes of a version; raises BackupError, DamagedError if they are others."""
+    what = f"cannot use s3://{bucket.name}/{key}"
+    with alarm(seconds), explained(what):
+        answer = bucket.connect().get_object(Bucket=bucket.name, Key=key)
         data: bytes = answer["Body"].read()
-    if not answer.get("ETag"):
-        raise TransientError(f"{what}: the answer is not S3's", SOMETHING_BETWEEN)
     metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
     sha256, wanted = sha256_of(data), metadata.get("sha256")  # some stores write Sha256
     is_whole = len(data) >= EMPTY_BYTES and key.endswith(sha256[-6:])
     if not is_whole or wanted not in (None, sha256):
+        if not answer.get("ETag"):
+            raise TransientError(f"{what}: the answer is not S3's", SOMETHING_BETWEEN)
         raise DamagedError(f"{what}: damaged: its bytes are not those of its name and metadata")
     if wanted is None:
         log.warning("no SHA-256 in the metadata, only the six digits were checked: %s", key)
@@ -1116,6 +1122,8 @@ def get_version(bucket: Bucket, key: str) -> bytes:
 
 def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
     """Watch and back up until stopped."""
+    if not sys.stderr.isatty():  # a log that nobody reads must not hold up a backup
+        os.set_blocking(sys.stderr.fileno(), False)
     file = settings.file
     log.info("watching %s, staging in %s", file, settings.staging)
     if os.path.islink(file):
@@ -1141,9 +1149,9 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
     if daemon.list_at == 0.0:  # what waits in the staging directory was not all seen
         error = error or daemon.disk.error
     if daemon.is_waiting():
-        error = daemon.storing.error or TransientError("S3 is too slow")
+        error = daemon.storing.error or TransientError("S3 is too slow", NETWORK)
         count = len(daemon.staging.pending) + (daemon.unstaged is not None)
-        log.error("waiting, and not sent: %d", count)
+        log.error("waiting, and not sent in time: %d", count)
     return error.exit_code if error else EXIT_DONE
 
 
@@ -1197,7 +1205,7 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     """Judge by the last receipt, and by how long LND's file has been waiting."""
     receipt = read_receipt(settings.staging)
     limit = 2 * settings.refresh_seconds
-    written = datetime.fromtimestamp(os.path.getmtime(settings.file), UTC)
+    written = datetime.fromtimestamp(min(os.path.getmtime(settings.file), time.time()), UTC)
     why = f"the version on disk has been waiting since {written:%Y-%m-%d %H:%M} UTC"
     if receipt and (receipt.bucket, receipt.key) == (bucket.place, bucket.prefix + receipt.name):
         stored = f"{receipt.stored_at[:16]} UTC"
@@ -1207,19 +1215,15 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
         if limit and age_seconds(datetime.fromisoformat(receipt.stored_at)) > limit:
             return Verdict(False, "receipt", receipt, f"nothing was stored since {stored}")
     else:
-        receipt, why = None, f"{why}, and BACKUP_DIRECTORY has no receipt"
+        receipt, why = None, f"{why}, and BACKUP_DIRECTORY has no receipt of this bucket"
     is_late = age_seconds(written) > LATE_SECONDS
     return Verdict(False if is_late else None, "receipt", receipt, why)
 
 
 def judge(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
-    """Return whether the version on disk is backed up. Where S3 does not tell, the receipt may.
-
-    Raises BackupError if neither tells.
-    """
+    """Judge by the bucket, or by the receipt where S3 does not tell; raises BackupError."""
     try:
-        with alarm(ONE_SHOT_SECONDS):
-            return check_bucket(bucket, data)
+        return check_bucket(bucket, data)
     except AccessDeniedError:
         return check_receipt(settings, bucket, data)
     except BackupError as error:
@@ -1248,21 +1252,21 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
     if options.json:
         answer: dict[str, Any] = {"current": verdict.current, "proof": verdict.proof, "key": key}
         answer |= {"captured_at": captured, "stored_at": stored, "staged": staged}
-        print(json.dumps(answer | {"reason": verdict.reason}, default=datetime.isoformat))
+        answer["reason"] = printable(verdict.reason)
+        print(json.dumps(answer, default=datetime.isoformat))
     else:
         word = {True: "BACKED UP", False: "NOT BACKED UP", None: "UNKNOWN"}[verdict.current]
-        print(printable(f"{word}: {verdict.reason}; newest known version: {key}"))
+        print(printable(f"{word}: {verdict.reason}; newest known version: {key or 'none'}"))
     return code
 
 
 def command_list(options: argparse.Namespace, _: Settings, bucket: Bucket) -> int:
     """Print the versions in the bucket, newest first: as a table, or as JSON."""
-    with alarm(ONE_SHOT_SECONDS):
-        versions, others, folders = list_versions(bucket)
-        if not versions and bucket.prefix:  # is the prefix the wrong one?
-            with contextlib.suppress(BackupError), explained("cannot list"):
-                page = bucket.connect().list_objects_v2(Bucket=bucket.name, Delimiter="/")
-                folders += [str(each.get("Prefix")) for each in page.get("CommonPrefixes", [])]
+    versions, others, folders = list_versions(bucket)
+    if not versions and bucket.prefix:  # is the prefix the wrong one?
+        with contextlib.suppress(BackupError), alarm(TELLING_SECONDS), explained("cannot list"):
+            page = bucket.connect().list_objects_v2(Bucket=bucket.name, Delimiter="/")
+            folders += [str(each.get("Prefix")) for each in page.get("CommonPrefixes", [])]
     if options.json:
         answer = [each._asdict() | {"empty": each.size_bytes == EMPTY_BYTES} for each in versions]
         print(json.dumps(answer, indent=1, default=datetime.isoformat))
@@ -1301,17 +1305,18 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tu
     versions = list_versions(bucket)[0]
     earlier = ""
     if limit := options.before:
-        for version in versions:
-            if version.captured_at == limit:  # its name was given
-                limit = version.counts_from()
         earlier = f" before {limit.isoformat()}"
+        named = [version.captured_at for version in versions]
+        if limit in named:  # a version's name was given: S3's time may have decided its place
+            versions = versions[named.index(limit) + 1 :]
         versions = [version for version in versions if version.counts_from() < limit]
     full = [version for version in versions if version.size_bytes > EMPTY_BYTES]
     if not versions:
         hint = "`list` shows which versions and which folders there are"
         raise BackupError(f"{what}: there is no version{earlier}", hint)
     if not full:
-        hint = f"to restore it all the same: {restore_line(options, '--key', versions[0].key)}"
+        line = restore_line(options, "--key", versions[0].key)
+        hint = f"to restore it all the same: {line} --output {shlex.quote(options.output)}"
         raise BackupError(f"{what}: no version{earlier} holds channels", hint)
     while versions[0] != full[0]:
         empty = versions.pop(0).key
@@ -1323,7 +1328,7 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tu
     chosen = {each.key: ("", "") for each in [full[0], *drops[:3]]}
     for each, older in itertools.pairwise(full):
         if each.key in chosen:
-            line = restore_line(options, "--before", each.counts_from().isoformat())
+            line = restore_line(options, "--before", each.name)
             chosen[each.key] = (older.key, line)
     return chosen
 
@@ -1351,17 +1356,16 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
         raise BackupError(f"cannot restore: {path}: {why}", ELSEWHERE)
     if not output.parent.is_dir():
         raise BackupError(f"cannot restore: {output}: its directory is not there", ELSEWHERE)
-    until = time.monotonic() + ONE_SHOT_SECONDS
-    with alarm(ONE_SHOT_SECONDS * 0.8):
-        chosen = choose_versions(bucket, options)
-    told, faults = {}, []
+    chosen = choose_versions(bucket, options)
+    told, faults, seconds = {}, [], ONE_SHOT_SECONDS
     for path, (key, before) in zip(paths, chosen.items(), strict=False):
         try:
-            told[path] = restore_one(bucket, key, path, until, *before)
+            told[path] = restore_one(bucket, key, path, seconds, *before)
         except BackupError as error:
             if path == output:
                 raise
             faults.append((path, error))
+        seconds = ONE_SHOT_SECONDS / 4  # the others do not keep the first waiting
     steps = "  lncli verifychanbackup --multi_file {0}\n  lncli restorechanbackup --multi_file {0}"
     lines = "\n".join(steps.format(shlex.quote(str(file))) for file in told)
     line = "(there is no version before it)"
@@ -1374,15 +1378,10 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     return EXIT_DONE
 
 
-def restore_one(bucket: Bucket, key: str, path: Path, until: float, older: str, line: str) -> str:
-    """Download a version, verify it, write it to a new file; return what tells of it.
-
-    `until` is a time of time.monotonic, `line` the command line for the version before, `older`.
-    Raises BackupError.
-    """
+def restore_one(bucket: Bucket, key: str, path: Path, seconds: float, older: str, line: str) -> str:
+    """Download a version, verify it, write it to a new file; return what tells of it."""
     try:
-        with alarm(max(until - time.monotonic(), 1.0)):
-            data = get_version(bucket, key)
+        data = get_version(bucket, key, seconds)
         with opened(path.parent) as directory:
             write_file(directory, path.name, data, new=True)
     except OSError as error:
@@ -1390,7 +1389,9 @@ def restore_one(bucket: Bucket, key: str, path: Path, until: float, older: str, 
     except BackupError as error:
         if line:
             line = f"{older} is the version before it: {line} --output {shlex.quote(str(path))}"
-            error.hint = "; ".join(filter(None, (error.hint, line)))
+            if error.hint:
+                line = f"{error.hint}; {line}"
+            error.hint = line
         raise
     if len(data) == EMPTY_BYTES:
         log.warning("no channels in this version: restoring it brings nothing back from channels")
@@ -1503,7 +1504,7 @@ def explained(what: str, denied: str = READER) -> Iterator[None]:
 def classify_s3_error(what: str, error: Exception, denied: str = "") -> BackupError:
     """Return an error of the SDK as the kind that says whether trying again helps, with a hint."""
     message = f"{what}: {reason(error)}"
-    if "CERTIFICATE_VERIFY_FAILED" in message or "doesn't match" in message:
+    if "CERTIFICATE_VERIFY_FAILED" in message or "hostname '" in message:
         if "not yet valid" in message or "expired" in message:
             return TransientError(message, SET_CLOCK)
         return BackupError(message, "check AWS_CA_BUNDLE, and the name in the endpoint")
@@ -1637,7 +1638,7 @@ PATH, SECONDS, URL = (
 SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required), pattern, advice
     "MONITOR_FILE_PATH": (None, PATH, "write the absolute path of LND's channel.backup"),
     "BACKUP_DIRECTORY": (None, PATH, "write an absolute path, such as /var/lib/lnd-backup"),
-    "S3_BUCKET_NAME": (None, r"[\w.-]{3,255}|arn:(?!.*:::).+/.+", "write the name alone"),
+    "S3_BUCKET_NAME": (None, r"[A-Za-z0-9_.-]{3,255}|arn:(?!.*:::).+/.+", "write the name alone"),
     "S3_BACKUP_PREFIX": ("", "[^/].{0,240}", "write it like node1/ or a/b/, 240 letters at most"),
     "RESCAN_SECONDS": ("60", f"(?=.*[1-9]){SECONDS}", "write a number of seconds above 0"),
     "REFRESH_SECONDS": ("86400", SECONDS, "write a number of seconds; 0 turns it off"),
@@ -1661,10 +1662,7 @@ SDK_NAMES = """AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REG
 
 
 def load_settings(environ: Mapping[str, str], command: str) -> Settings:
-    """Return the settings; raises an ExceptionGroup of all ConfigErrors. Empty counts as not set.
-
-    What the command does not need is not judged.
-    """
+    """Return the settings that a command needs; raises an ExceptionGroup of all ConfigErrors."""
     needed = set(SETTINGS)
     if command in ("list", "restore"):
         needed = {"S3_BUCKET_NAME", "S3_BACKUP_PREFIX"}
@@ -1756,7 +1754,7 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
     if name == "COPY_DIRECTORY":  # a mount may hang: only its path is judged here
         is_taken = path == Path(values["BACKUP_DIRECTORY"]) or path.is_relative_to(file.parent)
         return ("is LND's, or the staging directory", "name another one") if is_taken else None
-    if is_lnds(path, file):
+    if is_lnds(place, file):
         return "is in a directory of LND's", "name another one: LND's directories are only read"
     if name == "METRICS_FILE" or not os.path.lexists(path):
         can_make = os.access(path.parent, os.W_OK | os.X_OK) and not os.path.isdir(path)
@@ -1767,7 +1765,7 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
     if status.st_uid != os.geteuid():
         inside = f"name a directory inside it, which is made then: {path / 'lnd-backup'}"
         return f"belongs to user {status.st_uid}, not to {os.geteuid()}", inside
-    if status.st_mode & 0o022 or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+    if status.st_mode & 0o022 or ~status.st_mode & 0o700:
         return "must be writable by its owner and nobody else", f"if nothing else uses it, {make}"
     return None
 
@@ -1854,7 +1852,7 @@ def build_parser() -> argparse.ArgumentParser:
     env_file.help = "read settings; the environment wins"
     options: dict[str, Any] = {"allow_abbrev": False, "parents": [common]}
     codes = "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again, 78 wrong configuration."
-    about = __doc__.splitlines()[0]
+    about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog, description=about, epilog=codes, **options)
     parser.add_argument("--version", action="version", version=f"{prog} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -1915,7 +1913,8 @@ def prepare_output() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to encode a path
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
-    logging.getLogger("botocore").setLevel(logging.CRITICAL)  # its errors are all explained here
+    for name in ("botocore", "urllib3"):  # their errors are all explained here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def prepare_environment(more: Mapping[str, str]) -> None:
@@ -1925,7 +1924,7 @@ def prepare_environment(more: Mapping[str, str]) -> None:
         if name.startswith("AWS_") and not value:
             del os.environ[name]  # the SDK would look for a profile, a region of no name
         if name.endswith(("SECRET_ACCESS_KEY", "TOKEN", "HEARTBEAT_URL")):
-            keep_secret(value)
+            keep_secret(value, value.partition("://")[2].partition("/")[2])
         if "@" in value and (name.lower().endswith("_proxy") or "ENDPOINT_URL" in name):
             user = value.rpartition("@")[0].rpartition("://")[2]
             keep_secret(user, user.partition("/")[0])

@@ -229,6 +229,7 @@ def test_a_list_that_is_none(raw_env: dict[str, str], body: bytes) -> None:
 
 
 OLDER = "alice/" + version_name(DATA, NOON - HOUR)
+OTHERS = version_name(b"of another node", NOON + HOUR)
 
 ODD = {
     "no token": listing(entry(KEY), truncated="true"),
@@ -242,6 +243,8 @@ ODD = {
     ),
     "numbers": listing(entry(KEY), entry(OLDER, size=-1), entry(OLDER, size="9" * 400)),
     "the year 9999": listing(entry(KEY), entry(OLDER, stored_at="9999-12-31T23:59:59.999Z")),
+    "a day that no month has": listing(entry(KEY), entry(OLDER, stored_at="2026-02-30T12:00:00Z")),
+    "another folder": listing(entry(KEY), entry(f"bob/{OTHERS}"), entry(OTHERS)),
     "dates": listing(
         entry(KEY),
         entry(OLDER, stored_at="0001-01-01T00:00:00+23:59"),
@@ -266,6 +269,88 @@ def test_a_list_of_which_a_part_is_usable(raw_env: dict[str, str], home: Path, o
         done = run(raw_env, raw.endpoint, "check")
         assert done.returncode == 0, done.stderr
         assert len(raw.requests) < 30
+
+
+@pytest.mark.parametrize(
+    "truncated", ["true", "True", "false", ""], ids=["said", "capital", "denied", "unsaid"]
+)
+def test_a_list_goes_on_while_there_is_a_token(raw_env: dict[str, str], truncated: str) -> None:
+    """A page that leads to another one is not the last, whatever else it says."""
+    older = "alice/" + version_name(DATA, NOON - HOUR)
+
+    def page(request: Request) -> Iterable[bytes]:
+        if "continuation-token=more" in request.path:
+            return framed([listing(entry(older))])
+        first = listing(entry(KEY), truncated=truncated, token="more")
+        return framed([first.replace(b"<IsTruncated></IsTruncated>", b"")])
+
+    with RawS3(page) as raw:
+        done = run(raw_env, raw.endpoint, "list", "--json")
+    assert [row["key"] for row in json.loads(done.stdout)] == [KEY, older]
+
+
+def test_each_page_and_each_file_has_its_own_time(
+    raw_env: dict[str, str], home: Path, started_by: Callable[[str], None]
+) -> None:
+    """A list and files that take longer in all than one answer may take are waited for."""
+    started_by(hurried(HURRY))
+    keys = ["alice/" + version_name(DATA, NOON - n * HOUR) for n in range(4)]
+    larger = channel_backup(9)
+    keys[1] = "alice/" + version_name(larger, NOON - HOUR)
+
+    def reply(request: Request) -> Iterator[bytes | float]:
+        yield A_MINUTE / 6
+        if not is_list(request):
+            data = larger if keys[1] in request.path else DATA
+            facts = FACTS | {"x-amz-meta-sha256": hashlib.sha256(data).hexdigest()}
+            yield from framed([data], headers=facts)
+            return
+        number = int(request.path.partition("continuation-token=")[2].partition("&")[0] or 0)
+        size = len(larger) if number == 1 else len(DATA)
+        token = str(number + 1) if number < 3 else None
+        page = listing(
+            entry(keys[number], size), truncated=str(token is not None).lower(), token=token
+        )
+        yield from framed([page])
+
+    with RawS3(reply) as raw:
+        done = run(raw_env, raw.endpoint, "restore", cwd=home, timeout=4 * A_MINUTE)
+    assert done.returncode == 0, done.stderr
+    assert (home / "channel.backup").read_bytes() == DATA
+    assert (home / "channel.backup.2").read_bytes() == larger
+
+
+def test_two_versions_of_one_second_keep_their_order(raw_env: dict[str, str], home: Path) -> None:
+    """Where S3 cuts its times to the second, the later of two names is the newer version, and the
+    command for the version before it fetches the other one.
+    """
+    newest = channel_backup(1)
+    early, late = (NOON + timedelta(milliseconds=ms) for ms in (900, 1100))
+    older, newer = (
+        "alice/" + version_name(data, at) for data, at in ((DATA, early), (newest, late))
+    )
+    page = listing(*(entry(key, len(DATA), "2026-03-01T12:00:00.000Z") for key in (older, newer)))
+    broken = threading.Event()
+
+    def version(request: Request) -> Iterable[bytes]:
+        data = DATA if older in request.path else newest
+        facts = FACTS | {"x-amz-meta-sha256": hashlib.sha256(data).hexdigest()}
+        return framed(
+            [b"x" * len(data) if broken.is_set() and data == newest else data], headers=facts
+        )
+
+    with RawS3(store(lambda _: framed([page]), version)) as raw:
+        done = run(raw_env, raw.endpoint, "list", "--json")
+        assert [row["key"] for row in json.loads(done.stdout)] == [newer, older]
+        assert run(raw_env, raw.endpoint, "restore", cwd=home).returncode == 0
+        assert (home / "channel.backup").read_bytes() == newest
+        broken.set()
+        done = run(raw_env, raw.endpoint, "restore", "--output", "second", cwd=home)
+        assert done.returncode == 1
+        _, *words = shlex.split(done.stderr.partition(f"{older} is the version before it: ")[2])
+        words = words[words.index("restore") : words.index("--output")]
+        assert run(raw_env, raw.endpoint, *words, "--output", "third", cwd=home).returncode == 0
+        assert (home / "third").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("odd", ["no token", "fields"])

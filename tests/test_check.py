@@ -248,6 +248,17 @@ def test_a_receipt_does_not_outweigh_the_bucket(
     assert (answer.code, answer.fields["proof"]) == (1, "bucket")
 
 
+def test_a_secret_in_the_endpoint_is_masked(env: dict[str, str], lnd: Lnd) -> None:
+    """Neither form of the verdict repeats the user of an endpoint's URL."""
+    lnd.write()
+    env["AWS_ENDPOINT_URL_S3"] = "http://somebody:some-secret@127.0.0.1:1"
+    for options in ([], ["--json"]):
+        done = run_script(env, "check", *options)
+        assert "127.0.0.1:1" in done.stdout
+        assert "some" not in done.stdout
+        assert "some" not in done.stderr
+
+
 def test_one_damaged_copy_of_two(
     s3: S3Server, bucket: str, node_reader: dict[str, str], env: dict[str, str], lnd: Lnd
 ) -> None:

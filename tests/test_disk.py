@@ -597,6 +597,26 @@ def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd
     assert done.returncode == 0
 
 
+def test_a_disk_that_is_read_only_at_the_start(small_disk: Path, lnd: Lnd) -> None:
+    """Where the staging disk has become read-only, a restart sends what waits there, and the newest
+    from memory.
+    """
+    queue = program.Staging(small_disk)
+    stage(queue, older := channel_backup(1))
+    leave(small_disk)
+    mount = shutil.which("mount") or "mount"
+    subprocess.run([mount, "-o", "remount,ro", str(small_disk)], check=True)
+    version = lnd.write()
+    with FakeS3() as fake:
+        with Daemon(settings_at(fake.endpoint, lnd, small_disk)) as daemon:
+            daemon.wait_for_stored(version)
+            daemon.wait_for_log(rf"stored s3://\S+-{digest(older)[-6:]}")
+            assert "Read-only file system" in daemon.log
+            assert daemon.stop() == 0
+        assert {request.body for request in fake.requests} == {version.data, older}
+        assert fake.requests[-1].body == version.data
+
+
 @pytest.mark.parametrize(
     "code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=os.strerror
 )

@@ -4,6 +4,7 @@ seldom.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -17,12 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import (
     MADE_UP,
+    PATIENCE_SECONDS,
     SCRIPT,
     Daemon,
     FakeS3,
     Lnd,
+    RawS3,
     S3Server,
     Script,
+    answers,
     channel_backup,
     reader_settings,
     run_script,
@@ -183,6 +187,40 @@ def test_a_secret_that_a_library_puts_into_a_message_is_masked(
         text = program.LineFormatter().format(entry)
         assert "eim" not in text
         assert "***" in text
+
+
+def test_the_path_of_the_heartbeat_never_reaches_the_log(
+    fake_env: dict[str, str], lnd: Lnd
+) -> None:
+    """A server that repeats the path of the heartbeat in its answer tells it to nobody."""
+    lnd.write()
+    with RawS3(lambda request: answers.framed([b""], status=f"404 no {request.path}")) as raw:
+        fake_env["HEARTBEAT_URL"] = f"{raw.endpoint}/ping/geheim-geheim"
+        done = run_script(fake_env, "once")
+        assert raw.requests
+    assert "HEARTBEAT_URL" in done.stderr
+    assert "geheim" not in done.stderr
+
+
+def test_a_log_that_nobody_reads_holds_up_nothing(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """While nobody reads its stderr, which takes 4 KiB, all versions are stored, and a stop ends
+    it.
+    """
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    environment = fake_env | SELDOM | {"PATH": os.environ["PATH"], "HOME": str(staging.parent)}
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT)], env=environment, stderr=writing
+    ) as process:
+        os.close(writing)
+        for number in range(60):
+            lnd.write()
+            fake.wait_for_requests(number + 1)
+        process.terminate()
+        assert process.wait(PATIENCE_SECONDS) == 0
+    os.close(reading)
 
 
 def test_the_secrets_of_the_environment_never_reach_the_log() -> None:

@@ -322,6 +322,13 @@ def test_directory_with_lnds_files_is_a_fault(
     assert "LND" in str(staging_fault(good, staging))
 
 
+def test_metrics_beside_lnds_files_are_a_fault(good: dict[str, str], tmp_path: Path) -> None:
+    """A file of metrics is not written into a directory that holds what LND keeps."""
+    (tmp_path / "wallet.db").touch()
+    found = faults(good | {"METRICS_FILE": str(tmp_path / "lnd.prom")})
+    assert "LND" in str(found["METRICS_FILE"])
+
+
 def test_directory_with_lnds_files_that_cannot_be_listed_is_a_fault(
     public: Path, good: dict[str, str]
 ) -> None:

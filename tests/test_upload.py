@@ -22,6 +22,7 @@ from kit import (
     FakeS3,
     FaultProxy,
     Lnd,
+    RawS3,
     S3Server,
     Script,
     answers,
@@ -233,6 +234,39 @@ def test_false_receipts_are_refused(
         ):
             bucket.put(SOME_NAME, channel_backup(1))
         assert bucket.put(SOME_NAME, channel_backup(1))
+
+
+@pytest.mark.parametrize("status", ["101 Switching Protocols", "200 OK"])
+def test_an_answer_that_is_no_end_is_no_receipt(fake_env: dict[str, str], status: str) -> None:
+    """An answer that only announces something, or breaks off before its body, proves nothing."""
+    headers = {"ETag": '"x"', "Content-Length": "5" if status == "200 OK" else "0"}
+    with (
+        RawS3(lambda _: [answers.head(status, headers)]) as raw,
+        use(fake_env | {"AWS_ENDPOINT_URL_S3": raw.endpoint}) as bucket,
+        pytest.raises(program.TransientError, match="cut short"),
+    ):
+        bucket.put(SOME_NAME, channel_backup(1))
+
+
+def test_a_redirect_that_names_no_region_costs_one_request(fake_env: dict[str, str]) -> None:
+    """What redirects everything, as a captive portal does, is not asked where the bucket is."""
+    with (
+        RawS3(lambda _: answers.framed([b""], status="307 Temporary Redirect")) as raw,
+        use(fake_env | {"AWS_ENDPOINT_URL_S3": raw.endpoint}) as bucket,
+    ):
+        with pytest.raises(program.TransientError, match="names no region"):
+            bucket.put(SOME_NAME, channel_backup(1))
+        assert len(raw.requests) == 1
+
+
+def test_a_header_that_is_none_makes_no_traceback(fake_env: dict[str, str], lnd: Lnd) -> None:
+    """A line without a colon among the headers is nothing that the log has to tell."""
+    lnd.write()
+    good = answers.head("200 OK", {"ETag": '"x"', "Content-Length": "0"})
+    odd = good.replace(b"ETag", b"no header\r\nETag")
+    with RawS3(lambda _: [odd]) as raw:
+        done = run_script(fake_env | {"AWS_ENDPOINT_URL_S3": raw.endpoint}, "once")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_right_echo_is_a_receipt_everywhere(fake: FakeS3, fake_env: dict[str, str]) -> None:

@@ -1049,10 +1049,7 @@ class StoredVersion(NamedTuple):
 
 
 def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
-    """Return the versions right under the prefix, newest first; raises BackupError.
-
-    Also returns the number of other keys, and the folders. What is unusable is logged.
-    """
+    """Return versions, newest first, the number of other keys, and folders; raises BackupError."""
     versions, unusable, others, folders = [], 0, 0, []
     for page in list_pages(bucket):
         folders += [str(each.get("Prefix")) for each in page.get("CommonPrefixes", [])]
@@ -1928,6 +1925,8 @@ def prepare_environment(more: Mapping[str, str]) -> None:
         if "@" in value and (name.lower().endswith("_proxy") or "ENDPOINT_URL" in name):
             user = value.rpartition("@")[0].rpartition("://")[2]
             keep_secret(user, user.partition("/")[0])
+    for codec in ("idna", "unicode_escape"):  # loaded now: a lookup that fails once fails for ever
+        "a".encode(codec)
     warn_of_misspelt(more)
     sources.ProcessProvider = functools.partial(sources.ProcessProvider, popen=CredentialProgram)
     sources.AssumeRoleProvider = functools.partial(sources.AssumeRoleProvider, prompter=no_prompt)

@@ -269,6 +269,37 @@ def test_a_header_that_is_none_makes_no_traceback(fake_env: dict[str, str], lnd:
     assert "Traceback" not in done.stderr
 
 
+NO_CODECS = """
+import os, sys
+class Broken:
+    def find_spec(self, name, *_):
+        if name.startswith("encodings.") and os.path.exists({there!r}):
+            raise ImportError(name)
+sys.meta_path.insert(0, Broken())
+"""
+
+
+def test_a_codec_that_cannot_be_loaded_for_a_moment(
+    fake: FakeS3,
+    fake_env: dict[str, str],
+    lnd: Lnd,
+    tmp_path: Path,
+    started_by: Callable[[str], None],
+) -> None:
+    """Python remembers a codec that it could not load once, so those that the first connection
+    needs are there before it.
+    """
+    there = tmp_path / "broken"
+    started_by(NO_CODECS.format(there=str(there)))
+    with Script(fake_env) as script:
+        script.wait_for_log("using endpoint")
+        there.touch()
+        lnd.write()
+        script.wait_for_log("stored s3://")
+        assert script.stop() == 0
+    assert len(fake.requests) == 1
+
+
 def test_a_right_echo_is_a_receipt_everywhere(fake: FakeS3, fake_env: dict[str, str]) -> None:
     """A store that is not AWS and names the right SHA-256 of its own accord has given a receipt."""
     data = channel_backup(1)

@@ -45,7 +45,7 @@ from kit import (
     unlistable_while,
 )
 from kit.script import write_launcher
-from shared import AT_ONCE, OFTEN, SELDOM, leave, staged
+from shared import AT_ONCE, NOWHERE, OFTEN, SELDOM, leave, staged
 
 import s3_backup_lnd_channels as program
 
@@ -595,6 +595,19 @@ def test_once_sends_from_memory_when_the_disk_is_full(small_disk: Path, lnd: Lnd
         assert [request.body for request in fake.requests] == [version.data]
     assert "No space left" in done.stderr
     assert done.returncode == 0
+
+
+def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(small_disk: Path, lnd: Lnd) -> None:
+    """A stop with a version in memory alone says which one is lost with it."""
+    program.Staging(small_disk)
+    leave(small_disk)
+    fill(small_disk)
+    version = lnd.write()
+    env = settings_at(NOWHERE, lnd, small_disk) | {"SHUTDOWN_GRACE_SECONDS": "0"}
+    with Daemon(SELDOM | env) as daemon:
+        daemon.wait_for_captured(version)
+        assert daemon.stop() == 0
+        assert re.search(rf"error: not backed up: \S+-{version.sha256[-6:]}: ", daemon.log)
 
 
 def test_a_disk_that_is_read_only_at_the_start(small_disk: Path, lnd: Lnd) -> None:

@@ -1119,8 +1119,8 @@ def get_version(bucket: Bucket, key: str, seconds: float = ONE_SHOT_SECONDS) -> 
 
 def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
     """Watch and back up until stopped."""
-    if not sys.stderr.isatty():  # a log that nobody reads must not hold up a backup
-        os.set_blocking(sys.stderr.fileno(), False)
+    with contextlib.suppress(OSError):  # a log that nobody reads must not hold up a backup
+        os.set_blocking(2, os.isatty(2))  # by number: Python knows no stderr that was closed
     file = settings.file
     log.info("watching %s, staging in %s", file, settings.staging)
     if os.path.islink(file):
@@ -1146,7 +1146,7 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
     if daemon.list_at == 0.0:  # what waits in the staging directory was not all seen
         error = error or daemon.disk.error
     if daemon.is_waiting():
-        error = daemon.storing.error or TransientError("S3 is too slow", NETWORK)
+        error = daemon.storing.error or TransientError("S3 is too slow")
         count = len(daemon.staging.pending) + (daemon.unstaged is not None)
         log.error("waiting, and not sent in time: %d", count)
     return error.exit_code if error else EXIT_DONE

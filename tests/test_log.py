@@ -223,6 +223,28 @@ def test_a_log_that_nobody_reads_holds_up_nothing(
     os.close(reading)
 
 
+def test_what_is_in_use_is_told_once(fake: FakeS3, fake_env: dict[str, str], lnd: Lnd) -> None:
+    """A key that S3 refuses again and again does not fill the log with where it came from."""
+    fake.set_default(answers.UNKNOWN_KEY)
+    lnd.write()
+    with Daemon(fake_env | SELDOM) as daemon:
+        fake.wait_for_requests(3)
+        assert daemon.log.count("using endpoint") == 1
+
+
+def test_a_log_that_is_closed_holds_up_nothing(
+    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
+) -> None:
+    """Somebody may start it with a closed stderr; the version is stored, and a stop ends it."""
+    lnd.write()
+    environment = fake_env | {"PATH": os.environ["PATH"], "HOME": str(staging.parent)}
+    command = ["/bin/sh", "-c", 'exec "$0" "$1" 2>&-', sys.executable, str(SCRIPT)]
+    with subprocess.Popen(command, env=environment) as process:
+        fake.wait_for_requests(1)
+        process.terminate()
+        assert process.wait(PATIENCE_SECONDS) == 0
+
+
 def test_the_secrets_of_the_environment_never_reach_the_log() -> None:
     """The value of a secret variable is masked, wherever in a message it turns up."""
     secrets = {

@@ -586,7 +586,7 @@ class Daemon:
         except OSError as error:
             what = f"{error.filename or ''} {error.strerror}".strip()
             message = f"cannot use BACKUP_DIRECTORY: {self.staging.directory}: {what}"
-            hint = "free or repair the disk (replaced: restart); the newest is sent from memory"
+            hint = "free or repair the disk; if replaced, restart; the newest is sent from memory"
             self.disk.report(BackupError(message, hint))
 
     def list_staging(self) -> None:

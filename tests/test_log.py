@@ -24,7 +24,6 @@ from kit import (
     Daemon,
     FakeS3,
     Lnd,
-    RawS3,
     S3Server,
     Script,
     answers,
@@ -99,19 +98,6 @@ def test_journald_gets_a_priority_on_every_line_of_a_traceback(
     assert len(lines) > 4
     assert all(line.startswith("<2>") and line.isprintable() for line in lines)
     assert "geheim" not in text
-
-
-def test_the_path_of_the_heartbeat_never_reaches_the_log(
-    fake_env: dict[str, str], lnd: Lnd
-) -> None:
-    """A server that repeats the path of the heartbeat in its answer tells it to nobody."""
-    lnd.write()
-    with RawS3(lambda request: answers.framed([b""], status=f"404 no {request.path}")) as raw:
-        fake_env["HEARTBEAT_URL"] = f"{raw.endpoint}/ping/geheim-geheim"
-        done = run_script(fake_env, "once")
-        assert raw.requests
-    assert "HEARTBEAT_URL" in done.stderr
-    assert "geheim" not in done.stderr
 
 
 def test_a_log_that_nobody_reads_holds_up_nothing(

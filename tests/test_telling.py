@@ -78,8 +78,9 @@ def telling_env(fake: FakeS3, lnd: Lnd, staging: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def beating(telling_env: dict[str, str], beat: FakeS3) -> dict[str, str]:
-    """Return the settings with a heartbeat."""
+def beating(telling_env: dict[str, str], beat: FakeS3, lnd: Lnd) -> dict[str, str]:
+    """Return the settings with a heartbeat, and let a version be on disk."""
+    lnd.write()
     return telling_env | {"HEARTBEAT_URL": f"{beat.endpoint}{SECRET_PATH}"}
 
 
@@ -389,7 +390,7 @@ def test_one_heartbeat_for_each_confirmed_backup(
     """The URL is requested once when the bucket holds the current file, and not while it does
     not.
     """
-    first = lnd.write()
+    (first,) = lnd.written
     beating["HEARTBEAT_URL"] += "?a=1&b=%20"
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")
@@ -443,7 +444,6 @@ def test_a_heartbeat_that_hangs_delays_nothing(
     """
     impatient(TELLING_SECONDS=1000.0)
     beat.hold()
-    lnd.write()
     with Daemon(beating | {"SHUTDOWN_GRACE_SECONDS": "1000"}) as daemon:
         beat.wait_for_requests(1, method="GET")
         for _ in range(3):
@@ -456,15 +456,12 @@ def test_a_heartbeat_that_hangs_delays_nothing(
         expect_secret(daemon)
 
 
-def test_a_redirect_is_not_followed(
-    beating: dict[str, str], lnd: Lnd, fake: FakeS3, beat: FakeS3
-) -> None:
+def test_a_redirect_is_not_followed(beating: dict[str, str], fake: FakeS3, beat: FakeS3) -> None:
     """Whoever answers in the heartbeat's place cannot send the request elsewhere; it is a failure,
     told as one.
     """
     moved = Answer(302, headers={"Location": f"{fake.endpoint}/elsewhere"}, etag=False)
     beat.set_default(moved, "GET")
-    lnd.write()
     with Daemon(beating) as daemon:
         daemon.wait_for_log("cannot .*302")
         wait_for_reports(daemon)
@@ -481,7 +478,6 @@ def test_a_heartbeat_that_fails_is_told_once(
     knows while there is nothing to tell; backups go on meanwhile.
     """
     beat.set_default(answer, "GET")
-    lnd.write()
     with Daemon(beating) as daemon:
         beat.wait_for_requests(4, method="GET")
         daemon.wait_for_stored(lnd.write())
@@ -510,7 +506,7 @@ def test_a_lasting_trouble_alarms_once(
     """
     impatient(ALARM_SECONDS=0.5)
     beating["HEARTBEAT_URL"] += "?rid=7"
-    version = lnd.write()
+    (version,) = lnd.written
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")
         for alarms in (1, 2):
@@ -538,10 +534,11 @@ def test_a_lasting_trouble_alarms_once(
 
 
 def test_an_alarm_that_cannot_be_sent_is_sent_later(
-    beating: dict[str, str], beat: FakeS3, impatient: Callable[..., None]
+    beating: dict[str, str], lnd: Lnd, beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
     """An alarm that the heartbeat's service refuses is tried again until it takes it."""
     impatient(ALARM_SECONDS=0.0)
+    lnd.path.unlink()
     beat.set_default(answers.INTERNAL_ERROR, "POST")
     with Daemon(beating) as daemon:
         beat.wait_for_requests(3, method="POST")
@@ -561,13 +558,12 @@ def test_once_sends_a_heartbeat(
     """
     left = channel_backup(3)
     (staging / true_name(left)).write_bytes(left)
-    version = lnd.write()
+    (version,) = lnd.written
     done_well(beating)
     assert [request.path for request in beat.requests] == [SECRET_PATH]
     bodies = [request.body for request in fake.requests]
     assert bodies == [version.data, left, version.data]  # the newest once more, as the last one
     fake.set_default(answers.ACCESS_DENIED)
-    lnd.write()
     assert run_script(beating, "once").returncode == 1
     lnd.place(b"")
     fake.set_default(answers.STORED)
@@ -576,12 +572,11 @@ def test_once_sends_a_heartbeat(
 
 
 def test_a_heartbeat_without_a_refresh_is_warned_of(
-    beating: dict[str, str], telling_env: dict[str, str], lnd: Lnd
+    beating: dict[str, str], telling_env: dict[str, str]
 ) -> None:
     """REFRESH_SECONDS=0 makes a quiet node look dead to the heartbeat; alone, each of the two is no
     matter.
     """
-    lnd.write()
     for settings, expected in (
         (beating | {"REFRESH_SECONDS": "0"}, True),
         (telling_env | {"REFRESH_SECONDS": "0"}, False),
@@ -607,34 +602,30 @@ def test_a_heartbeat_without_a_refresh_is_warned_of(
         "http://{}\xe9",
     ],
 )
-def test_a_heartbeat_must_be_http(telling_env: dict[str, str], lnd: Lnd, url: str) -> None:
+def test_a_heartbeat_must_be_http(beating: dict[str, str], url: str) -> None:
     """Any other URL is wrong configuration, and the message names the variable and not the URL."""
-    lnd.write()
     wrong = url.format(f"127.0.0.1{SECRET_PATH}")
-    told = refused(telling_env | {"HEARTBEAT_URL": wrong}, "HEARTBEAT_URL")
+    told = refused(beating | {"HEARTBEAT_URL": wrong}, "HEARTBEAT_URL")
     assert not re.search(r"127\.0\.0\.1|top-secret|word@", told)
 
 
-def test_the_heartbeat_is_named(beating: dict[str, str], lnd: Lnd, beat: FakeS3) -> None:
-    """A heartbeat that fails is called by its variable, which is not shown, and what to do is not
-    what one does about S3.
+def test_the_heartbeat_is_named(beating: dict[str, str]) -> None:
+    """A heartbeat that fails is called by its variable, which is not shown, also if its server
+    repeats it; what to do is not what one does about S3.
     """
-    lnd.write()
-    beat.set_default(answers.INTERNAL_ERROR, "GET")
-    nobody = f"http://127.0.0.1:1{SECRET_PATH}"
-    for url, why in ((nobody, "Connection refused"), (beating["HEARTBEAT_URL"], "Error 500")):
-        told = done_well(beating | {"HEARTBEAT_URL": url}).stderr
-        found = re.search(f"warning: cannot reach HEARTBEAT_URL: .*{why}.*\n.*hint: (.*)", told)
-        assert found
-        assert not re.search("staged|bucket|list shows", found[1])
-        assert "top-secret" not in told
+    with RawS3(lambda request: answers.framed([], status=f"404 no {request.path}")) as raw:
+        for at, why in (("http://127.0.0.1:1", "Connection refused"), (raw.endpoint, "404: no")):
+            told = done_well(beating | {"HEARTBEAT_URL": at + SECRET_PATH}).stderr
+            found = re.search(f"warning: cannot reach HEARTBEAT_URL: .*{why}.*\n.*hint: (.*)", told)
+            assert found
+            assert not re.search("staged|bucket|list shows", found[1])
+            assert "top-secret" not in told
 
 
 def test_metrics_that_cannot_be_written_do_not_silence_the_heartbeat(
-    beating: dict[str, str], lnd: Lnd, beat: FakeS3, prom: Path
+    beating: dict[str, str], beat: FakeS3, prom: Path
 ) -> None:
     """What watches over the heartbeat is not to hear of a death that is none."""
-    lnd.write()
     prom.with_name(f".{prom.name}.partial").mkdir()
     with Daemon(beating | {"METRICS_FILE": str(prom)}) as daemon:
         daemon.wait_for_log("cannot write METRICS_FILE")
@@ -646,7 +637,6 @@ def test_a_heartbeat_that_drips_stops_no_upload(
 ) -> None:
     """However many heartbeats hang, answered by a byte now and then, versions are sent."""
     impatient(TELLING_SECONDS=0.25, THREADS_MAX=2)
-    lnd.write()
     with RawS3(lambda _: answers.dripping(b"HTTP/1.1 200 OK\r\nX: ")) as raw:
         beating["HEARTBEAT_URL"] = raw.endpoint + SECRET_PATH
         with Daemon(beating) as daemon:
@@ -665,7 +655,6 @@ def test_a_staging_directory_that_cannot_be_listed_is_no_fault_of_the_heartbeat(
     """
     broken = tmp_path / "broken"
     impatient(unlistable_while(broken))
-    lnd.write()
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")
         broken.touch()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import VERSION_NAME, Daemon, FakeS3, run_script
+from kit import VERSION_NAME, Daemon, FakeS3
+from kit.script import LATE_ENOUGH
+from shared import AWAY, done_well, refused, staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +38,10 @@ def test_once_copies_and_a_second_time_adds_nothing(
     """`once` keeps the version in the second place; the same bytes are not kept again."""
     version = lnd.write()
     for _ in range(2):
-        done = run_script(fake_env, "once")
-        assert done.returncode == 0, done.stderr
+        done_well(fake_env)
+        (file,) = copies.iterdir()
         assert kept(copies) == {version.data}
-        assert len(list(copies.iterdir())) == 1
-    (file,) = copies.iterdir()
-    assert file.stat().st_mode & 0o137 == 0
+        assert file.stat().st_mode & 0o137 == 0
 
 
 def test_a_stick_that_is_missing_is_told_and_nothing_is_made(
@@ -67,36 +67,32 @@ def test_a_stick_that_is_missing_is_told_and_nothing_is_made(
 def test_a_directory_of_lnds_is_refused(
     fake_env: dict[str, str], lnd: Lnd, copies: Path, staging: Path
 ) -> None:
-    """LND's directory and the staging directory cannot be the second place."""
+    """LND's directory and the staging directory cannot be the second place, also behind a link, nor
+    can any other directory in which LND keeps its data.
+    """
     lnd.write()
     for wrong in (lnd.directory, lnd.directory / "below", staging, f"{staging}/"):
-        done = run_script(fake_env | {"COPY_DIRECTORY": str(wrong)}, "once")
-        assert done.returncode == 78
-        assert f"COPY_DIRECTORY={wrong}" in done.stderr
-    link = copies / "link"
-    link.symlink_to(staging)
-    fake_env["COPY_DIRECTORY"] = str(link)
-    assert "cannot copy to COPY_DIRECTORY" in run_script(fake_env, "once").stderr
-    assert not [name for name in staging.iterdir() if VERSION_NAME.fullmatch(name.name)]
-    link.unlink()
-    link.symlink_to(lnd.directory)
-    assert "cannot copy to COPY_DIRECTORY" in run_script(fake_env, "once").stderr
-    assert [file.name for file in lnd.directory.iterdir()] == [lnd.path.name]
-    link.unlink()
-    fake_env["COPY_DIRECTORY"] = str(copies)
-    (copies / "wallet.db").touch()
-    done = run_script(fake_env, "once")
-    assert "cannot copy to COPY_DIRECTORY" in done.stderr
-    assert [file.name for file in copies.iterdir()] == ["wallet.db"]
+        refused(fake_env | {"COPY_DIRECTORY": str(wrong)}, f"COPY_DIRECTORY={wrong}")
+    (copies / "other").mkdir()
+    (copies / "other/wallet.db").touch()
+    for wrong, left in (
+        (staging, {".lock", ".receipt"}),
+        (lnd.directory, {lnd.path.name}),
+        (copies / "other", {"wallet.db"}),
+    ):
+        link = copies / f"to-{wrong.name}"
+        link.symlink_to(wrong)
+        done = done_well(fake_env | {"COPY_DIRECTORY": str(link)})
+        assert "cannot copy to COPY_DIRECTORY" in done.stderr
+        assert {file.name for file in wrong.iterdir()} == left
 
 
 def leave_staged(env: dict[str, str], staging: Path) -> str:
     """Run the daemon without S3, and return the name of the version that it leaves behind."""
-    away = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "SHUTDOWN_GRACE_SECONDS": "0"}
-    with Daemon(env | away) as daemon:
+    with Daemon(env | AWAY) as daemon:
         daemon.wait_for_log("captured")
         assert daemon.stop() == 0
-    (name,) = [file.name for file in staging.iterdir() if VERSION_NAME.fullmatch(file.name)]
+    (name,) = staged(staging)
     return name
 
 
@@ -110,8 +106,7 @@ def test_a_version_staged_before_a_restart_is_copied(
     version = lnd.write()
     leave_staged(fake_env, staging)
     copies.mkdir()
-    done = run_script(fake_env, "once")
-    assert done.returncode == 0, done.stderr
+    done_well(fake_env)
     assert kept(copies) == {version.data}
 
 
@@ -138,8 +133,7 @@ def test_a_file_that_cannot_be_read_is_no_copy(
     version = lnd.write()
     other = copies / "98000101T000000.000000Z-abcdef"
     other.mkdir()
-    done = run_script(fake_env, "once")
-    assert done.returncode == 0, done.stderr
+    done_well(fake_env)
     other.rmdir()
     assert kept(copies) == {version.data}
 
@@ -150,7 +144,7 @@ def test_a_second_place_that_hangs_delays_nothing(
     """While whoever looks at the second place waits for ever, as on a mount whose server is gone,
     versions are captured and stored, and a stop is an orderly one.
     """
-    started_by(f"""
+    started_by(f"""{LATE_ENOUGH}
 import os, threading
 listdir = os.listdir
 def hang(path="."):

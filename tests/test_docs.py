@@ -17,6 +17,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from kit import CHECKOUT, SCRIPT, run_script
+from shared import run_command
 
 import s3_backup_lnd_channels as program
 
@@ -48,7 +49,7 @@ class Shape(NamedTuple):
     """What there is to read in the program, as `ruff format` writes it."""
 
     lines: list[str]
-    sections: list[int]  # where each begins, by its number; the last one is the end
+    heart: int  # lines of sections 1 to 4
     functions: list[tuple[str, int]]  # name and lines
     code_lines: int  # that carry more than a comment or a docstring
     tokens: int
@@ -78,12 +79,13 @@ def shape() -> Shape:
         if token.type not in LAYOUT and token.start not in texts
     ]
     lines = done.stdout.splitlines()
-    titles = {number: re.match(r"# --- (\d+)\. ", line) for number, line in enumerate(lines)}
-    sections = [(int(title[1]), number) for number, title in titles.items() if title]
-    assert [number for number, _ in sections] == list(range(1, len(sections) + 1))
+    first, after = (
+        next(number for number, line in enumerate(lines) if line.startswith(f"# --- {section}. "))
+        for section in (1, 5)
+    )
     return Shape(
         lines,
-        [0, *(line for _, line in sections), len(lines)],
+        after - first,
         [(n.name, (n.end_lineno or 0) - n.lineno + 1) for n in functions],
         len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)}),
         len(tokens),
@@ -91,15 +93,10 @@ def shape() -> Shape:
     )
 
 
-def heart(shape: Shape) -> int:
-    """Return the number of lines of sections 1 to 4."""
-    return shape.sections[5] - shape.sections[1]
-
-
 def test_the_program_is_read_in_one_sitting(shape: Shape) -> None:
     """The program is short, its heart is shorter and stands first, and it is not packed."""
     print(  # noqa: T201
-        f"{len(shape.lines)} lines, heart {heart(shape)}, {shape.code_lines} of code, "
+        f"{len(shape.lines)} lines, heart {shape.heart}, {shape.code_lines} of code, "
         f"{shape.tokens / shape.code_lines:.2f} tokens each, "
         f"{100 * shape.conditionals / shape.code_lines:.1f} conditionals in 100"
     )
@@ -107,7 +104,7 @@ def test_the_program_is_read_in_one_sitting(shape: Shape) -> None:
     assert [each for each in shape.functions if each[1] > FUNCTION_MAX] == []
     assert shape.tokens <= TOKENS_MAX * shape.code_lines
     assert 100 * shape.conditionals <= CONDITIONALS_MAX * shape.code_lines
-    assert heart(shape) <= HEART_MAX
+    assert shape.heart <= HEART_MAX
     assert len(shape.lines) <= LINES_MAX
 
 
@@ -115,7 +112,7 @@ def test_the_size_in_the_readme_is_true(shape: Shape) -> None:
     """The README tells the number of the program's lines, and of its heart's."""
     words = " ".join(README.split()).replace(",", "")
     assert re.search(rf"one file of {len(shape.lines)} lines", words)
-    assert re.search(rf"sections 1 to 4 {heart(shape)} lines", words)
+    assert re.search(rf"sections 1 to 4 {shape.heart} lines", words)
 
 
 @pytest.mark.parametrize("name", program.SETTINGS)
@@ -133,14 +130,12 @@ def test_every_setting_is_documented_with_its_default(name: str) -> None:
     assert re.search(rf"^#?{name}={default or ''}", EXAMPLE, re.MULTILINE)
 
 
-def test_the_example_is_accepted(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_example_is_accepted(tmp_path: Path) -> None:
     """The example is an --env-file that both readers understand, with every commented setting
     uncommented too.
     """
-    whole = tmp_path_factory.mktemp("env") / "all"
-    whole.write_text(
-        re.sub(r"^#(?=[A-Z_0-9]+=)", "", EXAMPLE, flags=re.MULTILINE), encoding="utf-8"
-    )
+    whole = tmp_path / "all"
+    whole.write_text(re.sub("(?m)^#(?=[A-Z_0-9]+=)", "", EXAMPLE), encoding="utf-8")
     for path in (CHECKOUT / "lnd-backup-env.example", whole):
         assert "S3_BUCKET_NAME" in program.read_env_file(path)
 
@@ -213,37 +208,24 @@ def packed(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (directory / "dist").iterdir()}
 
 
-def from_the_commit(name: str) -> str:
-    """Return a file as it was committed last; nothing where there is no repository."""
-    try:
-        return subprocess.run(
-            ["git", "show", f"HEAD:{name}"],  # noqa: S607
-            cwd=CHECKOUT,
-            check=False,
-            capture_output=True,
-            encoding="utf-8",
-        ).stdout
-    except FileNotFoundError:
-        return ""
-
-
 def test_a_release_is_the_same_bytes_each_time(tmp_path: Path) -> None:
-    """`make dist` packs the last commit, not what lies beside it: twice, in two places, the same
-    archive; its name and folder have the version, and SHA256SUMS its digest.
+    """`make dist` packs the last commit, not what lies beside it: in two places the same archive;
+    its name and folder have the version, and SHA256SUMS its digest.
     """
-    source = from_the_commit("s3_backup_lnd_channels.py")
-    if not source:
+    shown = [shutil.which("git") or "false", "show", "HEAD:s3_backup_lnd_channels.py"]
+    done = subprocess.run(shown, cwd=CHECKOUT, check=False, capture_output=True, encoding="utf-8")
+    if done.returncode:
         pytest.skip("not in a repository of git, or of somebody else's")
+    source = done.stdout
     made = []
     for name in ("one", "two"):
         clone = tmp_path / name
-        told = ["git", "clone", "--quiet", "--no-hardlinks", str(CHECKOUT), str(clone)]
+        told = ["git", "clone", "--quiet", "--shared", str(CHECKOUT), str(clone)]
         subprocess.run(told, check=True, capture_output=True)
         shutil.copy(CHECKOUT / "Makefile", clone)  # before it is committed, too
         (clone / "left-over").write_text(name)
         made.append(packed(clone))
     assert made[0] == made[1]
-    assert packed(tmp_path / "one") == made[1]
     found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
     assert found
     top = f"lnd-backup-{found[1]}"
@@ -264,19 +246,12 @@ def test_a_release_is_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 def test_a_venv_behind_a_link_is_not_emptied(tmp_path: Path) -> None:
     """`make` refuses in a line where .venv is a link, and what it leads to stays as it is."""
-    shutil.copy(CHECKOUT / "Makefile", tmp_path)
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(CHECKOUT / name, tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/kept").touch()
     (tmp_path / ".venv").symlink_to("other")
-    done = subprocess.run(
-        ["make", "--silent", "lint"],  # noqa: S607
-        cwd=tmp_path,
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-    )
+    done = run_command("make", "--silent", "lint", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.startswith(".venv is a symbolic link")
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["kept"]

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TESTS = CHECKOUT / "tests"
-PAGES = {
-    name: (CHECKOUT / name).read_text(encoding="utf-8")
-    for name in ("tests/README.md", "CONTRIBUTING.md")
-}
-TABLES = PAGES["tests/README.md"]
+TABLES = (TESTS / "README.md").read_text(encoding="utf-8")
 NAMED = re.compile(r"`([\w/]+\.py)::([\w:]+)`")
 
 
@@ -113,27 +109,9 @@ def test_every_directory_is_described() -> None:
     assert there - {"`tests/__pycache__`"} | {"`bench`"} == set(told)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_files_targets_and_links_exist(page: str) -> None:
-    """Each file, target of make, and link that the two pages name is there."""
-    text = PAGES[page]
-    makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`make\s+([\w-]+)", text):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for path in re.findall(r"`((?:tests|docs|bench|systemd)/[\w./-]+|[A-Z]+\.md)`", text):
-        assert (CHECKOUT / path).exists(), path
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        path, _, heading = target.partition("#")
-        file = (CHECKOUT / page).parent / path if path else CHECKOUT / page
-        assert file.is_file(), target
-        headings = re.findall(r"^#+ (.+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-        if heading:
-            assert heading in {each.lower().replace(" ", "-") for each in headings}, target
-
-
 def test_the_limits_are_those_that_are_tested() -> None:
     """CONTRIBUTING.md names each limit of tests/test_docs.py on the program, with its number."""
-    text = PAGES["CONTRIBUTING.md"]
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     limits = dict(re.findall(r"^\| `([A-Z]+_MAX)` \| (.+?) \|", text, re.MULTILINE))
     whole = {name for name in vars(test_docs) if name.endswith("_MAX")} - {"PICTURE_BYTES_MAX"}
     assert set(limits) == whole

@@ -12,25 +12,33 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from kit import CHECKOUT, SCRIPT, FakeS3, Lnd, Script, run_script, settings_at
+from kit import CHECKOUT, FakeS3, run_script
 from kit.answers import ACCESS_DENIED
+from shared import done_well, statements
 from stores.template import filled, read_template, template_settings
+
+import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+PAGES = [
+    CHECKOUT / "README.md",
+    CHECKOUT / "CONTRIBUTING.md",
+    CHECKOUT / "tests/README.md",
+    *sorted((CHECKOUT / "docs").glob("*.md")),
+]
 REFERENCE = CHECKOUT / "docs/reference.md"
 CONTAINER = CHECKOUT / "container"
-EXIT_CODES = {0, 1, 2, 75, 78, 128, 130}
+GRACE_SECONDS = float(program.SETTINGS["SHUTDOWN_GRACE_SECONDS"][0] or 0)
 # What others read: make's own, the SDK's, a shell's, and the platforms'.
 OTHERS = (
-    r"AWS_\w+|(HTTPS?|ALL|NO)_PROXY|LND_(USER|DIRECTORY)|PYTHON(PATH)?|DESTDIR|SECONDS|SEED|QUICK"
+    r"AWS_\w+|(HTTPS?|ALL|NO)_PROXY|TMPDIR|LND_(USER|DIRECTORY)|PYTHON(PATH)?|DESTDIR|SECONDS|SEED|QUICK"
     r"|NODE|FORCE|LABEL|NAME|SUITE|BASE|ALERT_(MAIL|URL)|MALLOC_\w+|STATUS|READY|COMPOSE_FILE|BTCPAYGEN_\w+"
 )
 # How the installer and the units write where things are.
@@ -47,7 +55,8 @@ OURS_BY_LOOK = r"(S3|MONITOR|BACKUP|RESCAN|REFRESH|SHUTDOWN|HEARTBEAT|METRICS|CO
 def by_page(pattern: str = r".*") -> pytest.MarkDecorator:
     """Run a test once for each page whose name matches."""
     pages = [page for page in PAGES if re.fullmatch(pattern, page.name)]
-    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+    names = [str(page.relative_to(CHECKOUT)) for page in pages]
+    return pytest.mark.parametrize("page", pages, ids=names)
 
 
 def text_of(page: Path) -> str:
@@ -55,41 +64,29 @@ def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-class Block(NamedTuple):
-    """A block to copy: its language, sh where it says none, and its text."""
-
-    language: str
-    text: str
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    """Return the page's fenced and indented blocks."""
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """Return the page's fenced and indented blocks: the language, sh where it says none, and the
+    text.
+    """
     text = text_of(page)
     fenced = r"^( *)```(\w*)\n(.*?)^\1```$"
     for found in re.finditer(fenced, text, re.MULTILINE | re.DOTALL):
-        yield Block(found[2] or "text", re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
+        yield (found[2] or "text", re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
     rest = re.sub(fenced, "", text, flags=re.MULTILINE | re.DOTALL)
     for found in re.finditer(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)", rest):
-        yield Block("sh", re.sub(r"^ {4}", "", found[1], flags=re.MULTILINE))
+        yield ("sh", re.sub(r"^ {4}", "", found[1], flags=re.MULTILINE))
 
 
 def code(page: Path) -> str:
     """Return all that the page shows as code: its blocks, and what stands in backticks."""
     inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", text_of(page))
-    return "\n".join([*(block.text for block in blocks(page)), *inline])
+    return "\n".join([*(text for _, text in blocks(page)), *inline])
 
 
 @functools.cache
-def help_of(*command: str) -> str:
-    """Return what --help says."""
-    done = run_script({}, *command, "--help", measured=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def commands() -> set[str]:
-    """Return the program's commands, by its --help."""
-    return set(re.findall(r"^ {4}([a-z]+) ", help_of(), re.MULTILINE))
+def help_of(command: str) -> str:
+    """Return what --help says of a command."""
+    return run_script({}, command, "--help", measured=False).stdout
 
 
 def slugs(page: Path) -> set[str]:
@@ -139,12 +136,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 @by_page()
 def test_commands_and_options_exist(page: Path) -> None:
     """Each command line of the program has a command and options that --help knows."""
-    known = commands() | {"card", "test-alert"}  # of `sudo lnd-backup` alone
-    assert {"run", "once", "check", "list", "restore"} <= known
+    known = {*program.COMMANDS, "card", "test-alert"}  # the last two: of `sudo lnd-backup` alone
     joined = code(page).replace("\\\n", " ")
     lines = re.findall(
         r"(?:lnd_channels\.py|\blnd-backup lnd-backup|sudo lnd-backup) +([^\n|;&#]*)", joined
     )
+    assert lines or page.name not in {"recovery.md", "containers.md", "operations.md"}
     for line in lines:
         words = shlex.split(line.replace("…", "X"), comments=True)
         while words and words[0].startswith(("-", "[", "@")):  # --env-file FILE, @NODE
@@ -157,37 +154,19 @@ def test_commands_and_options_exist(page: Path) -> None:
             assert option[0] in help_of(words[0]), line
 
 
-@by_page("recovery.md|containers.md|operations.md")
-def test_there_are_command_lines_to_look_at(page: Path) -> None:
-    """The test above has something to read on the pages that it is for."""
-    assert re.search(r"lnd_channels\.py +list|lnd-backup +check", code(page))
-
-
 @by_page()
 def test_exit_codes_are_those_of_the_interface(page: Path) -> None:
-    """No page promises an exit code that the reference's table does not have."""
+    """A page promises no exit code that the reference's table does not have, or a signal adds."""
+    known = {int(code) for code in re.findall(r"^\| (\d+) \|", text_of(REFERENCE), re.MULTILINE)}
     told = re.findall(r"[Ee]xit(?:s with| codes?|s)? (\d+)|\((?:exit code )?(7\d)\)", text_of(page))
-    assert {int(one or other) for one, other in told} <= EXIT_CODES
-
-
-def test_the_exit_codes_are_in_the_reference() -> None:
-    """The table and the constant of this file agree, but for what a signal adds."""
-    rows = re.findall(r"^\| (\d+) \|", text_of(REFERENCE), re.MULTILINE)
-    assert {int(row) for row in rows} == EXIT_CODES - {128, 130}
+    assert {int(one or other) for one, other in told} <= known | {128, 130}
 
 
 @by_page()
 def test_settings_exist(page: Path) -> None:
-    """What looks like a setting of ours is in the reference's table, the example and the
-    program.
-    """
-    reference = text_of(REFERENCE)
-    example = text_of(CHECKOUT / "lnd-backup-env.example")
-    program = text_of(SCRIPT)
-    for name in {found[0] for found in re.finditer(rf"\b{OURS_BY_LOOK}\b", code(page))}:
-        assert re.search(rf"^\| `{name}` \|", reference, re.MULTILINE), name
-        assert re.search(rf"^#?{name}=", example, re.MULTILINE), name
-        assert f'"{name}"' in program, name
+    """What looks like a setting of ours is one, which the reference and the example have, too."""
+    named = {found[0] for found in re.finditer(rf"\b{OURS_BY_LOOK}\b", code(page))}
+    assert named <= set(program.SETTINGS)
 
 
 @by_page()
@@ -213,7 +192,8 @@ def test_files_exist(page: Path) -> None:
     for path in re.findall(
         r"(?<![\w/.-])((?:container|docs|systemd|tests|bench)/[\w.@/-]+)", shown
     ):
-        assert list(CHECKOUT.glob(path.rstrip("/.") + "*")), path
+        pattern = path.rstrip("/.") + "*"
+        assert [*CHECKOUT.glob(pattern), *page.parent.glob(pattern)], path
     installed = "".join(
         text_of(file)
         for file in (*(CHECKOUT / "systemd").iterdir(), *CHECKOUT.glob("lnd-backup*"))
@@ -236,14 +216,10 @@ def test_the_pages_that_a_node_needs_are_installed() -> None:
     assert installed == {page.name for page in (CHECKOUT / "docs").glob("*.md")} - at_home
 
 
-def test_metrics_exist(tmp_path: Path) -> None:
-    """Each metric on a page, and in the alerts, is one that the daemon writes."""
-    metrics, lnd = tmp_path / "metrics.prom", Lnd(tmp_path / "lnd")
-    lnd.write(1)
-    settings = settings_at("http://127.0.0.1:9", lnd, tmp_path / "staging")
-    with Script(settings | {"METRICS_FILE": str(metrics)}) as daemon:
-        daemon.wait_for_log("captured")
-        assert daemon.stop() == 0
+def test_metrics_exist(written_env: dict[str, str], tmp_path: Path) -> None:
+    """Each metric on a page, and in the alerts, is one that the program writes."""
+    metrics = tmp_path / "metrics.prom"
+    done_well(written_env | {"METRICS_FILE": str(metrics)})
     written = set(re.findall(r"^(lnd_backup_\w+)", metrics.read_text(), re.MULTILINE))
     for page in (*PAGES, CHECKOUT / "docs" / "alerts.yml"):
         assert set(re.findall(r"\blnd_backup_[a-z_]+", text_of(page))) <= written, page.name
@@ -254,15 +230,8 @@ def test_blocks_are_well_formed(page: Path) -> None:
     """Shell blocks parse, YAML and JSON load."""
     for language, text in blocks(page):
         if language == "sh":
-            known = text.replace("…", "X")
-            done = subprocess.run(
-                ["/usr/bin/env", "bash", "-n"],
-                input=known,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, f"{text}\n{done.stderr}"
+            shown = text.replace("…", "X")
+            subprocess.run(["/bin/bash", "-n"], input=shown, check=True, text=True)
         elif language == "yaml":
             assert yaml.safe_load(text)
         elif language == "json":
@@ -283,16 +252,8 @@ def test_the_recovery_page_restores_every_file() -> None:
         for file in ("channel.backup", *(f"channel.backup.{number}" for number in (2, 3, 4))):
             assert f"lncli {verb} --multi_file ~/recovery/{file}\n" in page
     card = page[page.index("## Recovery card") :]
-    for field in (
-        "bucket",
-        "prefix",
-        "endpoint",
-        "region",
-        "node",
-        "version",
-        "SHA-256",
-        "the seed is",
-    ):
+    fields = ("bucket", "prefix", "endpoint", "region", "node", "version", "SHA-256", "the seed is")
+    for field in fields:
         assert re.search(rf"\b{field}\b[^_\n]*_{{8}}", card), field
 
 
@@ -308,13 +269,6 @@ def instructions(word: str) -> list[str]:
 def seconds(text: str) -> float:
     """Return a duration such as 5m or 30s."""
     return float(text[:-1]) * {"s": 1, "m": 60}[text[-1]]
-
-
-def grace_seconds() -> float:
-    """Return the default of SHUTDOWN_GRACE_SECONDS, by the reference."""
-    found = re.search(r"`SHUTDOWN_GRACE_SECONDS` \| (\d+)", text_of(REFERENCE))
-    assert found
-    return float(found[1])
 
 
 def test_the_image_keeps_its_promises() -> None:
@@ -335,8 +289,8 @@ def test_the_image_keeps_its_promises() -> None:
 def sidecars() -> Iterator[tuple[str, dict[str, Any]]]:
     """Return the sidecar of compose.yaml, and that of BTCPay's fragment on the page."""
     yield "compose.yaml", yaml.safe_load(text_of(CONTAINER / "compose.yaml"))
-    for block in blocks(CHECKOUT / "docs" / "containers.md"):
-        if block.language == "yaml" and "services" in (loaded := yaml.safe_load(block.text)):
+    for language, text in blocks(CHECKOUT / "docs" / "containers.md"):
+        if language == "yaml" and "services" in (loaded := yaml.safe_load(text)):
             yield "BTCPay", loaded
 
 
@@ -347,9 +301,8 @@ def test_the_sidecar_is_confined_and_stops_last(where: str, compose: dict[str, A
     """
     services, sidecar = compose["services"], compose["services"]["lnd-backup"]
     lnd = services["lnd" if where == "compose.yaml" else "lnd_bitcoin"]
-    mounts = {
-        target: (source, mode) for source, target, *mode in map(split_volume, sidecar["volumes"])
-    }
+    volumes = [volume.split(":") for volume in sidecar["volumes"]]
+    mounts = {target: (source, mode) for source, target, *mode in volumes}
     scb, mode = mounts["/lnd-scb"]
     assert mode == ["ro"]
     assert {scb, mounts["/staging"][0]} <= set(compose["volumes"])  # named: directories by nature
@@ -358,13 +311,8 @@ def test_the_sidecar_is_confined_and_stops_last(where: str, compose: dict[str, A
     assert sidecar["environment"]["MONITOR_FILE_PATH"] == "/lnd-scb/channel.backup"
     assert (sidecar["read_only"], sidecar["cap_drop"]) == (True, ["ALL"])
     assert sidecar["security_opt"] == ["no-new-privileges:true"]
-    assert seconds(sidecar["stop_grace_period"]) > grace_seconds() + 1
+    assert seconds(sidecar["stop_grace_period"]) > GRACE_SECONDS + 1
     assert lnd["depends_on"] in (["lnd-backup"], {"lnd-backup": {"condition": "service_started"}})
-
-
-def split_volume(text: str) -> list[str]:
-    """Return the parts of a volume's line."""
-    return text.split(":")
 
 
 def test_the_native_sidecar_of_kubernetes() -> None:
@@ -378,7 +326,7 @@ def test_the_native_sidecar_of_kubernetes() -> None:
     assert sidecar["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in sidecar["volumeMounts"]}
     assert mounts == {"/lnd-scb": True, "/staging": False}
-    assert pod["spec"]["terminationGracePeriodSeconds"] > grace_seconds() + 1
+    assert pod["spec"]["terminationGracePeriodSeconds"] > GRACE_SECONDS + 1
 
 
 def test_the_policy_of_the_readme_is_the_templates() -> None:
@@ -394,25 +342,13 @@ def test_the_policy_of_the_readme_is_the_templates() -> None:
 
 
 @pytest.mark.unmeasured
-def test_the_policy_of_the_hint_is_the_templates(lnd: Lnd, staging: Path) -> None:
+def test_the_policy_of_the_hint_is_the_templates(fake: FakeS3, written_env: dict[str, str]) -> None:
     """The statement that the program names when a put is denied is that of the template's user for
     the node.
     """
-    lnd.write()
-    with FakeS3(defaults={"PUT": ACCESS_DENIED}) as fake:
-        env = {
-            "MONITOR_FILE_PATH": str(lnd.path),
-            "BACKUP_DIRECTORY": str(staging),
-            "S3_BUCKET_NAME": BUCKET,
-            "S3_BACKUP_PREFIX": "node1",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        }
-        done = run_script(env, "once")
-    assert done.returncode == 1
-    [hint] = [line for line in done.stderr.splitlines() if "hint: " in line]
-    assert json.loads(hint[hint.index("{") :]) == node_policy(BUCKET, "node1/")["Statement"][0]
+    fake.set_default(ACCESS_DENIED)
+    (statement,) = statements(run_script(written_env, "once").stderr)
+    assert statement == node_policy("some-bucket", "alice/")["Statement"][0]
 
 
 def test_no_rule_of_the_template_deletes_a_current_object(template: dict[str, Any]) -> None:

@@ -32,13 +32,13 @@ from kit import (
     settings_at,
     version_name,
 )
+from kit.script import LATE_ENOUGH
 from shared import AWAY, NOON, SELDOM
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from functools import partial
     from pathlib import Path
 
 # What could end a line, move the cursor, turn the text around, or not be written at all.
@@ -100,6 +100,7 @@ def test_journald_gets_a_priority_on_every_line_of_a_traceback(
     assert "geheim" not in text
 
 
+@pytest.mark.unmeasured
 def test_a_log_that_nobody_reads_holds_up_nothing(
     fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, tmp_path: Path
 ) -> None:
@@ -113,7 +114,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing(
         [sys.executable, str(SCRIPT)], env=environment, stderr=writing
     ) as process:
         os.close(writing)
-        for number in range(60):
+        for number in range(40):
             lnd.write()
             fake.wait_for_requests(number + 1)
         process.terminate()
@@ -127,14 +128,6 @@ def test_a_log_that_is_closed_holds_up_nothing(fake: FakeS3, written_env: dict[s
     with Script(written_env, command=closed) as script:
         fake.wait_for_requests(1)
         assert script.stop() == 0
-
-
-def test_what_is_in_use_is_told_once(fake: FakeS3, written_env: dict[str, str]) -> None:
-    """A key that S3 refuses again and again does not fill the log with where it came from."""
-    fake.set_default(answers.UNKNOWN_KEY)
-    with Daemon(written_env | SELDOM) as daemon:
-        fake.wait_for_requests(3)
-        assert daemon.log.count("using endpoint") == 1
 
 
 def test_the_secrets_of_the_environment_never_reach_the_log() -> None:
@@ -220,73 +213,64 @@ def test_a_problem_that_changes_is_said_at_once(
 
 
 def test_the_journal_gets_priorities(
-    env: dict[str, str], lnd: Lnd, check: partial[None], started_by: Callable[[str], None]
+    fake_env: dict[str, str], lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
     """For journald each line, hints included, bears a priority instead of a time."""
-    started_by(
-        "import os\nstderr = os.fstat(2)\nos.environ['JOURNAL_STREAM'] = "
-        "f'{stderr.st_dev}:{stderr.st_ino}'"
-    )
+    started_by(f"""{LATE_ENOUGH}
+import os
+stderr = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{{stderr.st_dev}}:{{stderr.st_ino}}"
+""")
     lnd.write(channels=0)
-    with Daemon(SELDOM | env | AWAY) as daemon:
+    with Daemon(fake_env | SELDOM | AWAY) as daemon:
         daemon.wait_for_log(r"^<4>.*: no channels")
         daemon.wait_for_log(r"^<4>cannot store: .*\n<4>hint: ")
         lnd.place(b"")
         daemon.wait_for_log(r"^<3>cannot read channel.backup: .*\n<3>hint: ")
         assert daemon.stop() == 0
         assert [line for line in daemon.log.splitlines() if not re.match(r"<[346]>\S", line)] == []
-    lnd.placed.clear()
-    check()
 
 
-def test_a_session_has_no_warnings(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
+@pytest.mark.unmeasured
+def test_a_session_has_no_warnings(fake_env: dict[str, str], lnd: Lnd) -> None:
     """In Python's development mode, with every warning an error, a session with an outage goes as
     ever.
     """
     first = lnd.write()
-    strict = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
-    with Daemon(SELDOM | env | strict | AWAY) as daemon:
+    strict = fake_env | SELDOM | {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
+    with Daemon(strict | AWAY) as daemon:
         daemon.wait_for_log("cannot store")
         assert daemon.stop() == 0
         log = daemon.log
-    with Daemon(SELDOM | env | strict) as daemon:
+    with Daemon(strict) as daemon:
         daemon.wait_for_stored(first)
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0
         log += daemon.log
     assert not re.search("Traceback|Warning|never|Exception ignored", log), log
-    check()
 
 
 # --- What is in use ---
 
 
-@pytest.mark.parametrize(
-    ("in_file", "method"),
-    [(False, "env"), (True, "shared-credentials-file")],
-    ids=["environment", "file"],
-)
-def test_the_log_says_at_the_start_what_is_in_use(
-    fake: FakeS3, fake_env: dict[str, str], tmp_path: Path, method: str, *, in_file: bool
-) -> None:
+def test_the_log_says_at_the_start_what_is_in_use(fake: FakeS3, fake_env: dict[str, str]) -> None:
     """Endpoint, region and credential method stand in the log also while LND has written nothing,
     and the secret never does.
     """
-    if in_file:
-        keys = tmp_path / "credentials"
-        key, secret = (
-            fake_env.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-        )
-        keys.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
-        fake_env["AWS_SHARED_CREDENTIALS_FILE"] = str(keys)
     with Script(fake_env) as script:
-        script.wait_for_log(
-            f"using endpoint {fake.endpoint}, region us-east-1, credentials: {method}$"
-        )
+        script.wait_for_log(f"using endpoint {fake.endpoint}, region us-east-1, credentials: env$")
         assert script.stop() == 0
         assert script.log.count("using endpoint") == 1
         assert MADE_UP.secret_key not in script.stdout + script.log
     assert not fake.requests
+
+
+def test_what_is_in_use_is_told_once(fake: FakeS3, written_env: dict[str, str]) -> None:
+    """A key that S3 refuses again and again does not fill the log with where it came from."""
+    fake.set_default(answers.UNKNOWN_KEY)
+    with Daemon(written_env | SELDOM) as daemon:
+        fake.wait_for_requests(3)
+        assert daemon.log.count("using endpoint") == 1
 
 
 # --- Secrets and faults ---

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
+from inside import true_name
 from kit import VERSION_NAME, Daemon, FakeS3
 from kit.script import LATE_ENOUGH
-from shared import AWAY, done_well, refused, staged
+from shared import done_well, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,13 +89,12 @@ def test_a_directory_of_lnds_is_refused(
         assert {file.name for file in wrong.iterdir()} == left
 
 
-def leave_staged(env: dict[str, str], staging: Path) -> str:
-    """Run the daemon without S3, and return the name of the version that it leaves behind."""
-    with Daemon(env | AWAY) as daemon:
-        daemon.wait_for_log("captured")
-        assert daemon.stop() == 0
-    (name,) = staged(staging)
-    return name
+def leave_staged(lnd: Lnd, staging: Path) -> Path:
+    """Let LND write a version, which an earlier run has staged, and return the staged file."""
+    data = lnd.write().data
+    file = staging / true_name(data)
+    file.write_bytes(data)
+    return file
 
 
 def test_a_version_staged_before_a_restart_is_copied(
@@ -102,12 +103,10 @@ def test_a_version_staged_before_a_restart_is_copied(
     """The second place gets the version on disk also if an earlier run staged it and this one only
     sends it.
     """
-    copies.rmdir()
-    version = lnd.write()
-    leave_staged(fake_env, staging)
-    copies.mkdir()
+    file = leave_staged(lnd, staging)
     done_well(fake_env)
-    assert kept(copies) == {version.data}
+    assert not file.exists()
+    assert kept(copies) == {lnd.written[-1].data}
 
 
 def test_a_file_that_is_not_the_version_is_no_copy(
@@ -116,14 +115,11 @@ def test_a_file_that_is_not_the_version_is_no_copy(
     """An empty file under the version's name, as a stick that was pulled out leaves, is a problem
     that is told, and it is not overwritten.
     """
-    copies.rmdir()
-    lnd.write()
-    name = leave_staged(fake_env, staging)
-    copies.mkdir()
-    (copies / name).touch()
-    with Daemon(fake_env) as daemon:
-        daemon.wait_for_log("error: cannot copy to COPY_DIRECTORY: .*File exists")
-    assert (copies / name).read_bytes() == b""
+    empty = copies / leave_staged(lnd, staging).name
+    empty.touch()
+    told = done_well(fake_env).stderr
+    assert re.search("error: cannot copy to COPY_DIRECTORY: .*File exists", told)
+    assert empty.read_bytes() == b""
 
 
 def test_a_file_that_cannot_be_read_is_no_copy(

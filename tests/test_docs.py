@@ -7,12 +7,10 @@ import io
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tokenize
 from hashlib import sha256
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -20,6 +18,9 @@ from kit import CHECKOUT, SCRIPT, run_script
 from shared import run_command
 
 import s3_backup_lnd_channels as program
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 REFERENCE = (CHECKOUT / "docs/reference.md").read_text(encoding="utf-8")
@@ -43,31 +44,24 @@ LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
 
 
-class Shape(NamedTuple):
-    """What there is to read in the program, as `ruff format` writes it."""
-
-    lines: list[str]
-    heart: int  # lines of sections 1 to 4
-    functions: list[tuple[str, int]]  # name and lines
-    code_lines: int  # that carry more than a comment or a docstring
-    tokens: int
-    conditionals: int
-
-
-@pytest.fixture(scope="module")
-def shape() -> Shape:
-    """Return the measures of the program."""
-    ruff = shutil.which(Path(sys.executable).with_name("ruff")) or "ruff"
-    told = ["format", "--isolated", f"--line-length={COLUMNS}", "--stdin-filename=x.py", "-"]
-    source = SCRIPT.read_text(encoding="utf-8")
-    done = subprocess.run(
-        [ruff, *told], check=True, input=source, capture_output=True, encoding="utf-8"
+def heart() -> int:
+    """Return the number of lines of sections 1 to 4."""
+    first, after = (
+        next(number for number, line in enumerate(LINES) if line.startswith(f"# --- {section}. "))
+        for section in (1, 5)
     )
-    nodes = list(ast.walk(ast.parse(done.stdout)))
+    return after - first
+
+
+def test_the_program_is_read_in_one_sitting() -> None:
+    """The program is short, its heart is shorter and stands first, and it is not packed."""
+    nodes = list(ast.walk(ast.parse(SOURCE)))
     functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    texts = {
+    docstrings = {
         (node.body[0].lineno, node.body[0].col_offset)
         for node in nodes
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
@@ -75,44 +69,28 @@ def shape() -> Shape:
     }
     tokens = [
         token
-        for token in tokenize.generate_tokens(io.StringIO(done.stdout).readline)
-        if token.type not in LAYOUT and token.start not in texts
+        for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline)
+        if token.type not in LAYOUT and token.start not in docstrings
     ]
-    lines = done.stdout.splitlines()
-    first, after = (
-        next(number for number, line in enumerate(lines) if line.startswith(f"# --- {section}. "))
-        for section in (1, 5)
-    )
-    return Shape(
-        lines,
-        after - first,
-        [(n.name, (n.end_lineno or 0) - n.lineno + 1) for n in functions],
-        len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)}),
-        len(tokens),
-        sum(isinstance(node, ast.IfExp) for node in nodes),
-    )
-
-
-def test_the_program_is_read_in_one_sitting(shape: Shape) -> None:
-    """The program is short, its heart is shorter and stands first, and it is not packed."""
+    code = len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)})
+    conditionals = sum(isinstance(node, ast.IfExp) for node in nodes)
     print(  # noqa: T201
-        f"{len(shape.lines)} lines, heart {shape.heart}, {shape.code_lines} of code, "
-        f"{shape.tokens / shape.code_lines:.2f} tokens each, "
-        f"{100 * shape.conditionals / shape.code_lines:.1f} conditionals in 100"
+        f"{len(LINES)} lines, heart {heart()}, {code} of code, "
+        f"{len(tokens) / code:.2f} tokens each, {100 * conditionals / code:.1f} conditionals in 100"
     )
-    assert max(map(len, shape.lines)) <= COLUMNS
-    assert [each for each in shape.functions if each[1] > FUNCTION_MAX] == []
-    assert shape.tokens <= TOKENS_MAX * shape.code_lines
-    assert 100 * shape.conditionals <= CONDITIONALS_MAX * shape.code_lines
-    assert shape.heart <= HEART_MAX
-    assert len(shape.lines) <= LINES_MAX
+    assert max(map(len, LINES)) <= COLUMNS
+    assert [n.name for n in functions if (n.end_lineno or 0) - n.lineno >= FUNCTION_MAX] == []
+    assert len(tokens) <= TOKENS_MAX * code
+    assert 100 * conditionals <= CONDITIONALS_MAX * code
+    assert heart() <= HEART_MAX
+    assert len(LINES) <= LINES_MAX
 
 
-def test_the_size_in_the_readme_is_true(shape: Shape) -> None:
+def test_the_size_in_the_readme_is_true() -> None:
     """The README tells the number of the program's lines, and of its heart's."""
     words = " ".join(README.split()).replace(",", "")
-    assert re.search(rf"one file of {len(shape.lines)} lines", words)
-    assert re.search(rf"sections 1 to 4 {shape.heart} lines", words)
+    assert re.search(rf"one file of {len(LINES)} lines", words)
+    assert re.search(rf"sections 1 to 4 {heart()} lines", words)
 
 
 @pytest.mark.parametrize("name", program.SETTINGS)
@@ -122,11 +100,8 @@ def test_every_setting_is_documented_with_its_default(name: str) -> None:
     """
     default = program.SETTINGS[name][0]
     [row] = [line for line in REFERENCE.splitlines() if line.startswith(f"| `{name}` |")]
-    assert (
-        default in row
-        if default
-        else re.search("required" if default is None else "empty|none", row)
-    )
+    told = {None: "required", "": "empty|none"}.get(default, str(default))
+    assert re.search(told, row)
     assert re.search(rf"^#?{name}={default or ''}", EXAMPLE, re.MULTILINE)
 
 
@@ -261,6 +236,5 @@ def test_the_program_has_one_version() -> None:
     """The version of --version is the newest in the changelog, or not released yet."""
     changelog = (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{program.__version__}]" in changelog
-    assert (
-        run_script({}, "--version").stdout == f"s3_backup_lnd_channels.py {program.__version__}\n"
-    )
+    told = run_script({}, "--version").stdout
+    assert told == f"s3_backup_lnd_channels.py {program.__version__}\n"

@@ -6,6 +6,7 @@ container's files keep its promises.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -400,11 +401,7 @@ def test_the_script_makes_what_the_template_makes(tmp_path: Path) -> None:
     made: dict[str, dict[str, str]] = {}
     for line in calls.read_text().splitlines():
         _, command, *words = json.loads(line)
-        options = {
-            word: value
-            for word, value in zip(words, [*words[1:], ""], strict=True)
-            if word.startswith("--")
-        }
+        options = dict(itertools.pairwise([*words, ""]))  # the value follows the name
         made[command + (options.get("--user-name") or BUCKET).removeprefix(BUCKET)] = options
     said = template_settings(BUCKET)
     create = made["create-bucket"]

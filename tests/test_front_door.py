@@ -1,4 +1,4 @@
-"""What tests/README.md and CONTRIBUTING.md name is there, and their tables lack nothing."""
+"""What tests/README.md and CONTRIBUTING.md say of the tests is true, and no row is missing."""
 
 from __future__ import annotations
 

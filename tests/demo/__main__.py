@@ -84,9 +84,7 @@ class Line(NamedTuple):
 
 @dataclass
 class Version:
-    """One version that LND wrote, and what the daemon's log says about it; `timed` if S3 was there
-    to take it.
-    """
+    """One version of LND's, and what the log says of it; `timed` if S3 was there to take it."""
 
     number: int
     written: Written
@@ -126,7 +124,6 @@ class Screen:
         self.console.print(textwrap.fill(text, self.console.width), style=style)
 
     def title(self, text: str) -> None:
-        """Begin an act."""
         self.console.print()
         self.say(text, "bold")
 
@@ -191,7 +188,6 @@ class Stage:
             self.daemon.close()
 
     def start_daemon(self) -> None:
-        """Start the real program with the settings alone, and follow its log."""
         self.daemon = Script(self.settings)
         threading.Thread(target=self.follow, args=[self.daemon], daemon=True).start()
 
@@ -204,7 +200,6 @@ class Stage:
         self.lines.put(Line(time.monotonic(), None))
 
     def write(self, channels: int) -> None:
-        """Let LND write a version."""
         written = self.lnd.write(channels)
         timed = self.s3_there and self.daemon is not None
         self.versions.append(Version(len(self.versions) + 1, written, timed))
@@ -339,9 +334,7 @@ def act_outage(stage: Stage) -> None:
 
 
 def act_return(stage: Stage) -> None:
-    """Bring S3 back, on a line slow enough for the eye, and let LND write: the daemon then tries
-    at once.
-    """
+    """Bring S3 back, on a line slow enough for the eye."""
     stage.screen.title("S3 comes back on a slow line: the newest version goes first")
     stage.proxy.set("latency", up=SLOW_LINE_SECONDS, down=SLOW_LINE_SECONDS)
     stage.s3_there = True
@@ -373,9 +366,7 @@ def act_stop(stage: Stage) -> None:
 
 
 def act_read_back(stage: Stage) -> None:
-    """Ask for what the bucket holds, with a reader's key, and bring the file back as on the day of
-    a loss.
-    """
+    """Ask for what the bucket holds with a reader's key, and bring the file back."""
     stage.screen.title("The worst day: with a key that can only read, on any computer")
     stage.proxy.set("pass")
     reader = stage.server.reader_user(BUCKET)
@@ -487,9 +478,7 @@ def comparison(stage: Stage, held: dict[bytes, str]) -> Table:
 
 
 def medians(versions: list[Version]) -> str:
-    """Return how long it took while S3 was there, from LND's rename on, by the arrival of the log
-    lines.
-    """
+    """Return how long it took from LND's rename on while S3 was there."""
     timed = [each for each in versions if each.timed and each.captured_at and each.stored_at]
     captured = statistics.median(version.after(version.captured_at) for version in timed)
     stored = statistics.median(version.after(version.stored_at) for version in timed)
@@ -511,9 +500,7 @@ def shown_time(seconds: float) -> str:
 
 
 def perform(screen: Screen) -> bool:
-    """Play the acts below a temporary directory until something fails, and tell whether the proof
-    succeeded.
-    """
+    """Play the acts until something fails, and tell whether the proof succeeded."""
     with (
         tempfile.TemporaryDirectory(prefix="demo-") as directory,
         S3Server(Path(directory, "s3")) as server,

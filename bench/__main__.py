@@ -24,7 +24,6 @@ PARTS = (
 
 
 def main() -> int:
-    """Run everything."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="measure less, and replace no figures")
     quick = parser.parse_args().quick

@@ -5,7 +5,6 @@ LND writes while S3 is out of reach. Nothing is timed here.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -70,9 +69,7 @@ def lost(world: World, rows: Rows, *, quick: bool) -> None:
 def in_pairs(
     world: World, effort: Effort, contestants: Sequence[Contestant]
 ) -> dict[str, tuple[int, int]]:
-    """Write pairs, one each second, to all in turns; return how many versions each lost, and how
-    many of these were the newer of their pair.
-    """
+    """Write pairs to all in turns; return how many versions each lost, and how many newer ones."""
     with world.line() as line, world.running(contestants, line) as running:
         began = time.monotonic()
 
@@ -111,7 +108,7 @@ def in_outages(world: World, effort: Effort, contestants: Sequence[Contestant]) 
 def in_outages_of(
     line: Line, running: Sequence[Running], began: float, effort: Effort
 ) -> dict[str, int]:
-    """Make the outages of one line; the writes are spread over the outage, from early to late."""
+    """Make the outages of one line; the writes are spread over them, from early to late."""
     written: dict[str, list[Written]] = {each.name: [] for each in running}
     outages = effort.outages // effort.lines
     for number in range(outages):
@@ -140,9 +137,7 @@ def find_lost(line: Line, versions: Sequence[Written], settle: float) -> list[Wr
 def for_all(
     running: Sequence[Running], work: Callable[[Running, float], Result]
 ) -> dict[str, Result]:
-    """Do something with all at the same time, each told its share of a second; return the results
-    by name.
-    """
+    """Work with all at the same time, each told its share of a second; return results by name."""
     with ThreadPoolExecutor(max(1, len(running))) as pool:
         jobs = {
             each.name: pool.submit(work, each, index / len(running))
@@ -152,5 +147,4 @@ def for_all(
 
 
 def sleep_until(moment: float) -> None:
-    """Sleep until a moment of the schedule."""
-    threading.Event().wait(max(0.0, moment - time.monotonic()))
+    time.sleep(max(0.0, moment - time.monotonic()))

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,10 +31,11 @@ from kit import (
     channel_backup,
     install,
     script_environment,
+    settings_at,
     version_name,
 )
 from kit.line import Line
-from stores.servers import NotInstalledError, make_venv, packages, run
+from stores.servers import NotInstalledError, install_from_debian, make_venv, packages, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,7 +94,6 @@ class World(NamedTuple):
     numbers: Iterator[int]
 
     def line(self, scheme: str = "http", *, far: bool = False) -> Line:
-        """Return a new line to the server; see Line."""
         directory = self.directory / f"line-{next(self.numbers)}"
         return Line(self.server.port, directory, tls=scheme == "https", far=far)
 
@@ -129,16 +128,16 @@ def new_world(contestants: list[Contestant]) -> Iterator[World]:
 
 
 class Contestant:
-    """What puts LND's file into S3."""
+    """What puts LND's file into S3. One that is fast takes every turn."""
 
     ready = r"^watching"  # in the line that says that the watch is armed
     done = r"^(uploaded|failed)"  # in the line that ends each upload
     keeps_connection = True
     is_floor = False  # is told of each file on stdin
+    version = ""
 
     def __init__(self, name: str, *, fast: bool = True) -> None:
-        """Prepare; nothing is installed, and nothing runs. One that is fast takes every turn."""
-        self.name, self.fast, self.version = name, fast, ""
+        self.name, self.fast = name, fast
 
     def install(self) -> None:
         """Install what is missing, and find out the version; raises NotInstalledError."""
@@ -171,17 +170,17 @@ class Program(Contestant):
         self.version = f"{said}, boto3 {packages(Path(sys.prefix), 'boto3')}"
 
     def command(self, place: Place) -> Sequence[str | Path]:  # noqa: ARG002 - all is in the environment
-        """Return the command."""
         return self.installed.command
 
     def environment(self, place: Place) -> dict[str, str]:
-        """Add its settings."""
-        settings = {
-            "MONITOR_FILE_PATH": str(place.lnd.path),
-            "BACKUP_DIRECTORY": str(place.staging),
-            "S3_BUCKET_NAME": place.bucket,
-            "S3_BACKUP_PREFIX": place.prefix,
-        }
+        settings = settings_at(
+            place.line.endpoint,
+            place.lnd,
+            place.staging,
+            bucket=place.bucket,
+            prefix=place.prefix,
+            user=place.key,
+        )
         return super().environment(place) | self.installed.environment | settings
 
 
@@ -189,24 +188,21 @@ class Script(Contestant):
     """A script around a watcher of PyPI and one boto3 client that stays warm."""
 
     def install(self) -> None:
-        """Install the watcher and boto3 from PyPI."""
         venv, watcher = make_venv("watchers", HERE), self.name.split()[0]
         self.start = [venv / "bin/python", HERE / f"loops/{watcher}_boto3.py"]
         self.version = f"{packages(venv, watcher)}, boto3 {packages(venv, 'boto3')}"
 
     def command(self, place: Place) -> Sequence[str | Path]:
-        """Return the command."""
         return [*self.start, place.lnd.directory, place.bucket, place.prefix]
 
 
 class Floor(Contestant):
-    """A bare put by a warm client: no watching, no staging, no retry."""
+    """A bare put by a warm client. A twin has the program's settings for malloc."""
 
     ready, done = r"^ready", r"^put "
     is_floor = True
 
     def __init__(self, name: str, kind: str, twin_of: Program | None = None) -> None:
-        """Put by the SDK or over http; a twin has the program's settings for malloc."""
         super().__init__(name)
         self.kind, self.twin_of = kind, twin_of
 
@@ -215,11 +211,9 @@ class Floor(Contestant):
         self.version = f"boto3 {packages(Path(sys.prefix), 'boto3')}"
 
     def command(self, place: Place) -> Sequence[str | Path]:
-        """Return the command."""
         return [sys.executable, HERE / "loops/bare.py", self.kind, place.bucket, place.prefix]
 
     def environment(self, place: Place) -> dict[str, str]:
-        """Add the settings for malloc."""
         unit = self.twin_of.installed.environment if self.twin_of else {}
         malloc = {name: value for name, value in unit.items() if name.startswith("MALLOC_")}
         return super().environment(place) | malloc
@@ -229,43 +223,57 @@ class Loop(Contestant):
     """A shell loop around inotifywait that starts a tool for each event; see the script.
 
     The loops that most guides show watch the file itself, or not while they upload, and lose more.
+    The tool comes from a package of Debian, or none: then it is the AWS command line of PyPI.
     """
 
     ready = r"^Watches established"
     keeps_connection = False
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what makes one tool different from another
         self,
         name: str,
-        tool: Callable[[], tuple[Path, str]],
-        arguments: Callable[[Place], list[str | Path]],
+        package: tuple[str, ...],
+        arguments: str,
         *,
+        http: str = "",
+        https: str = "",
         fast: bool = False,
     ) -> None:
-        """Start this tool, which is installed when it is looked for, with these arguments."""
         super().__init__(name, fast=fast)
-        self.find_tool, self.arguments = tool, arguments
+        self.package, self.arguments = package, arguments
+        self.options = {"http": http, "https": https}
 
     def install(self) -> None:
-        """Install the watcher from Debian, and the tool."""
         _, watcher = of_debian("inotify-tools", "inotifywait")
-        self.tool, version = self.find_tool()
+        self.tool, version = of_debian(*self.package) if self.package else aws_of_pypi()
         self.version = f"{version}, inotify-tools {watcher}"
 
+    def upload(self, place: Place) -> list[str | Path]:
+        """Return the tool with its arguments, the last of which is where to put the file."""
+        values = {
+            "path": place.lnd.path,
+            "endpoint": place.line.endpoint,
+            "host": place.line.endpoint.partition("//")[2],
+            "ca_file": place.line.ca_file,
+            "key": place.key.access_key,
+            "secret": place.key.secret_key,
+            "target": f"{place.bucket}/{place.prefix}",
+        }
+        words = shlex.split(f"{self.options[place.line.scheme]} {self.arguments}")
+        return [self.tool, *(word.format_map(values) for word in words)]
+
     def command(self, place: Place) -> Sequence[str | Path]:
-        """Return the loop."""
-        *upload, target = self.arguments(place)
-        loop = HERE / "loops/inotifywait.sh"
-        return ["sh", loop, place.lnd.directory, target, self.tool, *upload]
+        *upload, target = self.upload(place)
+        return ["sh", HERE / "loops/inotifywait.sh", place.lnd.directory, target, *upload]
 
     def environment(self, place: Place) -> dict[str, str]:
         """Return nothing where the arguments say all: rclone fails where AWS_CA_BUNDLE is set."""
-        return super().environment(place) if self.arguments is aws else {}
+        return {} if "{key}" in self.arguments else super().environment(place)
 
     def once(self, place: Place) -> Sequence[str | Path]:
         """Return what puts the file as it is now."""
-        *upload, target = self.arguments(place)
-        return [self.tool, *upload, f"{target}once.backup"]
+        *upload, target = self.upload(place)
+        return [*upload, f"{target}once.backup"]
 
 
 def of_debian(package: str, command: str = "", major: str = "") -> tuple[Path, str]:
@@ -275,10 +283,7 @@ def of_debian(package: str, command: str = "", major: str = "") -> tuple[Path, s
     """
     path = Path("/usr/bin", command or package)
     if not path.exists():
-        if not shutil.which("apt-get") or os.geteuid():
-            raise NotInstalledError(f"{package} missing; as root on Debian it would be installed")
-        run(["apt-get", "update", "-qq"])
-        run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", package])
+        install_from_debian(package)
     version = run(["dpkg-query", "--show", "--showformat", "${Version}", package]).strip()
     if not version.startswith(major):
         raise NotInstalledError(f"this Debian's {package} is {version}")
@@ -286,51 +291,29 @@ def of_debian(package: str, command: str = "", major: str = "") -> tuple[Path, s
 
 
 def aws_of_pypi() -> tuple[Path, str]:
-    """Install version 1 of the AWS command line, with its byte code compiled."""
+    """Install version 1, with its byte code compiled."""
     venv = make_venv("aws")
     return venv / "bin/aws", packages(venv, "awscli")
 
 
-def aws(place: Place) -> list[str | Path]:
-    """Return the arguments of both versions; version 2 of Debian 12 has no variable for the URL."""
-    target = f"s3://{place.bucket}/{place.prefix}"
-    endpoint = ["--endpoint-url", place.line.endpoint]
-    return [*endpoint, "s3", "cp", "--only-show-errors", place.lnd.path, target]
-
-
-def rclone(place: Place) -> list[str | Path]:
-    """Return the arguments; after the upload it checks what was stored."""
-    ca_file = ["--ca-cert", str(place.line.ca_file)] if place.line.ca_file else []
-    store = ["--s3-provider", "Other", "--s3-endpoint", place.line.endpoint, "--s3-region", REGION]
-    key = [
-        f"--s3-access-key-id={place.key.access_key}",
-        f"--s3-secret-access-key={place.key.secret_key}",
-    ]
-    quiet = ["--s3-no-check-bucket", "--config", ""]
-    target = f":s3:{place.bucket}/{place.prefix}"
-    return ["copyto", *ca_file, *store, *key, *quiet, place.lnd.path, target]
-
-
-def s3cmd(place: Place) -> list[str | Path]:
-    """Return the arguments."""
-    host = place.line.endpoint.partition("//")[2]
-    tls = ["--ssl", f"--ca-certs={place.line.ca_file}"] if place.line.ca_file else ["--no-ssl"]
-    store = ["--host", host, "--host-bucket", host, "--region", REGION, *tls]
-    key = ["--access_key", place.key.access_key, "--secret_key", place.key.secret_key]
-    target = f"s3://{place.bucket}/{place.prefix}"
-    return ["--config", "/dev/null", *store, *key, "--quiet", "put", place.lnd.path, target]
-
-
-def curl(place: Place) -> list[str | Path]:
-    """Return the arguments; it signs since 7.75, and 7.88 does not send a header that S3 wants."""
-    ca_file = ["--cacert", str(place.line.ca_file)] if place.line.ca_file else []
-    key = ["--user", f"{place.key.access_key}:{place.key.secret_key}"]
-    sign = ["--aws-sigv4", f"aws:amz:{REGION}:s3", *key]
-    header = ["--header", "x-amz-content-sha256: UNSIGNED-PAYLOAD"]
-    target = f"{place.line.endpoint}/{place.bucket}/{place.prefix}"
-    quiet = ["--fail", "--silent", "--show-error"]
-    return [*quiet, *ca_file, *sign, *header, "--upload-file", place.lnd.path, target]
-
+# It signs since 7.75, and 7.88 does not send a header that S3 wants.
+CURL_ARGUMENTS = (
+    "--fail --silent --show-error --aws-sigv4 aws:amz:us-east-1:s3 --user {key}:{secret} "
+    "--header 'x-amz-content-sha256: UNSIGNED-PAYLOAD' --upload-file {path} {endpoint}/{target}"
+)
+# After the upload it checks what was stored.
+RCLONE_ARGUMENTS = (
+    "copyto --s3-provider Other --s3-endpoint {endpoint} --s3-region us-east-1 "
+    "--s3-access-key-id {key} --s3-secret-access-key {secret} --s3-no-check-bucket --config '' "
+    "{path} :s3:{target}"
+)
+S3CMD_ARGUMENTS = (
+    "--config /dev/null --host {host} --host-bucket {host} --region us-east-1 "
+    "--access_key {key} --secret_key {secret} --quiet put {path} s3://{target}"
+)
+S3CMD_HTTPS = "--ssl --ca-certs {ca_file}"
+# Of both versions; version 2 of Debian 12 has no variable for the URL.
+AWS_ARGUMENTS = "--endpoint-url {endpoint} s3 cp --only-show-errors {path} s3://{target}"
 
 THIS = Program(PROGRAM)
 BARE_PUT = Floor(BARE, "sdk")
@@ -339,11 +322,11 @@ CONTESTANTS: list[Contestant] = [
     THIS,
     Script("watchdog + boto3"),
     Script("watchfiles + boto3", fast=False),
-    Loop(CURL, functools.partial(of_debian, "curl"), curl, fast=True),
-    Loop(RCLONE, functools.partial(of_debian, "rclone"), rclone),
-    Loop("s3cmd put", functools.partial(of_debian, "s3cmd"), s3cmd),
-    Loop(AWS_V1, aws_of_pypi, aws),
-    Loop(AWS_V2, functools.partial(of_debian, "awscli", "aws", "2"), aws),
+    Loop(CURL, ("curl",), CURL_ARGUMENTS, https="--cacert {ca_file}", fast=True),
+    Loop(RCLONE, ("rclone",), RCLONE_ARGUMENTS, https="--ca-cert {ca_file}"),
+    Loop("s3cmd put", ("s3cmd",), S3CMD_ARGUMENTS, http="--no-ssl", https=S3CMD_HTTPS),
+    Loop(AWS_V1, (), AWS_ARGUMENTS),
+    Loop(AWS_V2, ("awscli", "aws", "2"), AWS_ARGUMENTS),
     BARE_PUT,
     Floor("bare HTTP PUT", "http"),
 ]
@@ -364,14 +347,13 @@ def install_all() -> tuple[list[Contestant], dict[str, str]]:
 
 
 class Running:
-    """A contestant at work: a process group of its own, whose every upload ends with a line of
-    output.
+    """A contestant at work, by its own command or by another one: a process group of its own, whose
+    every upload ends with a line of output.
     """
 
     def __init__(
         self, contestant: Contestant, place: Place, command: Sequence[str | Path] = ()
     ) -> None:
-        """Start it at its place, by its own command or by another one."""
         self.contestant, self.place, self.name = contestant, place, contestant.name
         self.done = 0  # uploads that have ended, well or not
         self._lines: list[str] = []
@@ -405,25 +387,24 @@ class Running:
         raise RuntimeError(f"{self.name} stored nothing:\n{self.output}")
 
     def __exit__(self, *_: object) -> None:
-        """Stop it."""
         self.stop()
 
     @property
     def output(self) -> str:
-        """Return what it said until now."""
         with self._changed:
             return "".join(self._lines)
 
+    def _wait(self, so: Callable[[], bool], what: str) -> None:
+        """Block until its output is so."""
+        with self._changed:
+            if not self._changed.wait_for(so, PATIENCE_SECONDS):
+                raise RuntimeError(f"{self.name} did not {what}:\n{''.join(self._lines)}")
+
     def wait_for(self, pattern: str) -> None:
         """Block until a line of its output has this."""
-        with self._changed:
-            if not self._changed.wait_for(
-                lambda: any(re.search(pattern, line) for line in self._lines), PATIENCE_SECONDS
-            ):
-                raise RuntimeError(f"{self.name} did not say {pattern}:\n{''.join(self._lines)}")
+        self._wait(lambda: any(re.search(pattern, line) for line in self._lines), f"say {pattern}")
 
     def tell(self) -> None:
-        """Tell a floor of the file."""
         if self.process.stdin and self.contestant.is_floor:
             with contextlib.suppress(BrokenPipeError):  # its output says why
                 self.process.stdin.write(f"{self.place.lnd.path}\n")
@@ -441,9 +422,7 @@ class Running:
         self.tell()
         stored = self.place.line.wait_for(version.sha256, timeout)
         if stored:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self.done > done, PATIENCE_SECONDS):
-                    raise RuntimeError(f"{self.name} ended no upload:\n{''.join(self._lines)}")
+            self._wait(lambda: self.done > done, "end the upload")
             if self.contestant.is_floor:
                 version = dataclasses.replace(version, renamed_at=self.puts()[-1][0])
         return version, stored
@@ -454,7 +433,6 @@ class Running:
         return [(float(began), float(ended)) for began, ended in found]
 
     def stop(self) -> None:
-        """End the whole group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -465,7 +443,6 @@ class Running:
                     stream.close()
 
     def _read(self) -> None:
-        """Take its output to the end."""
         for line in self.process.stdout or ():
             with self._changed:
                 self._lines.append(line)

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from kit import CHECKOUT
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
+from rich.markdown import Markdown
 
 from bench.peers import AWS_V1, AWS_V2, BARE, CONTESTANTS, CURL, PROGRAM, RCLONE, THIS, TWIN
 
@@ -73,7 +72,6 @@ class Row(NamedTuple):
 
     @property
     def median(self) -> float:
-        """Return the median of the values."""
         return statistics.median(self.values)
 
     @property
@@ -97,7 +95,6 @@ class Rows(list[Row]):
     def add(
         self, group: str, figure: str, unit: str, contestant: str, *values: float, **case: str | int
     ) -> None:
-        """Add values to their row."""
         key = (group, figure, unit, contestant, case)
         row = next((each for each in self if each[:5] == key), None)
         if row is None:
@@ -120,9 +117,7 @@ class Results:
     def of_now(
         cls, load: float, versions: dict[str, str], missing: dict[str, str], rows: list[Row]
     ) -> Self:
-        """Return the results of a run that has just ended on this machine, which had this load when
-        it began.
-        """
+        """Return the results of a run that has just ended; the machine had this load before."""
         info = Path("/proc/cpuinfo").read_text()
         cpus = re.findall(r"^model name\s*:\s*(.*)$", info, re.MULTILINE)
         machine: dict[str, str | float] = {
@@ -138,7 +133,6 @@ class Results:
 
     @classmethod
     def load(cls, path: Path = STORED) -> Self:
-        """Return what was stored."""
         found = json.loads(path.read_text())
         return cls(**found | {"rows": [Row(**row) for row in found["rows"]]})
 
@@ -155,9 +149,7 @@ class Results:
     def find(
         self, group: str, contestant: str, figure: str = "", case: Case | None = None
     ) -> Row | None:
-        """Return the one row of a contestant for a figure and these parts of a case; None if it was
-        not measured.
-        """
+        """Return the one row for a figure and these parts of a case, if it was measured."""
         found = [
             row
             for row in self.rows
@@ -187,9 +179,7 @@ class Target(NamedTuple):
     cells: list[tuple[Cell, Cell | None]]  # the worst one counts
 
     def measured(self, results: Results) -> float | None:
-        """Return the median or the ratio of medians, as it is told; None if the run did not measure
-        it.
-        """
+        """Return the median or the ratio of medians, as it is told; None if it was not measured."""
         values = []
         for cells in self.cells:
             rows = [results.find(*cell) for cell in cells if cell]
@@ -200,7 +190,6 @@ class Target(NamedTuple):
         return float(f"{max(values):.3g}")
 
     def verdict(self, results: Results) -> str:
-        """Tell whether it is met."""
         value = self.measured(results)
         return VERDICTS[2 if value is None else int(value > self.limit)]
 
@@ -256,10 +245,12 @@ TARGETS = [
 
 
 def number(value: float) -> str:
-    """Return a value with three digits at the most that mean something, all of those before the
-    point.
-    """
+    """Return a value with three digits that mean something, and all of those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 class Table(NamedTuple):
@@ -271,26 +262,12 @@ class Table(NamedTuple):
     note: str = ""
 
     def markdown(self) -> str:
-        """Return it for a document."""
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.lines]
-        return f"### {self.title}\n\n{self.note}" + "".join(
-            f"| {' | '.join(line)} |\n" for line in lines
-        )
-
-    def print(self, to: Console) -> None:
-        """Print it on a terminal."""
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left", no_wrap=not index)
-        for line in self.lines:
-            table.add_row(*line)
-        to.print(table)
+        return f"### {self.title}\n\n{self.note}{markdown(lines)}\n"
 
 
 def entry(row: Row | None, program: Row | None, bare: Row | None) -> str:
-    """Return median, spread and ratio of a row: to this program, or for this program to a bare
-    put.
-    """
+    """Return median, spread and ratio: to this program, or for this program to a bare put."""
     if row is None:
         return ""
     low, high = row.spread
@@ -302,7 +279,6 @@ def entry(row: Row | None, program: Row | None, bare: Row | None) -> str:
 
 
 def tables(results: Results) -> list[Table]:
-    """Return a table for each group, in the order of their rows."""
     groups: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.values:
@@ -311,20 +287,16 @@ def tables(results: Results) -> list[Table]:
 
 
 def table(title: str, rows: list[Row]) -> Table:
-    """Return the table of one group."""
     columns = list(dict.fromkeys((row.column, row.unit) for row in rows))
     found = {(row.contestant, row.column): row for row in rows}
-    lines = [
-        [
-            name,
-            *(
-                entry(*(found.get((each, column)) for each in (name, PROGRAM, BARE)))
+    lines = []
+    for name in ORDER:
+        if any(row.contestant == name for row in rows):
+            beside = [
+                [found.get((each, column)) for each in (name, PROGRAM, BARE)]
                 for column, _ in columns
-            ),
-        ]
-        for name in ORDER
-        if any(row.contestant == name for row in rows)
-    ]
+            ]
+            lines.append([name, *(entry(*cells) for cells in beside)])
     units = {unit for _, unit in columns}
     if len(units) == 1:
         title = f"{title}, {units.pop()}".strip(", ")
@@ -333,7 +305,6 @@ def table(title: str, rows: list[Row]) -> Table:
 
 
 def targets(results: Results) -> Table:
-    """Return the table of the targets."""
     lines = []
     for target in TARGETS:
         value = target.measured(results)
@@ -378,7 +349,7 @@ def beside_loops(results: Results) -> str:
     for label, (group, figure, case) in figures.items():
         rows = [results.find(group, name, figure, case) for name in names]
         lines.append([label, *(number(row.median) for row in rows if row)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def documents(results: Results) -> dict[Path, str]:
@@ -400,11 +371,9 @@ def console() -> Console:
 
 
 def show(results: Results, to: Console) -> None:
-    """Print everything."""
-    for each in tables(results):
-        each.print(to)
+    for each in [*tables(results), targets(results)]:
+        to.print(Markdown(each.markdown()))
     to.print(setting(results), highlight=False)
-    targets(results).print(to)
 
 
 # The plots.
@@ -424,16 +393,15 @@ FLAT_LEFT, BAR, GAP = 170, 14, 34
 DISTANCES = [0, 40, 150]
 
 
-def svg(height: int, title: str, parts: Iterable[str]) -> str:
+def svg(height: int, title: str, parts: Iterable[str], width: int = 720) -> str:
     """Return a drawing on white ground."""
-    box = f'viewBox="0 0 720 {height}"'
+    box = f'viewBox="0 0 {width} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif" font-size="13">'
-    ground = f'<rect width="720" height="{height}" fill="#ffffff"/>'
+    ground = f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
     return "\n".join([head, f"<title>{escape(title)}</title>", ground, *parts, "</svg>\n"])
 
 
 def label(x: float, y: float, what: str, anchor: str = "start", colour: str = "#000000") -> str:
-    """Return a line of text."""
     at = f'x="{x:.1f}" y="{y:.1f}"'
     return f'<text {at} text-anchor="{anchor}" fill="{colour}">{escape(what)}</text>'
 
@@ -473,7 +441,6 @@ def latency(results: Results) -> str:
 
 
 def footprint(results: Results) -> str:
-    """Draw memory and CPU time while nothing happens."""
     parts, y = [], 20.0
     for figure, unit in (("PSS", "MB"), ("CPU time", "ms per hour")):
         rows = [row for name in COLOURS if (row := results.find(REST, name, figure))]

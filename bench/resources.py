@@ -35,10 +35,10 @@ class Effort(NamedTuple):
     """How much is measured; times in seconds."""
 
     rounds: int
-    # until this is used up, there are more updates: the kernel tells the time of ended children in
-    # 10 ms
+    # Until this is used up, there are more updates: the kernel tells the time of ended children in
+    # 10 ms.
     cpu: float
-    # before memory is measured; this program closes its connection when it has been idle for five
+    # Before memory is measured; this program closes its connection when it has been idle for five.
     rest: float
     idle: float  # once, in the last round
     staged: int
@@ -70,11 +70,8 @@ def at_work_and_at_rest(world: World, rows: Rows, *, quick: bool) -> None:
 
 
 def at_work(contestant: Running, effort: Effort, rows: Rows) -> None:
-    """Measure the CPU time of an update over many on a warm connection, and the peak of memory over
-    one.
-    """
-    before, updates = calm(contestant), 0
-    used = 0.0
+    """Measure the CPU time of an update over many, and the peak of memory over one."""
+    before, updates, used = calm(contestant), 0, 0.0
     while used < effort.cpu and updates < UPDATES_MAX:
         contestant.update()
         updates += 1
@@ -89,18 +86,15 @@ def at_work(contestant: Running, effort: Effort, rows: Rows) -> None:
 
 
 def at_rest(contestants: Sequence[Running], seconds: float, rows: Rows) -> None:
-    """Measure CPU time and wake-ups of all contestants over the same time, in which LND writes
-    nothing.
-    """
+    """Measure CPU time and wake-ups of all over the same time, in which LND writes nothing."""
     groups = [family(each.process.pid) for each in contestants]
     before, began = [usage(pids) for pids in groups], time.monotonic()
     time.sleep(seconds)
     per_hour = 3600 / (time.monotonic() - began)
     for each, pids, earlier in zip(contestants, groups, before, strict=True):
         now = usage(pids)
-        rows.add(
-            REST, "CPU time", "ms per hour", each.name, (now.cpu - earlier.cpu) * per_hour * 1e3
-        )
+        cpu = (now.cpu - earlier.cpu) * per_hour * 1e3
+        rows.add(REST, "CPU time", "ms per hour", each.name, cpu)
         wake_ups = (now.wake_ups - earlier.wake_ups) * per_hour
         rows.add(REST, "wake-ups", "per hour", each.name, wake_ups)
 
@@ -120,9 +114,7 @@ def calm(contestant: Running) -> Usage:
 
 
 def out_of_reach(world: World, rows: Rows, *, quick: bool) -> None:
-    """Measure this program's memory while S3 is out of reach, with nothing staged but LND's file
-    and with much.
-    """
+    """Measure this program's memory while S3 is out of reach, with little and much staged."""
     effort = QUICK if quick else FULL
     with world.line(far=True) as line:
         line.take_down()
@@ -216,9 +208,7 @@ def family(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def watched(pid: int) -> Iterator[list[Memory]]:
-    """Look at the memory of a process and its descendants all the time while the `with` block runs;
-    yield what was seen.
-    """
+    """Look at the memory of a process and its descendants all the time; yield what was seen."""
     seen, over = [Memory(0, 0)], threading.Event()
 
     def look() -> None:

@@ -44,38 +44,25 @@ LOOK_SECONDS = 0.005
 
 
 class Effort(NamedTuple):
-    """How much is measured."""
+    """How much is measured: unless `--quick` says less, this."""
 
-    near: tuple[str, ...]  # schemes on loopback
-    far: tuple[str, ...]  # schemes with round trips
-    round_trips_ms: tuple[int, ...]
-    sizes: tuple[int, ...]  # in channels: 45, 718, 6,775, 67,345 and 673,045 bytes
-    rounds: int  # on loopback, at the usual size
-    rounds_of_others: int  # on loopback, at the other sizes
-    rounds_far: int
-    slow_every: int  # rounds, for what starts a process for each event
-    starts: int
-    drained: int
-    drains: int  # of each backlog
-    objects: int
-    reads: int
+    near: tuple[str, ...] = ("http", "https")  # schemes on loopback
+    far: tuple[str, ...] = ("http", "https")  # schemes with round trips
+    round_trips_ms: tuple[int, ...] = (40, 150)
+    # In channels: 45, 718, 6,775, 67,345 and 673,045 bytes.
+    sizes: tuple[int, ...] = (0, 1, USUAL, 100, 1000)
+    rounds: int = 28  # on loopback, at the usual size
+    rounds_of_others: int = 7  # on loopback, at the other sizes
+    rounds_far: int = 12
+    slow_every: int = 7  # rounds, for what starts a process for each event
+    starts: int = 7
+    drained: int = 1_000
+    drains: int = 5  # of each backlog
+    objects: int = 5_000
+    reads: int = 3
 
 
-FULL = Effort(
-    near=("http", "https"),
-    far=("http", "https"),
-    round_trips_ms=(40, 150),
-    sizes=(0, 1, USUAL, 100, 1000),
-    rounds=28,
-    rounds_of_others=7,
-    rounds_far=12,
-    slow_every=7,
-    starts=7,
-    drained=1_000,
-    drains=5,
-    objects=5_000,
-    reads=3,
-)
+FULL = Effort()
 QUICK = Effort(
     near=("http",),
     far=("https",),
@@ -120,9 +107,7 @@ def updates(world: World, rows: Rows, *, quick: bool) -> None:
 def at_distance(  # noqa: PLR0913 - the cell of a table has that many sides
     rows: Rows, effort: Effort, scheme: str, ms: int, running: Sequence[Running], *, rounds: int
 ) -> dict[str, list[float]]:
-    """Measure the usual size, warm and cold, and return the warm values. What connects anew for
-    each update knows no difference.
-    """
+    """Measure the usual size, warm, and cold where that differs, and return the warm values."""
     case: Case = {"round trip": f"{ms} ms"}
     keepers = [each for each in running if each.contestant.keeps_connection]
     warm = timed(running, rounds, effort)
@@ -161,9 +146,7 @@ def timed(
 
 
 def count(rows: Rows, scheme: str, running: Sequence[Running]) -> None:
-    """Count the round trips of an update on a warm connection and on a cold one, handshakes
-    included.
-    """
+    """Count the round trips of an update, warm and cold, handshakes included."""
     for each in running:
         line, keeps = each.place.line, each.contestant.keeps_connection
         if keeps:
@@ -232,9 +215,7 @@ def drain(world: World, rows: Rows, *, quick: bool) -> None:
 
 
 def backlogs(world: World, rows: Rows, *, quick: bool) -> None:
-    """Measure whether it takes longer for each version if more of them wait: over as many versions
-    as the small backlog has, on loopback, where a round trip hides nothing.
-    """
+    """Measure whether each of the same number of versions takes longer if more of them wait."""
     for _ in range((QUICK if quick else FULL).drains):
         for staged in BACKLOGS:
             with world.line() as line, drained(world, line, staged, BACKLOGS[0]) as moments:
@@ -243,9 +224,7 @@ def backlogs(world: World, rows: Rows, *, quick: bool) -> None:
 
 @contextlib.contextmanager
 def drained(world: World, line: Line, staged: int, wanted: int) -> Iterator[list[float]]:
-    """Let this program drain a backlog, newest first; yield when each version was stored, once so
-    many of the staged ones are.
-    """
+    """Drain a backlog, newest first; yield when each version was stored, once that many are."""
     place = world.place("drain", line)
     last = place.stage(staged)[-wanted]
     running = Running(THIS, place)
@@ -258,7 +237,7 @@ def drained(world: World, line: Line, staged: int, wanted: int) -> Iterator[list
 
 
 def mean_gap(moments: Sequence[float]) -> float:
-    """Return how long it took from one to the next, on average."""
+    """Return how long it took from one to the next."""
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
@@ -286,13 +265,13 @@ def reading(world: World, rows: Rows, *, quick: bool) -> None:
                 said = process.communicate()[1].decode()
                 if process.returncode:
                     raise RuntimeError(f"{command[0]} failed:\n{said}")
-                case: Case = {"command": command[0], "objects": effort.objects}
-                trips = line.counts.round_trips
-                rows.add(READING, "time on loopback", "s", PROGRAM, seconds, **case)
-                rows.add(
-                    READING, "counted, handshake included", "round trips", PROGRAM, trips, **case
-                )
-                rows.add(READING, "RSS at peak", "MB", PROGRAM, peak, **case)
+                for figure, unit, value in (
+                    ("time on loopback", "s", seconds),
+                    ("counted, handshake included", "round trips", line.counts.round_trips),
+                    ("RSS at peak", "MB", peak),
+                ):
+                    case: Case = {"command": command[0], "objects": effort.objects}
+                    rows.add(READING, figure, unit, PROGRAM, value, **case)
 
 
 def peak_until_end(process: subprocess.Popen[bytes]) -> float:

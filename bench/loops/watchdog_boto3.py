@@ -20,7 +20,6 @@ class Upload(FileSystemEventHandler):  # type: ignore[misc] # it has no types he
     """Uploads what LND renames into place."""
 
     def on_moved(self, event: FileSystemEvent) -> None:
-        """Upload the file."""
         path = Path(str(event.dest_path))
         if path.name != "channel.backup":
             return

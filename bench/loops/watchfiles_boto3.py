@@ -13,9 +13,8 @@ from watchfiles import watch
 
 directory, bucket, prefix = sys.argv[1:]
 client = boto3.client("s3")
-print(
-    "watching", flush=True
-)  # just before it does: the watch is armed by the first turn of the loop
+# Just before it does: the watch is armed by the first turn of the loop.
+print("watching", flush=True)
 
 for changes in watch(directory):
     for path in {path for _, path in changes if Path(path).name == "channel.backup"}:

@@ -28,16 +28,16 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 from kit import (
     SCRIPT,
-    VERSION_NAME,
     FaultProxy,
     Lnd,
     S3Server,
     Script,
     Written,
+    find_problems,
     run_on_terminal,
     settings_for,
 )
@@ -45,25 +45,24 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from shared import staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from kit import StoredObject
+    from collections.abc import Callable, Iterator
 
 BUCKET, PREFIX = "backups", "alice/"
 SETTLE_SECONDS = 15.0
 READING_SECONDS = 1.0
-STOP_SECONDS = (
-    12.0  # the grace period of 10 s, one more that is promised, and one for a slow machine
-)
+# The grace period of 10 s, one more that is promised, and one for a slow machine.
+STOP_SECONDS = 12.0
 FOREVER_SECONDS = 3600.0
 SLOW_LINE_SECONDS = 0.1
 INDENT = 17
 LIST_HEAD, LIST_TAIL = 6, 3  # what is shown of a list that is longer
 PICTURE_WIDTH = 96
-PICTURE_TITLE = "make demo"
 INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STYLES = {"LND": "magenta", "daemon": "cyan", "log": "dim cyan", "S3": "green", "disk": "yellow"}
 
 OPENING = (
     "This demo runs the real daemon against a real S3 server on this machine. A stand-in for LND "
@@ -76,12 +75,7 @@ CLOSING = """What to do next:
   3. Do the drill, print the card:     docs/recovery.md"""
 
 
-class InterruptedByWatcherError(Exception):
-    """The watcher has seen enough."""
-
-
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One line of the daemon's log and when it came; no text: the daemon has ended."""
 
     at: float
@@ -90,9 +84,7 @@ class Line:
 
 @dataclass
 class Version:
-    """One version that LND wrote, and what the daemon's log says about it; `timed` if S3 was there
-    to take it.
-    """
+    """One version of LND's, and what the log says of it; `timed` if S3 was there to take it."""
 
     number: int
     written: Written
@@ -102,7 +94,6 @@ class Version:
 
     @property
     def waits(self) -> bool:
-        """Tell whether it is captured and not yet stored."""
         return self.captured_at is not None and self.stored_at is None
 
     def after(self, moment: float | None) -> float:
@@ -110,68 +101,22 @@ class Version:
         return (moment or self.written.renamed_at) - self.written.renamed_at
 
 
-class Inbox:
-    """What the daemon says, stamped as it arrives, and the watcher's wish to end; read by the main
-    thread alone.
-    """
-
-    def __init__(self) -> None:
-        """Begin empty."""
-        self.interrupted = False
-        self._lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
-
-    def interrupt(self, *_: object) -> None:
-        """Note that the watcher wants to end; a signal handler."""
-        self.interrupted = True
-        self._lines.put(Line(time.monotonic(), None))
-
-    def follow(self, daemon: Script) -> None:
-        """Take in each line of the daemon's log at the moment it comes, until it ends."""
-        with contextlib.suppress(AssertionError):  # how the kit tells the end
-            for count in itertools.count(1):
-                text = daemon.wait_for_log(r"^.*\n", FOREVER_SECONDS, count)[0]
-                self._lines.put(Line(time.monotonic(), text.rstrip()))
-        self._lines.put(Line(time.monotonic(), None))
-
-    def next(self, seconds: float) -> Line | None:
-        """Return the next line, or None if none comes in time; raises when the watcher wants to
-        end.
-        """
-        line = None
-        with contextlib.suppress(queue.Empty):
-            line = self._lines.get(timeout=max(0.0, seconds))
-        if self.interrupted:
-            raise InterruptedByWatcherError
-        return line
-
-
 class Screen:
     """A running log of who does what; `log` quotes the daemon's own. A terminal also shows the
-    present state below.
+    present state below. For a picture, it has one width.
     """
 
-    STYLES = (
-        ("LND", "magenta"),
-        ("daemon", "cyan"),
-        ("log", "dim cyan"),
-        ("S3", "green"),
-        ("disk", "yellow"),
-    )
-
     def __init__(self, picture: Path | None = None) -> None:
-        """Write to stdout, whatever its encoding can hold; for a picture, in one width."""
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         self.picture = picture
-        width = PICTURE_WIDTH if picture else None
         self.console = Console(
             highlight=False,
             markup=False,
             emoji=False,
-            width=width,
+            width=PICTURE_WIDTH if picture else None,
             force_terminal=bool(picture) or None,
         )
-        self.plain = self.console.options.ascii_only and not picture
         self.began = time.monotonic()
 
     def say(self, text: str, style: str = "") -> None:
@@ -179,20 +124,15 @@ class Screen:
         self.console.print(textwrap.fill(text, self.console.width), style=style)
 
     def title(self, text: str) -> None:
-        """Begin an act."""
         self.console.print()
         self.say(text, "bold")
 
     def fact(self, at: float, who: str, text: str, style: str = "") -> None:
         """Print what somebody did, with the seconds since the beginning."""
-        first, *others = textwrap.wrap(
-            text, max(20, self.console.width - INDENT), break_on_hyphens=False
-        ) or [""]
-        line = Text.assemble(
-            (f"{at - self.began:7.3f}  ", "dim"),
-            (f"{who:<8}", dict(self.STYLES)[who]),
-            (first, style),
-        )
+        width = max(20, self.console.width - INDENT)
+        first, *others = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
+        moment = f"{at - self.began:7.3f}  "
+        line = Text.assemble((moment, "dim"), (f"{who:<8}", STYLES[who]), (first, style))
         for other in others:
             line.append("\n" + " " * INDENT + other, style)
         self.console.print(line)
@@ -208,14 +148,9 @@ class Screen:
         """Write the picture, without what it would fetch from elsewhere."""
         if self.picture:
             self.console.record = True
-            drawing = self.console.export_svg(title=PICTURE_TITLE, unique_id="demo")
-            for useless in (
-                r"<!--.*?-->",
-                r"@font-face \{.*?\}",
-                r"Fira Code, (?=monospace)",
-                r" +$",
-            ):
-                drawing = re.sub(useless, "", drawing, flags=re.DOTALL | re.MULTILINE)
+            drawing = self.console.export_svg(title="make demo", unique_id="demo")
+            useless = r" *<!--.*?-->| *@font-face \{.*?\}|Fira Code, (?=monospace)| +$"
+            drawing = re.sub(useless, "", drawing, flags=re.DOTALL | re.MULTILINE)
             self.picture.write_text(re.sub(r"\n{2,}", "\n", drawing), encoding="utf-8")
 
     def live(self, state: Callable[[], Text]) -> contextlib.AbstractContextManager[object]:
@@ -228,78 +163,64 @@ class Screen:
 
 
 class Stage:
-    """All that takes part, and what was seen of each version; leaving the `with` block kills the
-    daemon.
+    """All that takes part, and what was seen of each version: a bucket, a key that may only put,
+    LND's directory and the staging directory.
     """
 
-    def __init__(
-        self, screen: Screen, inbox: Inbox, root: Path, server: S3Server, proxy: FaultProxy
-    ) -> None:
-        """Set the stage: a bucket, a key that may only put, LND's directory and the staging
-        directory.
-        """
-        self.screen, self.inbox, self.root, self.server, self.proxy = (
-            screen,
-            inbox,
-            root,
-            server,
-            proxy,
-        )
+    def __init__(self, screen: Screen, root: Path, server: S3Server, proxy: FaultProxy) -> None:
+        self.screen, self.root, self.server, self.proxy = screen, root, server, proxy
         self.lnd, self.staging = Lnd(root / "lnd"), root / "staging"
+        self.staging.mkdir(mode=0o700)
         server.create_bucket(BUCKET)
         self.settings = settings_for(
             server, BUCKET, PREFIX, self.lnd, self.staging, endpoint=proxy.endpoint()
         )
+        self.lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
         self.versions: list[Version] = []
         self.daemon: Script | None = None
         self.s3_there = True
         self.problems: list[str] = []
         self.stopping = self.ended = False
 
-    def __enter__(self) -> Self:
-        """Return the stage."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Kill the daemon if it still runs."""
         if self.daemon:
             self.daemon.close()
 
     def start_daemon(self) -> None:
-        """Start the real program with the settings alone, and follow its log."""
         self.daemon = Script(self.settings)
-        threading.Thread(target=self.inbox.follow, args=[self.daemon], daemon=True).start()
+        threading.Thread(target=self.follow, args=[self.daemon], daemon=True).start()
+
+    def follow(self, daemon: Script) -> None:
+        """Stamp each line of the daemon's log at the moment it comes, until it ends."""
+        with contextlib.suppress(AssertionError):  # how the kit tells the end
+            for count in itertools.count(1):
+                text = daemon.wait_for_log(r"^.*\n", FOREVER_SECONDS, count)[0]
+                self.lines.put(Line(time.monotonic(), text.rstrip()))
+        self.lines.put(Line(time.monotonic(), None))
 
     def write(self, channels: int) -> None:
-        """Let LND write a version."""
         written = self.lnd.write(channels)
-        version = Version(
-            len(self.versions) + 1, written, timed=self.s3_there and self.daemon is not None
-        )
-        self.versions.append(version)
+        timed = self.s3_there and self.daemon is not None
+        self.versions.append(Version(len(self.versions) + 1, written, timed))
         size = f"{counted(channels, 'channel')}, {len(written.data)} bytes"
-        self.screen.fact(written.renamed_at, "LND", f"wrote version {version.number}: {size}")
+        self.screen.fact(written.renamed_at, "LND", f"wrote version {len(self.versions)}: {size}")
 
     def watch(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Show what the daemon does until the condition holds, the time is over or the daemon has
         ended.
         """
         deadline = time.monotonic() + seconds
-        while (
-            not (held := until())
-            and not self.ended
-            and (line := self.inbox.next(deadline - time.monotonic()))
-        ):
-            self.hear(line)
+        with contextlib.suppress(queue.Empty):
+            while not (held := until()) and not self.ended:
+                self.hear(self.lines.get(timeout=max(0.0, deadline - time.monotonic())))
         return held
 
     def settle(self, reading_seconds: float = READING_SECONDS) -> None:
         """Wait until every version is stored, and then for the watcher's eye."""
         if self.problems:
             return
-        came = self.watch(
-            SETTLE_SECONDS, lambda: all(version.stored_at for version in self.versions)
-        )
+        came = self.watch(SETTLE_SECONDS, lambda: all(each.stored_at for each in self.versions))
         if not came and not self.ended:
             self.problems.append(f"not every version was stored within {SETTLE_SECONDS:.0f} s")
         self.watch(reading_seconds)
@@ -321,55 +242,42 @@ class Stage:
         """Note and show that a version was captured or stored; the end of its name tells which one
         it is.
         """
-        version = next(
-            (each for each in self.versions if name.endswith(each.written.sha256[-6:])), None
-        )
+        of_that_name = (each for each in self.versions if name.endswith(each.written.sha256[-6:]))
+        version = next(of_that_name, None)
         if version is None:
             self.screen.fact(at, "daemon", f"{what} {name}, which LND never wrote", "bold red")
             return
         if version.stored_at is not None:
             if what == "stored":
-                again = (
-                    f"stored version {version.number} again: the file on disk is always put last"
-                )
-                self.screen.fact(at, "S3", again)
+                why = "again: the file on disk is always put last"
+                self.screen.fact(at, "S3", f"stored version {version.number} {why}")
             return
+        took = f"{what} version {version.number} in {shown_time(version.after(at))}"
         if what == "captured":
             version.captured_at = at
+            more = (
+                f" as {name}{remark}" if self.s3_there else f", {self.waiting} waiting in staging"
+            )
+            self.screen.fact(at, "daemon", took + more)
         else:
             version.stored_at = at
-        waiting = sum(each.waits for each in self.versions)
-        if what == "captured":
-            more = f" as {name}{remark}" if self.s3_there else f", {waiting} waiting in staging"
-        else:
-            more = f", {waiting} still waiting" if waiting else ""
-        took = f"{what} version {version.number} in {shown_time(version.after(at))}"
-        self.screen.fact(at, "daemon" if what == "captured" else "S3", took + more)
+            more = f", {self.waiting} still waiting" if self.waiting else ""
+            self.screen.fact(at, "S3", took + more)
 
-    def staged(self) -> list[str]:
-        """Return the names of the versions that lie in the staging directory."""
-        if not self.staging.is_dir():
-            return []
-        return sorted(
-            entry.name for entry in self.staging.iterdir() if VERSION_NAME.fullmatch(entry.name)
-        )
+    @property
+    def waiting(self) -> int:
+        return sum(version.waits for version in self.versions)
 
     def state(self) -> Text:
         """Return the present state: one mark for each version, from the first to the last."""
-        stored, staged, neither = ("#", "o", ".") if self.screen.plain else ("■", "□", "·")
-        text = (
-            Text(" S3 is there ", "black on green")
-            if self.s3_there
-            else Text(" S3 is away  ", "white on red")
-        )
-        text.append("  ")
+        there, away = (" S3 is there ", "black on green"), (" S3 is away  ", "white on red")
+        text = Text.assemble(there if self.s3_there else away, "  ")
         for version in self.versions:
             if version.stored_at:
-                text.append(stored, "green")
+                text.append("#", "green")
             else:
-                text.append(staged if version.waits else neither, "yellow")
-        waiting = sum(version.waits for version in self.versions)
-        return text.append(f"  {len(self.versions)} written, {waiting} waiting")
+                text.append("o" if version.waits else ".", "yellow")
+        return text.append(f"  {len(self.versions)} written, {self.waiting} waiting")
 
 
 # --- The acts ---
@@ -390,7 +298,6 @@ def act_start(stage: Stage) -> None:
 
 
 def act_channels(stage: Stage) -> None:
-    """Open channels."""
     stage.screen.title(
         "LND opens channels: each version is in the bucket milliseconds after LND's rename"
     )
@@ -400,7 +307,6 @@ def act_channels(stage: Stage) -> None:
 
 
 def act_burst(stage: Stage) -> None:
-    """Write several versions within a second."""
     stage.screen.title("A burst: LND writes six versions in half a second, and every one is kept")
     for channels in range(101, 107):
         stage.write(channels)
@@ -409,31 +315,26 @@ def act_burst(stage: Stage) -> None:
 
 
 def act_restart(stage: Stage) -> None:
-    """Restart LND."""
     stage.screen.title("LND restarts: it writes the file when it stops and again when it starts")
-    stage.write(106)
-    stage.settle()
-    stage.write(106)
-    stage.settle()
+    for _ in range(2):
+        stage.write(106)
+        stage.settle()
 
 
 def act_outage(stage: Stage) -> None:
-    """Take S3 away while LND goes on writing."""
     stage.screen.title("S3 goes away while LND keeps writing: the versions wait on this disk")
     stage.proxy.set("refuse", cut=True)
     stage.s3_there = False
     for channels in range(107, 112):
         stage.write(channels)
         stage.watch(0.8)
-    waiting = f"{counted(len(stage.staged()), 'version')} now in the staging directory"
+    waiting = f"{counted(len(staged(stage.staging)), 'version')} now in the staging directory"
     stage.screen.fact(time.monotonic(), "disk", waiting, "bold")
     stage.watch(READING_SECONDS)
 
 
 def act_return(stage: Stage) -> None:
-    """Bring S3 back, on a line slow enough for the eye, and let LND write: the daemon then tries
-    at once.
-    """
+    """Bring S3 back, on a line slow enough for the eye."""
     stage.screen.title("S3 comes back on a slow line: the newest version goes first")
     stage.proxy.set("latency", up=SLOW_LINE_SECONDS, down=SLOW_LINE_SECONDS)
     stage.s3_there = True
@@ -442,9 +343,8 @@ def act_return(stage: Stage) -> None:
     stage.settle(0.0)
     order = [version.number for version in sorted(waiting, key=lambda each: each.stored_at or 0.0)]
     how = ", the newest first" if order == sorted(order, reverse=True) else ""
-    stage.screen.fact(
-        time.monotonic(), "S3", f"got them in the order {', '.join(map(str, order))}{how}", "bold"
-    )
+    got = f"got them in the order {', '.join(map(str, order))}{how}"
+    stage.screen.fact(time.monotonic(), "S3", got, "bold")
     stage.watch(READING_SECONDS)
 
 
@@ -466,37 +366,29 @@ def act_stop(stage: Stage) -> None:
 
 
 def act_read_back(stage: Stage) -> None:
-    """Ask for what the bucket holds, with a reader's key, and bring the file back as on the day of
-    a loss.
-    """
+    """Ask for what the bucket holds with a reader's key, and bring the file back."""
     stage.screen.title("The worst day: with a key that can only read, on any computer")
     stage.proxy.set("pass")
     reader = stage.server.reader_user(BUCKET)
-    bucket = {
-        name: value
-        for name, value in stage.settings.items()
-        if name not in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")
-    }
-    bucket |= {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
+    node = dict(stage.settings)
+    node |= {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
+    elsewhere = dict(node)
+    del elsewhere["MONITOR_FILE_PATH"], elsewhere["BACKUP_DIRECTORY"]
     output = stage.root / "restored" / "channel.backup"
     output.parent.mkdir()
-    node = {name: stage.settings[name] for name in ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY")}
-    for settings, arguments in (
+    for settings, command in (
         (node, ["check"]),
-        ({}, ["list"]),
-        ({}, ["restore", "--output", str(output)]),
+        (elsewhere, ["list"]),
+        (elsewhere, ["restore", "--output", str(output)]),
     ):
-        stage.screen.say(f"$ s3_backup_lnd_channels.py {arguments[0]}", "bold")
-        code, seen = run_on_terminal(bucket | settings, *arguments, log=True)
-        lines = [line.rstrip() for line in seen.splitlines()]
-        lines = [line for line in lines if not line.startswith("20") or " using " not in line]
-        for line in shortened(lines) if arguments[0] == "list" else lines:
-            shown = line.replace(f"{stage.root}/", "").replace(
-                f"{sys.executable} {SCRIPT}", SCRIPT.name
-            )
+        stage.screen.say(f"$ s3_backup_lnd_channels.py {command[0]}", "bold")
+        code, seen = run_on_terminal(settings, *command, log=True)
+        for line in shortened(seen) if command[0] == "list" else told(seen):
+            shown = line.replace(f"{stage.root}/", "")
+            shown = shown.replace(f"{sys.executable} {SCRIPT}", SCRIPT.name)
             stage.screen.console.print(shown, style="dim", markup=False)
         if code:
-            stage.problems.append(f"{arguments[0]} ended with exit code {code}")
+            stage.problems.append(f"{command[0]} ended with exit code {code}")
             return
     if output.read_bytes() == stage.versions[-1].written.data:
         stage.screen.say("the restored file is what LND last wrote, byte for byte", "green")
@@ -504,8 +396,18 @@ def act_read_back(stage: Stage) -> None:
         stage.problems.append("the restored file is not what LND last wrote")
 
 
-def shortened(lines: list[str]) -> list[str]:
-    """Return a list without its middle, if it is long."""
+def told(seen: str) -> list[str]:
+    """Return the lines of a command, without the log's word of the settings that it is using."""
+    return [
+        line.rstrip()
+        for line in seen.splitlines()
+        if not line.startswith("20") or " using " not in line
+    ]
+
+
+def shortened(seen: str) -> list[str]:
+    """Return the lines of a command without the middle, if there are many."""
+    lines = told(seen)
     left_out = len(lines) - LIST_HEAD - LIST_TAIL
     if left_out < 2:
         return lines
@@ -536,15 +438,15 @@ def prove(stage: Stage) -> bool:
     objects = stage.server.objects(BUCKET)
     held = {entry.data: key for key, entry in reversed(objects.items())}  # the first of two
     stage.screen.console.print(comparison(stage, held))
-    stored = sum(version.written.data in held for version in stage.versions)
-    staged = stage.staged()
-    lost = sum(
-        version.written.data not in held and not waits(version, staged)
-        for version in stage.versions
-    )
-    stage.problems += shortcomings(stage, objects.values(), lost, len(staged))
+    # After the outage the newest is put once more, so that it is the last one.
+    found = find_problems(stage.lnd, stage.server, BUCKET, PREFIX, stage.staging, refreshes=1)
+    stage.problems += [*found.lost, *found.repeated, *found.false]
+    left = len(staged(stage.staging))
+    if left:
+        stage.problems.append(f"versions left in the staging directory: {left}")
     written = counted(len(stage.versions), "version")
-    totals = f"{written} written, {stored} stored, {lost} lost, {len(staged)} left in staging."
+    stored = sum(version.written.data in held for version in stage.versions)
+    totals = f"{written} written, {stored} stored, {len(found.lost)} lost, {left} left in staging."
     with stage.screen.drawn():
         stage.screen.console.print()
         stage.screen.say(totals, "bold red" if stage.problems else "bold green")
@@ -555,59 +457,29 @@ def prove(stage: Stage) -> bool:
     return not stage.problems
 
 
-def waits(version: Version, staged: list[str]) -> bool:
-    """Tell whether a version lies in the staging directory."""
-    return any(name.endswith(version.written.sha256[-6:]) for name in staged)
-
-
 def comparison(stage: Stage, held: dict[bytes, str]) -> Table:
     """Return a row for every version that LND wrote, with the object that holds the same bytes."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for head in ("", "written, UTC", "channels", "bytes", "stored in"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column(f"in s3://{BUCKET}/{PREFIX}", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    equal, different = ("ok", "NO") if stage.screen.plain else ("✓", "✗")
     for version in stage.versions:
         written, key = version.written, held.get(version.written.data)
         after = shown_time(version.after(version.stored_at)) if key and version.stored_at else "-"
-        cells = [
+        table.add_row(
+            str(version.number),
             f"{written.wall:%H:%M:%S.%f}"[:-3],
             str(written.channels),
             str(len(written.data)),
             after,
-        ]
-        found = Text(key.removeprefix(PREFIX)) if key else Text("not in the bucket", "bold red")
-        tick = Text(equal, "green") if key else Text(different, "bold red")
-        table.add_row(str(version.number), *cells, found, tick)
+            Text(key.removeprefix(PREFIX)) if key else Text("not in the bucket", "bold red"),
+        )
     return table
 
 
-def shortcomings(
-    stage: Stage, objects: Iterable[StoredObject], lost: int, staged: int
-) -> list[str]:
-    """Return all that is wrong with the outcome."""
-    written = {version.written.data for version in stage.versions}
-    contents = [entry.data for entry in objects]
-    faults = {
-        "versions lost, neither in the bucket nor in the staging directory": lost,
-        "versions left in the staging directory": staged,
-        "objects with bytes that LND never wrote": sum(data not in written for data in contents),
-        # one does: after the outage the newest is put once more, so that it is the last one
-        "objects that repeat another": max(len(contents) - len(set(contents)) - 1, 0),
-    }
-    return [f"{what}: {count}" for what, count in faults.items() if count]
-
-
 def medians(versions: list[Version]) -> str:
-    """Return how long it took while S3 was there, from LND's rename on, by the arrival of the log
-    lines.
-    """
-    timed = [
-        version
-        for version in versions
-        if version.timed and version.captured_at and version.stored_at
-    ]
+    """Return how long it took from LND's rename on while S3 was there."""
+    timed = [each for each in versions if each.timed and each.captured_at and each.stored_at]
     captured = statistics.median(version.after(version.captured_at) for version in timed)
     stored = statistics.median(version.after(version.stored_at) for version in timed)
     return (
@@ -627,15 +499,13 @@ def shown_time(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def perform(screen: Screen, inbox: Inbox) -> bool:
-    """Play the acts below a temporary directory until something fails, and tell whether the proof
-    succeeded.
-    """
+def perform(screen: Screen) -> bool:
+    """Play the acts until something fails, and tell whether the proof succeeded."""
     with (
         tempfile.TemporaryDirectory(prefix="demo-") as directory,
         S3Server(Path(directory, "s3")) as server,
         FaultProxy(server.host, server.port) as proxy,
-        Stage(screen, inbox, Path(directory), server, proxy) as stage,
+        contextlib.closing(Stage(screen, Path(directory), server, proxy)) as stage,
     ):
         with screen.live(stage.state):
             for act in ACTS:
@@ -645,24 +515,29 @@ def perform(screen: Screen, inbox: Inbox) -> bool:
         return prove(stage)
 
 
+def interrupt(*_: object) -> None:
+    """Let the first signal end everything in order; one more changes nothing."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Show it all; the exit code is 0 only if every version is in the bucket."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw an SVG of it as well")
-    screen, inbox = Screen(parser.parse_args().picture), Inbox()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, inbox.interrupt)
+    screen = Screen(parser.parse_args().picture)
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     screen.say(OPENING)
     try:
-        proven = perform(screen, inbox)
-    except Exception as error:
-        if inbox.interrupted:
-            screen.say("Interrupted; what was started is ended, and what was written is removed.")
-            return INTERRUPTED
-        if isinstance(error, RuntimeError):  # the kit's word for a server that does not start
-            screen.say(str(error), "bold red")
-            return 1
-        raise
+        proven = perform(screen)
+    except KeyboardInterrupt:
+        screen.say("Interrupted; what was started is ended, and what was written is removed.")
+        return INTERRUPTED
+    except RuntimeError as error:  # the kit's word for a server that does not start
+        screen.say(str(error), "bold red")
+        return 1
     screen.console.print("", CLOSING, sep="\n")
     if proven:
         screen.draw()

@@ -5,15 +5,16 @@ what came of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from faults import rows, steps, table
 from kit import S3Server
+from stores.servers import NotInstalledError, install_from_debian
 
 # What is needed beside the virtual environments, by the Debian package that brings it.
 NEEDED = {
@@ -27,21 +28,11 @@ NEEDED = {
 def main() -> int:
     """Run everything, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="how often each test is run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--part",
-        choices=["all", "steps", "tests"],
-        default="all",
-        help="strace's part, or the tests'",
-    )
-    parser.add_argument(
-        "--only",
-        default="",
-        help="run only these: of the tests, what pytest -k takes by this; of strace's part, the "
-        "rows whose name holds it",
-    )
+    add = parser.add_argument
+    add("--rounds", type=int, default=3, help="how often each test is run (default: %(default)s)")
+    add("--part", choices=["all", "steps", "tests"], default="all", help="strace's, or the tests'")
+    only = "run only these: the tests that pytest -k takes by this, the steps whose row holds it"
+    add("--only", default="", help=only)
     options = parser.parse_args()
     if wrong := prepare():
         print(wrong, file=sys.stderr)
@@ -58,19 +49,13 @@ def main() -> int:
 
 def under_strace(directory: Path, only: str) -> list[table.Tally]:
     """Kill it at each step, and let each step fail, over http and https."""
-
-    def progress(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     with (
         S3Server(directory / "s3-http") as http,
         S3Server(directory / "s3-https", tls=True) as https,
     ):
-        places = (
-            steps.Place.at(http, directory / "http"),
-            steps.Place.at(https, directory / "https"),
-        )
-        return steps.inject_all(*places, only, progress)
+        over_http = steps.Place.at(http, directory / "http")
+        over_https = steps.Place.at(https, directory / "https")
+        return steps.inject_all(over_http, over_https, only)
 
 
 def prepare() -> str | None:
@@ -79,20 +64,16 @@ def prepare() -> str | None:
     """
     if os.geteuid():
         return "make faults needs root: it mounts file systems, and traces processes"
-    missing = [package for command, package in NEEDED.items() if not shutil.which(command)]
-    if missing and shutil.which("apt-get"):
-        print(f"installing {' '.join(missing)}", file=sys.stderr, flush=True)
-        quiet = {
-            "stdout": subprocess.DEVNULL,
-            "env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-        }
-        subprocess.run(["apt-get", "update", "-qq"], check=False, **quiet)  # type: ignore[call-overload]  # noqa: S607
-        install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing]
-        subprocess.run(install, check=False, **quiet)  # type: ignore[call-overload]
-        missing = [package for command, package in NEEDED.items() if not shutil.which(command)]
-    if missing:
-        return f"make faults needs what is not there: install {' '.join(missing)}"
-    return None
+    if missing():
+        print(f"installing {missing()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(NotInstalledError):
+            install_from_debian(*missing().split())
+    return f"make faults needs what is not there: install {missing()}" if missing() else None
+
+
+def missing() -> str:
+    """Return the packages whose command is not there."""
+    return " ".join(package for command, package in NEEDED.items() if not shutil.which(command))
 
 
 if __name__ == "__main__":

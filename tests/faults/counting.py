@@ -24,11 +24,8 @@ _assert_nothing_lost = kit.assert_nothing_lost
 
 def _note(test: str, **facts: object) -> None:
     """Append a line; so short a write is not mixed with those of other processes."""
-    descriptor = os.open(Path(os.environ[RECORD]), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        os.write(descriptor, json.dumps({"test": test, **facts}).encode() + b"\n")
-    finally:
-        os.close(descriptor)
+    with Path(os.environ[RECORD]).open("a", encoding="utf-8") as record:
+        record.write(json.dumps({"test": test, **facts}) + "\n")
 
 
 def _counted(
@@ -43,12 +40,8 @@ def _counted(
     found = kit.find_problems(lnd, server, bucket, prefix, staging, **allowed)
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
     at_stake = len({version.data for version in lnd.written} | set(lnd.placed))
-    numbers = {
-        "lost": len(found.lost),
-        "duplicates": len(found.repeated),
-        "damaged": len(found.false),
-    }
-    _note(test, at_stake=at_stake, **numbers)
+    wrong = {"lost": found.lost, "duplicates": found.repeated, "damaged": found.false}
+    _note(test, at_stake=at_stake, **{name: len(each) for name, each in wrong.items()})
     if any(found):
         _assert_nothing_lost(lnd, server, bucket, prefix, staging, **allowed)
 
@@ -58,10 +51,9 @@ kit.assert_nothing_lost = kit.invariant.assert_nothing_lost = _counted
 
 
 @pytest.fixture
-def fault_round(request: pytest.FixtureRequest) -> int:
+def fault_round(request: pytest.FixtureRequest) -> object:
     """Return the number of the round."""
-    number: int = request.param
-    return number
+    return request.param
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,7 +5,6 @@ own.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import resource
@@ -15,6 +14,8 @@ import subprocess
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,17 +29,19 @@ from kit import (
     assert_nothing_lost,
     channel_backup,
     settings_at,
+    version_name,
 )
+from shared import OFTEN, TRY_AGAIN, staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BUCKET = "bucket"
-TRY_AGAIN = 75
 UPDATES = 100_000
 AWAY_STAGED = 10_000
 SUSPENDED_SECONDS = 60.0
 DAY, YEAR = 86_400, 31_557_600
+FIRST = datetime(2026, 1, 1, tzinfo=UTC)
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
@@ -49,23 +52,21 @@ def env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def check(lnd: Lnd, fake: FakeS3, prefix: str, staging: Path) -> Callable[..., None]:
+def check(lnd: Lnd, fake: FakeS3, prefix: str, staging: Path) -> partial[None]:
     """Return the invariant, to be called at the end."""
+    return partial(assert_nothing_lost, lnd, fake, BUCKET, prefix, staging)
 
-    def invariant(**allowed: int | bool) -> None:
-        assert_nothing_lost(lnd, fake, BUCKET, prefix, staging, **allowed)  # type: ignore[arg-type]
 
-    return invariant
+def finish(env: dict[str, str], lnd: Lnd) -> None:
+    """Start the daemon anew, let it store one more version, and stop it."""
+    with Daemon(env) as daemon:
+        daemon.wait_for_stored(lnd.write())
+        assert daemon.stop() == 0
 
 
 def names_in(fake: FakeS3) -> list[str]:
     """Return the names in the bucket in the order in which they were put."""
     return [request.path.rpartition("/")[2] for request in fake.requests if request.method == "PUT"]
-
-
-def staged(staging: Path) -> list[str]:
-    """Return the names of the staged versions."""
-    return sorted(path.name for path in staging.iterdir() if not path.name.startswith("."))
 
 
 # --- the disk ---
@@ -74,22 +75,20 @@ def staged(staging: Path) -> list[str]:
 @pytest.fixture
 def small_disk(staging: Path) -> Iterator[Path]:
     """Put the staging directory on a file system of its own with room for a few versions."""
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(staging)],  # noqa: S607
-        check=True,
-    )
+    options = ["-t", "tmpfs", "-o", "size=64k,mode=700"]
+    subprocess.run(["mount", *options, "none", staging], check=True)  # noqa: S607
     yield staging
-    subprocess.run(["umount", "--lazy", str(staging)], check=True)  # noqa: S607
+    subprocess.run(["umount", "--lazy", staging], check=True)  # noqa: S607
 
 
 def test_staging_disk_is_full(
-    env: dict[str, str], lnd: Lnd, fake: FakeS3, small_disk: Path, check: Callable[..., None]
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, small_disk: Path, check: partial[None]
 ) -> None:
     """While the disk is full versions go out from memory; the newest, if it was not sent, is staged
     when there is room again.
     """
     filler = small_disk / ".filler"
-    with Daemon(env | {"RESCAN_SECONDS": "0.2"}) as daemon:
+    with Daemon(env | OFTEN) as daemon:
         daemon.wait_for_stored(lnd.write())
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(4096)):
@@ -107,9 +106,7 @@ def test_staging_disk_is_full(
         daemon.signal(signal.SIGKILL)
         daemon.wait()
     fake.release()
-    with Daemon(env) as daemon:
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
+    finish(env, lnd)
     assert {path.name for path in small_disk.iterdir()} == {".lock", ".receipt"}
     check(refreshes=1)  # after the drain the newest goes out once more
 
@@ -124,30 +121,28 @@ def test_staging_disk_becomes_read_only(
     disk.mkdir()
     with image.open("wb") as file:
         file.truncate(16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)  # noqa: S607
-    mount = ["mount", "-o", "loop,errors=remount-ro", str(image), str(disk)]
-    subprocess.run(mount, check=True)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)  # noqa: S607
+    mount = ["mount", "-o", "loop,errors=remount-ro"]
+    subprocess.run([*mount, image, disk], check=True)
     env["BACKUP_DIRECTORY"] = str(disk / "staging")
     with Daemon(env) as daemon:
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_stored(lnd.write())
-        subprocess.run(["mount", "-o", "remount,abort", str(disk)], check=True)  # noqa: S607 - as an error on disk does
+        subprocess.run(["mount", "-o", "remount,abort", disk], check=True)  # noqa: S607 - as an error on disk does
         for _ in range(5):
             daemon.wait_for_stored(lnd.write())
         daemon.wait_for_log("error: cannot .*Read-only")  # whichever meets it first
         assert daemon.stop() == 0
-    subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+    subprocess.run(["umount", disk], check=True)  # noqa: S607
     # A copy, since another test's mount namespace may hold the file system, and would hand it out
     # again as it is.
-    mount[-2] = str(shutil.copy(image, tmp_path / "copy"))
-    subprocess.run(mount, check=True)
-    with Daemon(env) as daemon:
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
+    copy = shutil.copy(image, tmp_path / "copy")
+    subprocess.run([*mount, copy, disk], check=True)
+    finish(env, lnd)
     try:
         assert_nothing_lost(lnd, fake, BUCKET, prefix, disk / "staging", refreshes=2)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+        subprocess.run(["umount", disk], check=True)  # noqa: S607
 
 
 def lowest_free_descriptor(daemon: Daemon) -> int:
@@ -162,20 +157,19 @@ def lowest_free_descriptor(daemon: Daemon) -> int:
     return min(lowest)
 
 
-def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: Callable[..., None]) -> None:
+def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
     """Without a free descriptor nothing can be read, and the log says so; with one it goes on by
     itself.
     """
-    with Daemon(env | {"RESCAN_SECONDS": "0.2"}) as daemon:
+    with Daemon(env | OFTEN) as daemon:
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_looks()
-        limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(
-            daemon.pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(daemon), limits[1])
-        )
+        limit = partial(resource.prlimit, daemon.pid, resource.RLIMIT_NOFILE)
+        limits = limit()
+        limit((lowest_free_descriptor(daemon), limits[1]))
         version = lnd.write()
         daemon.wait_for_log("cannot (read|watch).*Too many open files")
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+        limit(limits)
         daemon.wait_for_stored(version)
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0
@@ -186,7 +180,7 @@ def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: Callable[..., None
 
 
 def test_clock_jumps(
-    env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None], tmp_path: Path
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, check: partial[None], tmp_path: Path
 ) -> None:
     """A year forward, a day back and home again, while it runs and between two runs: names increase
     all the same.
@@ -218,7 +212,7 @@ def test_clock_jumps(
 @pytest.mark.once
 @pytest.mark.timeout(180)
 def test_suspended_for_a_minute(
-    env: dict[str, str], lnd: Lnd, fake: FakeS3, check: Callable[..., None]
+    env: dict[str, str], lnd: Lnd, fake: FakeS3, check: partial[None]
 ) -> None:
     """Stopped for a minute in the middle of an upload, the daemon finishes it, or does it again
     under the same name.
@@ -244,7 +238,7 @@ def test_suspended_for_a_minute(
 # --- processes ---
 
 
-def test_two_daemons_at_once(env: dict[str, str], lnd: Lnd, check: Callable[..., None]) -> None:
+def test_two_daemons_at_once(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
     """Of two that are started at the same moment one works and the other leaves with 75."""
     version = lnd.write()
     with Script(env) as one, Script(env) as other, ThreadPoolExecutor() as pool:
@@ -259,53 +253,30 @@ def test_two_daemons_at_once(env: dict[str, str], lnd: Lnd, check: Callable[...,
     check()
 
 
-def _kill_while_starting(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:  # noqa: ARG001 - like the others
-    """Kill it right after it is ready."""
-    lnd.write()
+STATES = ("starting", "idle", "sending", "versions waiting", "between attempts", "stopping")
 
 
-def _kill_when_idle(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:  # noqa: ARG001 - like the others
-    """Kill it when all is stored."""
-    daemon.wait_for_stored(lnd.write())
-
-
-def _kill_while_sending(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:  # noqa: ARG001 - like the others
-    """Kill it when S3 has the bytes and has not answered."""
+def bring_to(state: str, daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
+    """Let LND write, and bring the daemon, which is just ready, to this state."""
+    held = state in ("sending", "versions waiting", "stopping")
     before = len(fake.requests)
-    fake.hold()
-    lnd.write()
-    fake.wait_for_requests(before + 1)
-
-
-def _kill_while_versions_wait(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
-    """Kill it with one version on its way and more behind it."""
-    _kill_while_sending(daemon, lnd, fake)
-    for _ in range(5):
-        daemon.wait_for_captured(lnd.write())
-
-
-def _kill_between_attempts(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
-    """Kill it while it waits to try again."""
-    fake.set_default(answers.SLOW_DOWN)
-    lnd.write()
-    daemon.wait_for_log("cannot store")
-    fake.set_default(answers.STORED)
-
-
-def _kill_while_stopping(daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
-    """Kill it in its grace period."""
-    _kill_while_versions_wait(daemon, lnd, fake)
-    daemon.begin_to_stop()
-
-
-STATES = {
-    "starting": _kill_while_starting,
-    "idle": _kill_when_idle,
-    "sending": _kill_while_sending,
-    "versions waiting": _kill_while_versions_wait,
-    "between attempts": _kill_between_attempts,
-    "stopping": _kill_while_stopping,
-}
+    if held:
+        fake.hold()
+    if state == "between attempts":
+        fake.set_default(answers.SLOW_DOWN)
+    version = lnd.write()
+    if held:
+        fake.wait_for_requests(before + 1)
+    if state == "idle":
+        daemon.wait_for_stored(version)
+    if state == "between attempts":
+        daemon.wait_for_log("cannot store")
+        fake.set_default(answers.STORED)
+    if state in ("versions waiting", "stopping"):
+        for _ in range(5):
+            daemon.wait_for_captured(lnd.write())
+    if state == "stopping":
+        daemon.begin_to_stop()
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -314,21 +285,19 @@ def test_killed_in_each_state(
     env: dict[str, str],
     lnd: Lnd,
     fake: FakeS3,
-    check: Callable[..., None],
+    check: partial[None],
     staging: Path,
 ) -> None:
     """Killed in any state as the OOM killer does it, the next start sends what was staged, under
     the same names.
     """
     with Daemon(env) as daemon:
-        STATES[state](daemon, lnd, fake)
+        bring_to(state, daemon, lnd, fake)
         daemon.signal(signal.SIGKILL)
         daemon.wait()
     waiting = staged(staging)
     fake.release()
-    with Daemon(env) as daemon:
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
+    finish(env, lnd)
     assert set(waiting) <= set(names_in(fake))
     assert {path.name for path in staging.iterdir()} == {".lock", ".receipt"}
     # A start puts the version on disk, and a drain of several the newest, once more.
@@ -345,7 +314,7 @@ def test_a_hundred_thousand_updates(
     env: dict[str, str],
     lnd: Lnd,
     fake: FakeS3,
-    check: Callable[..., None],
+    check: partial[None],
     record_property: Callable[[str, object], None],
 ) -> None:
     """Under updates as fast as the file system takes them it captures what it can, and the last one
@@ -375,7 +344,7 @@ def test_a_month_away(
     lnd: Lnd,
     fake: FakeS3,
     staging: Path,
-    check: Callable[..., None],
+    check: partial[None],
     record_property: Callable[[str, object], None],
 ) -> None:
     """After an outage with 10,000 versions staged all are delivered, newest first, with hardly more
@@ -383,9 +352,7 @@ def test_a_month_away(
     """
     for number in range(AWAY_STAGED):
         data = channel_backup(1)
-        name = f"2026{number // 672 % 12 + 1:02}{number // 24 % 28 + 1:02}"
-        name += f"T{number % 24:02}0000.{number:06}Z"
-        path = staging / f"{name}-{hashlib.sha256(data).hexdigest()[-6:]}"
+        path = staging / version_name(data, FIRST + number * timedelta(minutes=4))
         path.write_bytes(data)
         path.chmod(0o600)
         lnd.placed.append(data)

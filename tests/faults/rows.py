@@ -4,16 +4,16 @@ and counted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from faults.counting import RECORD, ROUNDS
-from faults.table import Tally
+from faults.table import COLUMNS, Tally
 from kit import CHECKOUT
 
 if TYPE_CHECKING:
@@ -65,38 +65,14 @@ KILLS_IN_A_BURST = 10  # in one run of that test
 def inject_by_tests(directory: Path, rounds: int, only: str) -> list[Tally]:
     """Run the tests in a mount namespace of their own, and return what came of them, by row."""
     record = directory / "record"
-    tests = [
-        f"tests/{test}" for test in [OUTAGE, *(test for tests in ROWS.values() for test in tests)]
-    ]
-    options = [
-        "-q",
-        "--no-header",
-        "-p",
-        "faults.counting",
-        "-n",
-        "2",
-        "-k",
-        only,
-        "--tb",
-        "no",
-        "-r",
-        "N",
-    ]
-    environment = os.environ | {"PYTHONPATH": "tests", RECORD: str(record), ROUNDS: str(rounds)}
+    names = [OUTAGE, *itertools.chain.from_iterable(ROWS.values())]
+    tests = [f"tests/{name}" for name in names]
+    namespace = ["unshare", "-m", "--propagation", "private"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb", "no", "-r", "N"]
     subprocess.run(
-        [  # noqa: S607
-            "unshare",
-            "-m",
-            "--propagation",
-            "private",
-            sys.executable,
-            "-m",
-            "pytest",
-            *options,
-            *tests,
-        ],
+        [*namespace, *pytest, "-p", "faults.counting", "-n", "2", "-k", only, *tests],
         cwd=CHECKOUT,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": "tests", RECORD: str(record), ROUNDS: str(rounds)},
         stdout=sys.stderr,
         check=False,  # what failed is in the record
     )
@@ -105,22 +81,18 @@ def inject_by_tests(directory: Path, rounds: int, only: str) -> list[Tally]:
 
 def read_record(lines: Iterable[str]) -> list[Tally]:
     """Return a tally for each row of which the record tells."""
-    rows: dict[str, Tally] = defaultdict(lambda: Tally(""))
+    rows: dict[str, Tally] = {}
     for line in lines:
         facts: dict[str, Any] = json.loads(line)
         row = row_of(facts["test"])
-        tally = rows[row]
-        tally.fault = row
-        tally.injected += facts.get("injected", 0) * (
-            KILLS_IN_A_BURST if row == "SIGKILL in a burst" else 1
-        )
-        tally.at_stake += facts.get("at_stake", 0)
-        tally.lost += facts.get("lost", 0)
-        tally.duplicates += facts.get("duplicates", 0)
-        tally.damaged += facts.get("damaged", 0)
+        tally = rows.setdefault(row, Tally(row))
+        kills = KILLS_IN_A_BURST if row == "SIGKILL in a burst" else 1
+        facts["injected"] = facts.get("injected", 0) * kills
+        tally.numbers.update({name: facts.get(name, 0) for name in COLUMNS})
         if "failed" in facts:  # one that is skipped has injected nothing, which shows in the table
             tally.complaints.append(f"{facts['test']}: {facts['failed']}")
     order = list(ROWS)
+    # The rows of S3, which are not in that list, come first.
     return sorted(
         rows.values(), key=lambda tally: order.index(tally.fault) if tally.fault in order else -1
     )

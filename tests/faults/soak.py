@@ -2,14 +2,14 @@
 the time.
 
 The schedule is cut into rounds of a few seconds, each with a seed of its own and everything else
-new, so that the round that failed can be run again alone. What the schedule does is given by the
-seed; when exactly,
-is not.
+new, so that the round that failed can be run again alone. The seed gives what the schedule does,
+and not when exactly.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import secrets
 import signal
@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit import (
-    VERSION_NAME,
     Daemon,
     FaultProxy,
     Lnd,
     S3Server,
     assert_nothing_lost,
-    run_script,
     settings_for,
 )
+from shared import done_well, staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kit import Mode
+    from kit import Allowed, Mode
 
+PREFIX = "alice/"
 STEPS = 40
 PATIENCE_SECONDS = 90.0
 LINES: list[tuple[Mode, dict[str, float]]] = [
@@ -53,19 +53,12 @@ LINES: list[tuple[Mode, dict[str, float]]] = [
 
 
 class Round:
-    """One LND, one bucket, one staging directory and the daemon, which is killed and started
-    again.
-    """
+    """One LND, bucket, staging directory and daemon, which is killed and started again."""
 
     def __init__(self, seed: int, server: S3Server, directory: Path) -> None:
-        """Prepare everything; nothing runs yet."""
         self.chance = random.Random(seed)  # noqa: S311 - a schedule is no secret
         self.server, self.directory = server, directory
-        self.lnd, self.staging, self.prefix = (
-            Lnd(directory / "lnd"),
-            directory / "staging",
-            "alice/",
-        )
+        self.lnd, self.staging = Lnd(directory / "lnd"), directory / "staging"
         self.bucket = server.create_bucket()
         self.proxy = FaultProxy(server.host, server.port)
         self.daemon: Daemon | None = None
@@ -87,15 +80,16 @@ class Round:
             self.pause,
             self.move_directory,
         ]
+        more = {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
         with self.proxy:
-            self.env = settings_for(
+            self.env = more | settings_for(
                 self.server,
                 self.bucket,
-                self.prefix,
+                PREFIX,
                 self.lnd,
                 self.staging,
                 endpoint=self.proxy.endpoint(),
-            ) | {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
+            )
             try:
                 self.start()
                 for _ in range(STEPS):
@@ -105,43 +99,40 @@ class Round:
                     self.check_staged()
                 self.end()
             finally:
-                if self.daemon:
-                    self.history.append(self.daemon.log)
-                    self.daemon.close()
+                self.close()
+            # Each start, and each drain of several versions, puts the version on disk once more.
+            allowed: Allowed = {"replaced_ok": True, "refreshes": None}
+            place = (self.server, self.bucket, PREFIX, self.staging)
+            assert_nothing_lost(self.lnd, *place, **allowed)
 
     def note(self, what: str) -> None:
-        """Remember what is done."""
         self.done[what] += 1
         self.history.append(f"{time.monotonic():.3f} {what}")
 
     def start(self) -> None:
-        """Start the daemon."""
+        """Start the daemon, and keep the log of the one before."""
+        self.close()
         self.daemon = Daemon(self.env).__enter__()
         self.starts += 1
+
+    def close(self) -> None:
+        if self.daemon:
+            self.history.append(self.daemon.log)
+            self.daemon.close()
 
     def running(self) -> Daemon:
         """Return the daemon, which has to run."""
         assert self.daemon
-        assert self.daemon.returncode is None, (
-            f"the daemon ended by itself with {self.daemon.returncode}"
-        )
+        code = self.daemon.returncode
+        assert code is None, f"the daemon ended by itself with {code}"
         return self.daemon
-
-    def again(self) -> None:
-        """Start the daemon again, and keep the log of the one before."""
-        if self.daemon:
-            self.history.append(self.daemon.log)
-            self.daemon.close()
-        self.start()
 
     # --- what may happen ---
 
     def write(self) -> None:
-        """LND writes once."""
         self.lnd.write(channels=self.chance.choice([0, 1, 10, 10, 300]))
 
     def burst(self) -> None:
-        """LND writes many times in a row."""
         for _ in range(self.chance.randrange(2, 30)):
             self.write()
 
@@ -152,24 +143,17 @@ class Round:
         self.proxy.set(mode, cut=self.chance.random() < 0.5, **settings)
 
     def heal(self) -> None:
-        """The line is well again."""
         self.proxy.set("pass", cut=True)
 
     def kill(self) -> None:
-        """The daemon is killed and started again."""
-        self.running().signal(signal.SIGKILL)
-        self.running_ended()
-        self.again()
+        daemon = self.running()
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+        self.start()
 
     def stop(self) -> None:
-        """The daemon is stopped in order and started again."""
         assert self.running().stop() == 0
-        self.again()
-
-    def running_ended(self) -> None:
-        """Wait for the end of the daemon."""
-        assert self.daemon
-        self.daemon.wait()
+        self.start()
 
     def suspend(self) -> None:
         """The daemon stands still for a moment, while LND writes."""
@@ -179,7 +163,6 @@ class Round:
         self.running().signal(signal.SIGCONT)
 
     def pause(self) -> None:
-        """Nothing happens for a moment."""
         time.sleep(self.chance.uniform(0, 0.5))  # the moment
 
     def move_directory(self) -> None:
@@ -193,40 +176,26 @@ class Round:
     def check_staged(self) -> None:
         """Fail unless whatever was once staged is still staged or stored."""
         self.running()
-        staged = {path.name for path in self.staging.iterdir() if VERSION_NAME.fullmatch(path.name)}
-        self.seen |= staged
+        now = set(staged(self.staging))
+        self.seen |= now
         pages = self.server.admin.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.prefix
+            Bucket=self.bucket, Prefix=PREFIX
         )
-        stored = {
-            entry["Key"].removeprefix(self.prefix)
-            for page in pages
-            for entry in page.get("Contents", [])
-        }
-        assert self.seen <= staged | stored, f"lost: {sorted(self.seen - staged - stored)}"
+        entries = [entry for page in pages for entry in page.get("Contents", [])]
+        stored = {entry["Key"].removeprefix(PREFIX) for entry in entries}
+        assert self.seen <= now | stored, f"lost: {sorted(self.seen - now - stored)}"
 
     def end(self) -> None:
-        """Let all be well, wait until all is stored, and check everything."""
+        """Let all be well, and wait until all is stored."""
         self.heal()
         last = self.lnd.write()
         daemon = self.running()
         daemon.wait_for_log(rf"stored \S+-{last.sha256[-6:]}\b", timeout=PATIENCE_SECONDS)
         assert daemon.stop() == 0
-        done = run_script(self.env, "once")  # whatever the grace period was too short for
+        done_well(self.env)  # whatever the grace period was too short for
         self.starts += 1
-        assert done.returncode == 0, done.stderr
         assert {path.name for path in self.staging.iterdir()} == {".lock", ".receipt"}
-        # Each start, and each drain of several versions, puts the version on disk once more.
-        assert_nothing_lost(
-            self.lnd,
-            self.server,
-            self.bucket,
-            self.prefix,
-            self.staging,
-            replaced_ok=True,
-            refreshes=None,
-        )
-        stored = self.server.objects(self.bucket, self.prefix)
+        stored = self.server.objects(self.bucket, PREFIX)
         assert stored[max(stored)].data == last.data
 
 
@@ -234,36 +203,31 @@ def main() -> int:
     """Run rounds until the time is over, and return the exit code."""
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("seconds", type=float, help="how long")
-    parser.add_argument(
-        "seed", type=int, nargs="?", help="the seed of the first round; each round adds one"
-    )
+    first = "the seed of the first round; each round adds one"
+    parser.add_argument("seed", type=int, nargs="?", help=first)
     options = parser.parse_args()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
-    until, totals, versions, rounds = time.monotonic() + options.seconds, Counter[str](), 0, 0
+    until, totals, versions = time.monotonic() + options.seconds, Counter[str](), 0
     with (
         tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as name,
         S3Server(Path(name, "s3")) as server,
     ):
-        while not rounds or time.monotonic() < until:
+        for rounds in itertools.count():
+            if rounds and time.monotonic() > until:
+                break
             directory = Path(name, str(rounds))
             directory.mkdir()
             one = Round(seed + rounds, server, directory)
             try:
                 one.run()
             except Exception as error:  # noqa: BLE001 - whatever it is, the seed is said
-                print(*one.history, sep="\n")
-                print(
-                    f"{type(error).__name__}: {error}\nfailed: make soak SECONDS=1 "
-                    f"SEED={seed + rounds}"
-                )
+                print(*one.history, f"{type(error).__name__}: {error}", sep="\n")
+                print(f"failed: make soak SECONDS=1 SEED={seed + rounds}")
                 return 1
             totals += one.done
             versions += len(one.lnd.written)
-            rounds += 1
-            print(
-                f"seed {seed + rounds - 1}: {len(one.lnd.written)} versions, {one.starts} starts",
-                flush=True,
-            )
+            told = f"{len(one.lnd.written)} versions, {one.starts} starts"
+            print(f"seed {seed + rounds}: {told}", flush=True)
     print(f"{rounds} rounds, {versions} versions, nothing lost; {dict(totals)}")
     return 0
 

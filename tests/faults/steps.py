@@ -10,6 +10,7 @@ import itertools
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 from faults.order import ORDER, order_of
 from faults.strace import KIND_OF, TURN, Call, Strace, counts
@@ -29,15 +30,12 @@ from kit.script import warm_starts, write_launcher
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from kit import Written
+    from kit import Allowed, Problems, Written
 
 WORKERS = 3  # some of their time is waiting
 ERRORS = ("EIO", "ENOSPC", "EACCES", "EMFILE", "EINTR")
-ASIDE = (
-    "read",
-    "lock, mode or directory",
-    "watch",
-)  # beside the way of a version; one error will do
+# Beside the way of a version; one error will do.
+ASIDE = ("read", "lock, mode or directory", "watch")
 ERRORS_OF = {"rename": ("EXDEV",)}  # that no call of another kind knows
 # No system interrupts every call, and Python makes an interrupted one again.
 NEVER_LASTING = ("EINTR",)
@@ -85,23 +83,18 @@ class Case:
             return "none"
         if not self.error:
             return f"killed at: {KIND_OF[self.call]}"
-        return (
-            f"calls fail for {LASTING_SECONDS:.0f} s: {self.error}"
-            if self.lasting
-            else f"a call fails: {self.error}"
-        )
+        if self.lasting:
+            return f"calls fail for {LASTING_SECONDS:.0f} s: {self.error}"
+        return f"a call fails: {self.error}"
 
     def injections(self) -> list[str]:
         """Return what strace is told; nothing in an undisturbed run."""
+        if not self.call:
+            return []
         what = f"error={self.error}" if self.error else "signal=KILL"
-        return (
-            [f"{self.call}:{what}:when={self.number}{'+' if self.lasting else ''}"]
-            if self.call
-            else []
-        )
+        return [f"{self.call}:{what}:when={self.number}{'+' if self.lasting else ''}"]
 
     def __str__(self) -> str:
-        """Name it for a complaint, so that it can be found again."""
         return ", ".join([self.scenario, *self.injections()])
 
 
@@ -140,7 +133,6 @@ class Run:
     """One LND, one staging directory and one prefix, with the program at work on them."""
 
     def __init__(self, place: Place, case: Case) -> None:
-        """Prepare a directory of its own."""
         self.case, self.place, self.server = case, place, server_at(place)
         self.directory = Path(tempfile.mkdtemp(dir=place.directory))
         self.prefix = f"{self.directory.name}/"
@@ -159,27 +151,26 @@ class Run:
     def note(self, log: str, strace: Strace, code: int | None) -> None:
         """Note what the program did, and how often the fault was injected."""
         self.log = log
-        self.tally.injected = strace.injected() if self.case.error else int(code == -signal.SIGKILL)
+        injected = strace.injected() if self.case.error else int(code == -signal.SIGKILL)
+        self.tally.numbers["injected"] = injected
+
+    def problems(self, **allowed: Unpack[Allowed]) -> Problems:
+        """Return what breaks the invariant now."""
+        bucket = self.place.bucket
+        return find_problems(self.lnd, self.server, bucket, self.prefix, self.staging, **allowed)
 
     def complain(self, what: str) -> None:
-        """Note what is not as it should be."""
         self.tally.complaints.append(f"[{self.case}] {what}\n{self.log}")
 
     def damage(self, what: Iterable[str]) -> None:
-        """Note what is damaged."""
         for each in what:
-            self.tally.damaged += 1
+            self.tally.numbers["damaged"] += 1
             self.complain(each)
 
     def staged(self) -> dict[str, bytes]:
         """Return the staged versions by name."""
-        if not self.staging.is_dir():
-            return {}
-        return {
-            path.name: path.read_bytes()
-            for path in self.staging.iterdir()
-            if VERSION_NAME.fullmatch(path.name)
-        }
+        paths = self.staging.iterdir() if self.staging.is_dir() else ()
+        return {path.name: path.read_bytes() for path in paths if VERSION_NAME.fullmatch(path.name)}
 
     def stored(self) -> dict[str, bytes]:
         """Return the stored versions by name."""
@@ -187,18 +178,14 @@ class Run:
         return {key.removeprefix(self.prefix): entry.data for key, entry in objects.items()}
 
     def receipt(self) -> str:
-        """Return the receipt that is remembered."""
         with contextlib.suppress(FileNotFoundError):
             return (self.staging / ".receipt").read_text()
         return ""
 
     def judge(self) -> None:
         """Start the program again, plainly, and count what has become of the versions."""
-        self.tally.at_stake = len(self.lnd.written)
-        before = find_problems(
-            self.lnd, self.server, self.place.bucket, self.prefix, self.staging, replaced_ok=True
-        )
-        self.damage(before.false)
+        self.tally.numbers["at_stake"] = len(self.lnd.written)
+        self.damage(self.problems(replaced_ok=True).false)
         staged, stored = self.staged(), self.stored()
         with Script(self.env, "once") as again:
             code = again.wait()
@@ -206,21 +193,13 @@ class Run:
         if code != 0 or re.search("damaged|error:|Traceback", again.log):
             self.damage([f"the plain start afterwards ended with {code}"])
         after = self.stored()
-        problems = find_problems(
-            self.lnd,
-            self.server,
-            self.place.bucket,
-            self.prefix,
-            self.staging,
-            refreshes=None,
-            replaced_ok=False,
-        )
+        problems = self.problems(refreshes=None)
         self.damage(problems.false)
         leftovers = {path.name for path in self.staging.iterdir()} - {".lock", ".receipt"}
         self.damage(f"left over: {name}" for name in sorted(leftovers))
         gone = [name for name, data in (staged | stored).items() if after.get(name) != data]
         for each in [*problems.lost, *(f"lost after it was captured: {name}" for name in gone)]:
-            self.tally.lost += 1
+            self.tally.numbers["lost"] += 1
             self.complain(each)
         # The start puts the version on disk under a new name, unless the very same bytes were still
         # to be sent; and a drain of several versions puts the newest once more.
@@ -228,11 +207,10 @@ class Run:
         expected = int(newest not in staged.values()) + int(earlier in staged.values())
         expected += int(self.case.scenario == "once" and earlier in stored.values())
         names = Counter((staged | stored).values())
-        extra = sum(number - 1 for number in names.values()) + len(
-            after.keys() - staged.keys() - stored.keys()
-        )
+        extra = sum(number - 1 for number in names.values())
+        extra += len(after.keys() - staged.keys() - stored.keys())
         if extra > expected:
-            self.tally.duplicates += extra - expected
+            self.tally.numbers["duplicates"] += extra - expected
             self.complain(f"{extra - expected} captures under two keys: {sorted(after)}")
 
 
@@ -242,9 +220,7 @@ class Program(Script):
     def wait_until(
         self, reached: Callable[[str], object], timeout: float = PATIENCE_SECONDS
     ) -> bool:
-        """Wait until its log, or whatever else, is so; tell whether it is, or it ended or the time
-        passed before.
-        """
+        """Wait until its log, or whatever else, is so; False if it ended or time passed before."""
         until = time.monotonic() + timeout
         while not reached(self.log):
             if self.returncode is not None:
@@ -279,10 +255,8 @@ def run_once(run: Run) -> list[Call]:
             program.wait_until(lambda _: strace.injected())
         code = program.wait()
         run.note(program.log, strace, code)
-    wanted = {
-        *run.staged().values(),
-        run.lnd.written[-1].data,
-    }  # a version that could not be deleted is still there
+    # A version that could not be deleted is still there.
+    wanted = {*run.staged().values(), run.lnd.written[-1].data}
     if code == 0 and not wanted <= set(run.stored().values()):
         run.complain("exit 0, and not everything is stored")
     if code not in (0, -signal.SIGKILL) and not re.search("error: |warning: |critical: ", run.log):
@@ -330,9 +304,8 @@ def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
         code = program.returncode
         run.note(program.log, strace, code)
     loud = code == 1 and "critical: " in run.log
-    if code == -signal.SIGKILL or (
-        (loud or (stopping and code is None)) and hit_the_loop(strace.calls())
-    ):
+    cut_short = loud or (stopping and code is None)
+    if code == -signal.SIGKILL or (cut_short and hit_the_loop(strace.calls())):
         return strace.calls()
     if not by_itself:
         run.complain("the daemon did not store the version by itself")
@@ -349,9 +322,8 @@ def hit_the_loop(calls: list[Call]) -> bool:
     of a signal.
     """
     hit = [call for call in calls if "(INJECTED)" in call.line]
-    waking = re.compile(
-        r'anon_inode|write\(\d+<[^>]*>, "[^"]*", 1\)'
-    )  # a signal is one byte to the loop
+    # A signal is one byte to the loop.
+    waking = re.compile(r'anon_inode|write\(\d+<[^>]*>, "[^"]*", 1\)')
     main = min((call.thread for call in calls), key=int)  # the oldest; a trace may begin in another
     return any(
         waking.search(call.line) or (call.name == "recvfrom" and call.thread == main)
@@ -368,29 +340,28 @@ SCENARIOS = {"once": run_once, "run": run_daemon, "run over https": run_cold_dae
 
 
 @cache
-def undisturbed(place: Place, scenario: str) -> tuple[Tally, dict[str, int], tuple[Call, ...]]:
-    """Run a scenario without a fault, and return its tally and how often each call is made."""
+def undisturbed(place: Place, scenario: str) -> list[Call]:
+    """Run a scenario without a fault, and return its calls."""
     run = Run(place, Case(scenario, "", 0))
     calls = SCENARIOS[scenario](run)
     run.judge()
     if run.tally.complaints:
         raise AssertionError(f"without any fault: {run.tally.complaints}")
-    return run.tally, counts(calls), tuple(calls)
+    return calls
 
 
 def check_order(place: Place) -> Tally:
     """Read the order of operations off the trace of an undisturbed run, and compare it with what it
     has to be.
     """
-    tally = Tally(IN_ORDER, injected=1, at_stake=1)
-    _, _, calls = undisturbed(place, "run")
+    tally = Tally(IN_ORDER, Counter(injected=1, at_stake=1))
+    calls = undisturbed(place, "run")
     text = "\n".join(call.line for call in calls)
-    name, staging = re.findall(r'renameat\w*\(\d+<([^>]+)>, "[^"]+", .*"(\d{8}T[^"]+)"', text)[0][
-        ::-1
-    ]
+    rename = re.compile(r'renameat\w*\(\d+<([^>]+)>, "[^"]+", .*"(\d{8}T[^"]+)"')
+    staging, name = rename.findall(text)[0]
     found = order_of(calls, name, staging)
     if found != ORDER:
-        tally.damaged += 1
+        tally.numbers["damaged"] += 1
         tally.complaints.append(f"the order is {found}, where it has to be {ORDER}")
     return tally
 
@@ -402,14 +373,12 @@ def attempt(place: Place, case: Case) -> Tally:
         calls = SCENARIOS[case.scenario](run)
         run.judge()
         if case.lasting:
-            _, normal, _ = undisturbed(place, case.scenario)
+            normal = counts(undisturbed(place, case.scenario))
             busy = Counter(call.name for call in calls)
             for name in (TURN, case.call):
                 if busy[name] > CALM * max(normal.get(name, 0), 5) * LASTING_SECONDS:
-                    run.complain(
-                        f"a busy loop? {name} {busy[name]} times in {LASTING_SECONDS} s: "
-                        f"{normal.get(name)}"
-                    )
+                    often = f"{busy[name]} times in {LASTING_SECONDS} s: {normal.get(name)}"
+                    run.complain(f"a busy loop? {name} {often}")
     except AssertionError as error:
         run.complain(str(error))
     if not run.tally.complaints:
@@ -451,23 +420,21 @@ def start_warm() -> None:
     WARM.enter_context(warm_starts())
 
 
-def inject_all(
-    http: Place, https: Place, only: str, progress: Callable[[str], None]
-) -> list[Tally]:
+def inject_all(http: Place, https: Place, only: str) -> list[Tally]:
     """Run every case of every scenario whose fault is named so, and return what came of them."""
     places = {"once": http, "run": http, "run over https": https}
     context = get_context("spawn")
     with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=start_warm) as pool:
-        normals = {name: pool.submit(undisturbed, place, name) for name, place in places.items()}
+        calls = {name: pool.submit(undisturbed, place, name) for name, place in places.items()}
         tallies = [pool.submit(check_order, http).result()]
         futures = []
         for name, place in places.items():
-            wanted = [case for case in cases(name, normals[name].result()[1]) if only in case.fault]
-            futures += [pool.submit(attempt, place, case) for case in wanted]
+            every = cases(name, counts(calls[name].result()))
+            futures += [pool.submit(attempt, place, case) for case in every if only in case.fault]
         for number, future in enumerate(futures, 1):
             tallies.append(tally := future.result())
             for complaint in tally.complaints:
-                progress(complaint)
+                print(complaint, file=sys.stderr, flush=True)
             if number % 50 == 0:
-                progress(f"{number} of {len(futures)} runs under strace")
+                print(f"{number} of {len(futures)} runs under strace", file=sys.stderr, flush=True)
     return sorted(tallies, key=lambda tally: FAULTS.index(tally.fault))

@@ -49,27 +49,14 @@ class Strace:
         self.program, self.output = program, output
         options = [option for each in inject for option in ("-e", f"inject={each}")]
         calls = ",".join(["?" + name for name in KIND_OF] + [TURN])
-        command = [
-            "strace",
-            "-f",
-            "-y",
-            "-s",
-            "300",
-            "-o",
-            str(output),
-            "-e",
-            f"trace={calls}",
-            *options,
-        ]
-        self.process = subprocess.Popen(
-            [*command, "-p", str(program.pid)], stderr=subprocess.PIPE, text=True
-        )
+        trace = ["strace", "-f", "-y", "-s", "300", "-o", str(output), "-e", f"trace={calls}"]
+        command = [*trace, *options, "-p", str(program.pid)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         if not (self.process.stderr and "attached" in (said := self.process.stderr.readline())):
             self.process.kill()
             raise RuntimeError(f"strace could not attach: {said}{self.process.stderr.read()}")  # type: ignore[union-attr]
 
     def __enter__(self) -> Self:
-        """Return it, attached."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,9 +65,8 @@ class Strace:
             self.process.terminate()
         try:
             self.process.wait(END_SECONDS)
-        except (
-            subprocess.TimeoutExpired
-        ):  # told to let go just when its tracee died, it may wait for ever
+        except subprocess.TimeoutExpired:
+            # Told to let go just when its tracee died, it may wait for ever.
             self.process.kill()
             self.process.wait()
         if self.process.stderr:
@@ -113,9 +99,7 @@ def read_calls(output: Path) -> list[Call]:
 
 
 def counts(calls: list[Call]) -> dict[str, int]:
-    """Return for each call how often the thread that makes it most often makes it: strace counts by
-    thread.
-    """
+    """Return for each call how often one thread makes it at most: strace counts by thread."""
     by_thread = Counter((call.name, call.thread) for call in calls)
     most: dict[str, int] = {}
     for (name, _), number in by_thread.items():

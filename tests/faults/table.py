@@ -4,6 +4,7 @@ versions.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,37 +16,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 WIDTH = 110
+FOUND = ("lost", "duplicates", "damaged")
+COLUMNS = {
+    "injected": "times injected",
+    "at_stake": "versions at stake",
+    **{name: name for name in FOUND},
+}
 
 
 @dataclass
 class Tally:
-    """What came of one kind of fault; each complaint tells of one thing that is not as it should
-    be.
-    """
+    """What came of one kind of fault, by column; each complaint is one thing that is wrong."""
 
     fault: str
-    injected: int = 0
-    at_stake: int = 0
-    lost: int = 0
-    duplicates: int = 0
-    damaged: int = 0
+    numbers: Counter[str] = field(default_factory=Counter)
     complaints: list[str] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
-        """Count another one in."""
-        self.injected += other.injected
-        self.at_stake += other.at_stake
-        self.lost += other.lost
-        self.duplicates += other.duplicates
-        self.damaged += other.damaged
+        self.numbers.update(other.numbers)
         self.complaints += other.complaints
 
     @property
     def passed(self) -> bool:
         """Tell whether the fault was injected, and nothing came of it."""
-        return bool(self.injected) and not (
-            self.lost or self.duplicates or self.damaged or self.complaints
-        )
+        came_of_it = any(self.numbers[name] for name in FOUND)
+        return bool(self.numbers["injected"]) and not came_of_it and not self.complaints
 
 
 def merged(tallies: Iterable[Tally]) -> list[Tally]:
@@ -58,25 +53,19 @@ def merged(tallies: Iterable[Tally]) -> list[Tally]:
 
 def show(rows: list[Tally]) -> None:
     """Print every complaint, and below them the table."""
+    total = Tally("in all")
     table = Table(box=box.MARKDOWN)  # as it stands in docs/reliability.md
     table.add_column("fault")
-    for name in ("times injected", "versions at stake", "lost", "duplicates", "damaged"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        numbers = (row.injected, row.at_stake, row.lost, row.duplicates, row.damaged)
-        table.add_row(
-            row.fault,
-            *(f"{number:,}" for number in numbers),
-            style=None if row.passed else "bold red",
-        )
-    total = Tally("in all")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
     for row in rows:
         total.add(row)
-    numbers = (total.injected, total.at_stake, total.lost, total.duplicates, total.damaged)
-    table.add_row(total.fault, *(f"{number:,}" for number in numbers))
+    for row in [*rows, total]:
+        cells = [f"{row.numbers[name]:,}" for name in COLUMNS]
+        table.add_row(row.fault, *cells, style=None if row.passed else "bold red")
     console = Console(width=WIDTH)
     for row in rows:
-        if not row.injected:
+        if not row.numbers["injected"]:
             console.print(f"{row.fault}: never injected", markup=False)
         for complaint in row.complaints:
             console.print(f"{row.fault}: {complaint}", markup=False)

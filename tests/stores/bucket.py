@@ -14,10 +14,10 @@ import subprocess
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import botocore.exceptions as sdk
-from kit import CHECKOUT, Credentials, Lnd, S3Server, run_script
+from botocore.exceptions import ClientError
+from kit import CHECKOUT, Credentials, Lnd, S3Server, reader_settings, run_script
 
-from .servers import NotInstalledError, make_venv
+from .servers import NotInstalledError, is_denied, make_venv
 from .template import (
     DAYS,
     NONCURRENT,
@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCRIPT = CHECKOUT / "docs/aws-bucket.sh"
+SERVICES = "s3,iam,sts,cloudformation"
+PARAMETERS = ("BucketName", "Prefix", "RetentionDays", "NoncurrentDays")  # that have no default
 
 
 class Account:
     """An AWS of our own, and the aws command that works on it."""
 
     def __init__(self, server: S3Server, home: Path) -> None:
-        """Prepare the command's environment."""
         self.server, self.s3, self.iam = server, server.admin, server.client(service="iam")
         self._bin = make_venv("aws") / "bin"
         tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
@@ -56,53 +57,32 @@ class Account:
         }
 
     def run(self, *command: str | Path) -> str:
-        """Run a command as the administrator, which must succeed."""
+        """Run a command of the administrator's, which must succeed."""
         done = subprocess.run(
             command, env=self._env, capture_output=True, encoding="utf-8", check=False
         )
-        assert done.returncode == 0, (
-            f"{command[:4]} exited {done.returncode}: {done.stdout[-800:]} {done.stderr[-800:]}"
-        )
+        said = f"{done.stdout[-800:]} {done.stderr[-800:]}"
+        assert done.returncode == 0, f"{command[:4]} exited {done.returncode}: {said}"
         return done.stdout
 
     def lint(self) -> str:
         """Check the template, warnings and all, and return the version of what checked it."""
-        self.run(
-            self._bin / "cfn-lint",
-            "--include-checks",
-            "W",
-            "--non-zero-exit-code",
-            "informational",
-            TEMPLATE,
-        )
-        return self.run(self._bin / "cfn-lint", "--version").strip()
+        lint = self._bin / "cfn-lint"
+        self.run(lint, "--include-checks=W", "--non-zero-exit-code=informational", TEMPLATE)
+        return self.run(lint, "--version").strip()
 
     def deploy(self, bucket: str) -> tuple[str, str]:
-        """Deploy the template as its document says, and return the names of the node's and the
-        reader's user.
-        """
-        settings = {
-            "BucketName": bucket,
-            "Prefix": PREFIX,
-            "RetentionDays": DAYS,
-            "NoncurrentDays": NONCURRENT,
-        }
-        parameters = [f"{name}={value}" for name, value in settings.items()]
-        stack = [
-            "--stack-name",
-            bucket,
-            "--template-file",
-            str(TEMPLATE),
-            "--capabilities",
-            "CAPABILITY_IAM",
-        ]
-        self.run("aws", "cloudformation", "deploy", *stack, "--parameter-overrides", *parameters)
-        told = json.loads(
-            self.run("aws", "cloudformation", "describe-stacks", "--stack-name", bucket)
-        )
-        outputs = {each["OutputKey"]: each["OutputValue"] for each in told["Stacks"][0]["Outputs"]}
+        """Deploy the template as its document says, and return the node's and the reader's user."""
+        told = names(bucket)
+        parameters = [f"{name}={told[name]}" for name in PARAMETERS]
+        template = ("--template-file", TEMPLATE, "--capabilities", "CAPABILITY_IAM")
+        deploy = ("aws", "cloudformation", "deploy", "--stack-name", bucket, *template)
+        self.run(*deploy, "--parameter-overrides", *parameters)
+        describe = ("aws", "cloudformation", "describe-stacks", "--stack-name", bucket)
+        [stack] = json.loads(self.run(*describe))["Stacks"]
+        outputs = {each["OutputKey"]: each["OutputValue"] for each in stack["Outputs"]}
         assert outputs["Bucket"] == bucket
-        properties = filled(read_template()["Resources"]["Bucket"]["Properties"], names(bucket))
+        properties = filled(read_template()["Resources"]["Bucket"]["Properties"], told)
         self.s3.put_object_lock_configuration(
             Bucket=bucket, ObjectLockConfiguration=properties["ObjectLockConfiguration"]
         )
@@ -112,65 +92,46 @@ class Account:
         return outputs["NodeUser"], outputs["ReaderUser"]
 
     def make(self, bucket: str) -> tuple[str, str]:
-        """Run the script as its document says, and return the names of the node's and the reader's
-        user.
-        """
+        """Run the script as its document says, and return the node's and the reader's user."""
         self.run(SCRIPT, bucket, PREFIX, "GOVERNANCE", str(DAYS), str(NONCURRENT))
         return f"{bucket}-node", f"{bucket}-reader"
 
     def key(self, user: str) -> Credentials:
-        """Make an access key as the documents say."""
-        made = json.loads(self.run("aws", "iam", "create-access-key", "--user-name", user))[
-            "AccessKey"
-        ]
-        return Credentials(made["AccessKeyId"], made["SecretAccessKey"])
+        made = json.loads(self.run("aws", "iam", "create-access-key", "--user-name", user))
+        key = made["AccessKey"]
+        return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
 
     def settings(self, bucket: str, users: tuple[str, str]) -> dict[str, Any]:
         """Return all that the bucket and its users are set to."""
         s3, iam = self.s3, self.iam
-        lock = s3.get_object_lock_configuration(Bucket=bucket)["ObjectLockConfiguration"]
         rules = s3.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]
-        public = s3.get_public_access_block(Bucket=bucket)["PublicAccessBlockConfiguration"]
-        policy = json.loads(s3.get_bucket_policy(Bucket=bucket)["Policy"])
         found = {
             "versioning": s3.get_bucket_versioning(Bucket=bucket)["Status"],
-            "lock": lock,
+            "lock": s3.get_object_lock_configuration(Bucket=bucket)["ObjectLockConfiguration"],
             "lifecycle": sorted(rules, key=lambda rule: str(rule["ID"])),
-            "public": public,
-            "policy": policy["Statement"],
+            "public": s3.get_public_access_block(Bucket=bucket)["PublicAccessBlockConfiguration"],
+            "policy": json.loads(s3.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"],
         }
         for role, user in zip(("node", "reader"), users, strict=True):
-            policies = iam.list_user_policies(UserName=user)["PolicyNames"]
-            document = [
+            policies = [
                 iam.get_user_policy(UserName=user, PolicyName=name)["PolicyDocument"]
-                for name in policies
+                for name in iam.list_user_policies(UserName=user)["PolicyNames"]
             ]
-            found[role] = [json.loads(each) if isinstance(each, str) else each for each in document]
+            found[role] = [json.loads(each) if isinstance(each, str) else each for each in policies]
         return found
 
 
-def is_denied(call: Callable[[], Any]) -> bool:
-    """Tell whether S3 refuses a call for want of permission."""
-    try:
-        call()
-    except sdk.ClientError as error:
-        return int(error.response["ResponseMetadata"]["HTTPStatusCode"]) == 403
-    return False
-
-
 def use(account: Account, bucket: str, users: tuple[str, str], home: Path) -> None:
-    """Back up with the node's key, which can do nothing else, and restore with the reader's, which
-    cannot put.
-    """
+    """Back up with the node's key and restore with the reader's; neither can do more."""
     node, reader = map(account.key, users)
     home.mkdir(parents=True)
     lnd = Lnd(home / "lnd")
     version = lnd.write()
-    tls = {"AWS_CA_BUNDLE": str(account.server.ca_file)} if account.server.ca_file else {}
-    place = tls | {"S3_BUCKET_NAME": bucket, "S3_BACKUP_PREFIX": PREFIX, "AWS_REGION": "us-east-1"}
-    place |= {"AWS_ENDPOINT_URL_S3": account.server.endpoint, "MONITOR_FILE_PATH": str(lnd.path)}
-    putting = {"AWS_ACCESS_KEY_ID": node.access_key, "AWS_SECRET_ACCESS_KEY": node.secret_key}
-    done = run_script(place | putting | {"BACKUP_DIRECTORY": str(home / "staging")}, "once")
+    putting = reader_settings(account.server, bucket, PREFIX, node) | {
+        "MONITOR_FILE_PATH": str(lnd.path),
+        "BACKUP_DIRECTORY": str(home / "staging"),
+    }
+    done = run_script(putting, "once")
     assert done.returncode == 0, done.stderr
     [stored] = account.s3.list_object_versions(Bucket=bucket)["Versions"]
     where: dict[str, Any] = {"Bucket": bucket, "Key": stored["Key"]}
@@ -195,55 +156,48 @@ def use(account: Account, bucket: str, users: tuple[str, str], home: Path) -> No
     }
     allowed = [what for what, call in refused.items() if not is_denied(call)]
     assert allowed == [], f"the node's key can: {allowed}"
-    thief.put_object(
-        **where, Body=b"over it"
-    )  # it may, and hides the version; it does not change it
+    # This it may; it hides the version, and does not change it.
+    thief.put_object(**where, Body=b"over it")
     helper = account.server.client(reader)
     assert helper.get_object(**exact)["Body"].read() == version.data
     assert is_denied(lambda: helper.put_object(**where, Body=b"x"))
     assert is_denied(lambda: helper.delete_object(**where))
     assert account.s3.head_object(**exact)["ObjectLockMode"] == "GOVERNANCE"
     newer = lnd.write()
-    assert (
-        run_script(place | putting | {"BACKUP_DIRECTORY": str(home / "staging")}, "once").returncode
-        == 0
-    )
-    reading = {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
-    done = run_script(place | reading, "restore", "--output", str(home / "restored"))
+    assert run_script(putting, "once").returncode == 0
+    reading = reader_settings(account.server, bucket, PREFIX, reader)
+    done = run_script(reading, "restore", "--output", str(home / "restored"))
     assert done.returncode == 0, done.stderr
     assert (home / "restored").read_bytes() == newer.data
 
 
-def tls_only(account: Account, bucket: str, users: tuple[str, str]) -> None:
-    """Show that over http the node's key is refused what it may do over https."""
+def over_http_is_denied(account: Account, bucket: str, users: tuple[str, str]) -> bool:
+    """Tell whether over http the node's key is refused what it may do over https."""
     node = account.server.client(account.key(users[0]))
-    assert is_denied(lambda: node.put_object(Bucket=bucket, Key=f"{PREFIX}x", Body=b"x"))
+    return is_denied(lambda: node.put_object(Bucket=bucket, Key=f"{PREFIX}x", Body=b"x"))
 
 
 def measure(directory: Path) -> tuple[list[str], list[str]]:
     """Return what was shown, a line each, and what went wrong."""
     shown: list[str] = []
     try:
-        with S3Server(
-            directory / "https", tls=True, services="s3,iam,sts,cloudformation"
-        ) as server:
+        with S3Server(directory / "https", tls=True, services=SERVICES) as server:
             account = Account(server, directory)
             shown.append(f"{account.lint()}: nothing to say of docs/aws-bucket.yaml")
             for how, make in (("aws-bucket.yaml", account.deploy), ("aws-bucket.sh", account.make)):
                 bucket = f"by-{how[-4:].strip('.')}-1"
                 users = make(bucket)
-                assert account.settings(bucket, users) == template_settings(bucket), (
-                    account.settings(bucket, users)
-                )
+                settings = account.settings(bucket, users)
+                assert settings == template_settings(bucket), settings
                 use(account, bucket, users, directory / how)
                 shown.append(
                     f"{how}: deployed; the node's key puts and nothing else, the reader's "
                     f"lists and gets"
                 )
-        with S3Server(directory / "http", services="s3,iam,sts,cloudformation") as server:
+        with S3Server(directory / "http", services=SERVICES) as server:
             account = Account(server, directory)
-            tls_only(account, "by-yaml-2", account.deploy("by-yaml-2"))
+            assert over_http_is_denied(account, "by-yaml-2", account.deploy("by-yaml-2"))
             shown.append("over http: refused")
-    except (AssertionError, NotInstalledError, sdk.ClientError, OSError) as error:
+    except (AssertionError, NotInstalledError, ClientError, OSError) as error:
         return shown, [f"the bucket of docs/: after {shown}: {type(error).__name__}: {error}"]
     return shown, []

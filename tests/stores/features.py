@@ -8,7 +8,6 @@ wrong.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import uuid
@@ -17,16 +16,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-import botocore.exceptions as sdk
-from kit import Credentials, FaultProxy, Lnd, Script, channel_backup, run_script
+from botocore.exceptions import ClientError
+from kit import Credentials, FaultProxy, Lnd, Script, channel_backup, run_script, settings_at
 from kit.tls_front import TlsFront
 
-from .servers import NoSuchFeatureError
+from .servers import NoSuchFeatureError, is_denied
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
     from pathlib import Path
+
+    from kit import Written
 
     from .servers import Store
 
@@ -45,13 +46,11 @@ class Bench:
     ca_file: Path | None
 
     def __post_init__(self) -> None:
-        """Make the node."""
         self.directory.mkdir(parents=True)
         self.lnd = Lnd(self.directory / "lnd")
         self.admin = self.store.client()
 
     def bucket(self, **kwargs: Any) -> str:  # noqa: ANN401 - passed to the client
-        """Make a bucket of a new name."""
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         self.admin.create_bucket(Bucket=name, **kwargs)
         return name
@@ -60,20 +59,19 @@ class Bench:
         self, bucket: str, credentials: Credentials | None = None, port: int = 0
     ) -> dict[str, str]:
         """Return the program's settings, by default with the owner's key."""
-        who = credentials or self.store.owner
-        tls = {"AWS_CA_BUNDLE": str(self.ca_file)} if self.ca_file else {}
+        endpoint = f"{self.scheme}://127.0.0.1:{port or self.port}"
         staging = self.directory / f"staging-{uuid.uuid4().hex[:6]}"
-        settings = {
-            "MONITOR_FILE_PATH": str(self.lnd.path),
-            "BACKUP_DIRECTORY": str(staging),
-            "S3_BUCKET_NAME": bucket,
-            "S3_BACKUP_PREFIX": PREFIX,
-            "AWS_ACCESS_KEY_ID": who.access_key,
-            "AWS_SECRET_ACCESS_KEY": who.secret_key,
-            "AWS_ENDPOINT_URL_S3": f"{self.scheme}://127.0.0.1:{port or self.port}",
-            "AWS_REGION": "us-east-1",
-        }
-        return settings | tls
+        tls = {"AWS_CA_BUNDLE": str(self.ca_file)} if self.ca_file else {}
+        user = credentials or self.store.owner
+        return tls | settings_at(
+            endpoint, self.lnd, staging, bucket=bucket, prefix=PREFIX, user=user
+        )
+
+    def back_up(self, env: dict[str, str], channels: int = 10) -> Written:
+        """Let LND write, and `once` store it."""
+        version = self.lnd.write(channels)
+        run(env, "once")
+        return version
 
     def stored(self, bucket: str) -> list[tuple[str, bytes]]:
         """Return every object as the owner sees it."""
@@ -81,10 +79,8 @@ class Bench:
         return [(entry["Key"], self.read(bucket, entry["Key"])) for entry in entries]
 
     def read(self, bucket: str, key: str, **version: str) -> bytes:
-        """Return the bytes of an object."""
-        with contextlib.closing(
-            self.admin.get_object(Bucket=bucket, Key=key, **version)["Body"]
-        ) as body:
+        answer = self.admin.get_object(Bucket=bucket, Key=key, **version)
+        with contextlib.closing(answer["Body"]) as body:
             return bytes(body.read())
 
 
@@ -93,19 +89,17 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of the program, which must end with this code and say this."""
     done = run_script(env, *arguments)
-    assert done.returncode == code, (
-        f"{arguments} exited {done.returncode}, not {code}: {done.stderr[-1500:]}"
-    )
-    assert says in done.stderr, f"{says!r} is not in: {done.stderr[-1500:]}"
+    said = done.stderr[-1500:]
+    assert done.returncode == code, f"{arguments} exited {done.returncode}, not {code}: {said}"
+    assert says in done.stderr, f"{says!r} is not in: {said}"
     return done
 
 
-def code_of(error: sdk.ClientError) -> str:
-    """Return the code of a store's error."""
+def code_of(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def lacks(what: str, error: sdk.ClientError) -> NoSuchFeatureError:
+def lacks(what: str, error: ClientError) -> NoSuchFeatureError:
     """Return that a store has no such thing, if that is what its error says; else the error."""
     if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 404, 405, 409, 501):
         return NoSuchFeatureError(f"no {what} ({code_of(error)})")
@@ -114,8 +108,8 @@ def lacks(what: str, error: sdk.ClientError) -> NoSuchFeatureError:
 
 def put(bench: Bench) -> str:
     """`once` stores the file's bytes under the version's name, with the SHA-256 in the metadata."""
-    bucket, version = bench.bucket(), bench.lnd.write()
-    run(bench.env(bucket), "once")
+    bucket = bench.bucket()
+    version = bench.back_up(bench.env(bucket))
     [(key, data)] = bench.stored(bucket)
     assert re.fullmatch(rf"{PREFIX}\d{{8}}T\d{{6}}\.\d{{6}}Z-{version.sha256[-6:]}", key), key
     assert data == version.data
@@ -125,9 +119,7 @@ def put(bench: Bench) -> str:
 
 
 def wrong_bytes(bench: Bench) -> str:
-    """Of a body in which a bit is flipped on the way, behind TLS, nothing is stored; or `check`
-    finds it.
-    """
+    """Of a body in which a bit is flipped on the way nothing is stored; or `check` finds it."""
     bucket, version = bench.bucket(), bench.lnd.write()
     with contextlib.ExitStack() as stack:
         proxy = stack.enter_context(FaultProxy("127.0.0.1", bench.store.port))
@@ -154,16 +146,14 @@ def wrong_bytes(bench: Bench) -> str:
 def paging(bench: Bench) -> str:
     """`list` shows more versions than the store gives in one answer, newest first."""
     bucket, now = bench.bucket(), datetime.now(UTC)
-    names = [
-        f"{now - timedelta(minutes=minutes):%Y%m%dT%H%M%S.%f}Z-012345" for minutes in range(MANY)
-    ]
+    moments = [now - timedelta(minutes=minutes) for minutes in range(MANY)]
+    names = [f"{moment:%Y%m%dT%H%M%S.%f}Z-012345" for moment in moments]
 
     def store(name: str) -> None:
         bench.admin.put_object(Bucket=bucket, Key=PREFIX + name, Body=b"x" * 45)
 
-    store(
-        names[0]
-    )  # alone: rclone answers InternalError to some of those that would make a directory at once
+    # Alone: rclone answers InternalError to some of those that would make a directory at once.
+    store(names[0])
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(store, names))
     rows = json.loads(run(bench.env(bucket), "list", "--json").stdout)
@@ -175,12 +165,9 @@ def restore(bench: Bench) -> str:
     """`restore` writes the newest version that holds channels, byte for byte."""
     bucket, output = bench.bucket(), bench.directory / "restored"
     env = bench.env(bucket)
-    bench.lnd.write()
-    run(env, "once")
-    version = bench.lnd.write()
-    run(env, "once")
-    bench.lnd.write(0)
-    run(env, "once")
+    bench.back_up(env)
+    version = bench.back_up(env)
+    bench.back_up(env, channels=0)
     run(env, "restore", "--output", str(output), says="no channels")
     assert output.read_bytes() == version.data
     return "ok"
@@ -188,10 +175,8 @@ def restore(bench: Bench) -> str:
 
 def check(bench: Bench) -> str:
     """`check` tells a version that is stored from one that is not."""
-    bucket = bench.bucket()
-    env = bench.env(bucket)
-    bench.lnd.write()
-    run(env, "once")
+    env = bench.env(bench.bucket())
+    bench.back_up(env)
     assert json.loads(run(env, "check", "--json").stdout)["proof"] == "bucket"
     bench.lnd.write()
     run(env, "check", code=1)
@@ -199,9 +184,7 @@ def check(bench: Bench) -> str:
 
 
 def wrong_key(bench: Bench) -> str:
-    """A wrong secret, and a key that nobody knows, end `once` with 1, and the hint names the
-    key.
-    """
+    """A wrong secret or key ends `once` with 1, and the hint names the key."""
     bucket, owner, accepted = bench.bucket(), bench.store.owner, []
     bench.lnd.write()
     wrong = {
@@ -230,9 +213,7 @@ def missing_bucket(bench: Bench) -> str:
 
 
 def another_region(bench: Bench) -> str:
-    """With the region of somewhere else the version is stored all the same, or the hint names
-    AWS_REGION.
-    """
+    """With a wrong region the version is stored all the same, or the hint names AWS_REGION."""
     return in_region(bench, AWS_REGION="eu-north-1")
 
 
@@ -256,33 +237,25 @@ def in_region(bench: Bench, **region: str) -> str:
 
 
 def put_only(bench: Bench) -> str:
-    """With a key that may put below the prefix and nothing else `once` and `check` work, and `list`
-    names the reader's key.
-    """
-    bucket, elsewhere = bench.bucket(), "bob/x"
+    """With a put-only key `once` and `check` work, and `list` names the reader's key."""
+    bucket = bench.bucket()
     node = bench.store.put_only(bucket, PREFIX)
     env = bench.env(bucket, node)
-    version = bench.lnd.write()
-    run(env, "once")
+    version = bench.back_up(env)
     [entry] = bench.admin.list_objects_v2(Bucket=bucket)["Contents"]
-    key, client, more, hidden = entry["Key"], bench.store.client(credentials=node), [], ""
+    key, client, hidden = entry["Key"], bench.store.client(credentials=node), ""
     try:
         assert bench.read(bucket, key) == version.data
-    except sdk.ClientError as error:
+    except ClientError as error:
         assert code_of(error) == "AccessDenied", error  # noqa: PT017 - its code counts
         hidden = ", and the bucket's owner may not"
     run(env, "list", code=1, says="reader")
     calls: dict[str, Callable[[], Any]] = {
         "get": lambda: client.get_object(Bucket=bucket, Key=key),
-        "put elsewhere": lambda: client.put_object(Bucket=bucket, Key=elsewhere, Body=b"x"),
+        "put elsewhere": lambda: client.put_object(Bucket=bucket, Key="bob/x", Body=b"x"),
         "delete": lambda: client.delete_object(Bucket=bucket, Key=key),
     }
-    for what, call in calls.items():
-        try:
-            call()
-            more.append(what)
-        except sdk.ClientError as error:
-            assert error.response["ResponseMetadata"]["HTTPStatusCode"] == 403, error  # noqa: PT017 - its status counts
+    more = [what for what, call in calls.items() if not is_denied(call)]
     if "delete" not in more:
         assert json.loads(run(env, "check", "--json").stdout)["proof"] == "receipt"
     return f"ok, but may {' and '.join(more)}{hidden}" if more or hidden else "ok"
@@ -290,47 +263,35 @@ def put_only(bench: Bench) -> str:
 
 def object_lock(bench: Bench) -> str:
     """A bucket with a default retention takes the put, and the version cannot be deleted."""
+    retention = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+    lock = {"ObjectLockEnabled": "Enabled", "Rule": retention}
     try:
         bucket = bench.bucket(ObjectLockEnabledForBucket=True)
-        bench.admin.put_object_lock_configuration(
-            Bucket=bucket,
-            ObjectLockConfiguration={
-                "ObjectLockEnabled": "Enabled",
-                "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}},
-            },
-        )
-    except sdk.ClientError as error:
+        bench.admin.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=lock)
+    except ClientError as error:
         raise lacks("Object Lock", error) from error
-    version = bench.lnd.write()
     env = bench.env(bucket)
-    run(env, "once")
+    version = bench.back_up(env)
     run(env, "check")
     [(key, data)] = bench.stored(bucket)
     assert data == version.data
     head = bench.admin.head_object(Bucket=bucket, Key=key)
     if head.get("ObjectLockMode") != "COMPLIANCE":
         return "not locked"
-    try:
-        bench.admin.delete_object(Bucket=bucket, Key=key, VersionId=head["VersionId"])
-    except sdk.ClientError as error:
-        assert error.response["ResponseMetadata"]["HTTPStatusCode"] == 403, error  # noqa: PT017 - its status counts
-        return "ok"
-    return "deletes a locked version"
+    exact = {"Bucket": bucket, "Key": key, "VersionId": head["VersionId"]}
+    locked = is_denied(lambda: bench.admin.delete_object(**exact))
+    return "ok" if locked else "deletes a locked version"
 
 
 def versioning(bench: Bench) -> str:
-    """In a bucket with versioning an object that somebody puts over another hides it, and the first
-    is still there.
-    """
-    bucket = bench.bucket()
+    """An object that somebody puts over another hides it, and the first is still there."""
+    bucket, enabled = bench.bucket(), {"Status": "Enabled"}
     try:
-        bench.admin.put_bucket_versioning(
-            Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
-        )
-    except sdk.ClientError as error:
+        bench.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration=enabled)
+    except ClientError as error:
         raise lacks("versioning", error) from error
-    version, env = bench.lnd.write(), bench.env(bucket)
-    run(env, "once")
+    env = bench.env(bucket)
+    version = bench.back_up(env)
     [(key, _)] = bench.stored(bucket)
     bench.admin.put_object(Bucket=bucket, Key=key, Body=channel_backup(1))
     [row] = json.loads(run(env, "list", "--json").stdout)
@@ -339,11 +300,7 @@ def versioning(bench: Bench) -> str:
     versions = bench.admin.list_object_versions(Bucket=bucket, Prefix=key)["Versions"]
     kept = [bench.read(bucket, key, VersionId=each["VersionId"]) for each in versions]
     assert len(kept) == 2
-    return (
-        "ok"
-        if hashlib.sha256(version.data).digest() in [hashlib.sha256(each).digest() for each in kept]
-        else "lost"
-    )
+    return "ok" if version.data in kept else "lost"
 
 
 FEATURES: dict[str, Callable[[Bench], str]] = {

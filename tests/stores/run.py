@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -33,40 +33,28 @@ NOT_TRIED = {
     "Debian 12's rclone 1.60": "has no `serve s3`; the one of PyPI is tried",
 }
 BEGIN, END = "<!-- begin: printed by make test-stores -->", "<!-- end -->"
+CELLS = list(itertools.product(FEATURES, ("http", "https")))  # of one store
 
 
 class Matrix:
-    """What was measured: a cell for each feature and store."""
+    """What was measured: a cell for each feature, scheme and store."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
         self.cells: dict[tuple[str, str, str], str] = {}
         self.versions: dict[str, str] = {}
         self.faults: list[str] = []
 
     def fill(self, store: str, result: str) -> None:
         """Give all cells of a store the same result."""
-        self.cells.update(
-            {
-                (feature, store, scheme): result
-                for feature in FEATURES
-                for scheme in ("http", "https")
-            }
-        )
+        for feature, scheme in CELLS:
+            self.cells[feature, scheme, store] = result
 
     def cell(self, feature: str, store: str) -> str:
         """Return what both schemes gave, once if they agree."""
-        found = {
-            scheme: self.cells.get((feature, store, scheme), "") for scheme in ("http", "https")
-        }
-        return (
-            found["http"]
-            if len(set(found.values())) == 1
-            else "; ".join(f"{k}: {v}" for k, v in found.items())
-        )
+        http, https = (self.cells.get((feature, each, store), "") for each in ("http", "https"))
+        return http if http == https else f"http: {http}; https: {https}"
 
     def text(self) -> str:
-        """Return it as a table, with what could not be installed below."""
         names = [store.name for store in STORES]
         rows = [["feature", *names], ["---"] * (len(names) + 1)]
         rows += [[feature, *(self.cell(feature, name) for name in names)] for feature in FEATURES]
@@ -76,17 +64,11 @@ class Matrix:
 def measure(matrix: Matrix, store: Store, directory: Path) -> None:
     """Try all features on one store, over http and https."""
     with TlsFront(store.port, directory) as front, ThreadPoolExecutor(AT_ONCE) as pool:
+        ends = {"http": (store.port, None), "https": (front.port, front.ca_file)}
 
         def one(feature: str, scheme: str) -> None:
             home = directory / f"{scheme}-{list(FEATURES).index(feature)}"
-            tls = scheme == "https"
-            bench = Bench(
-                store,
-                scheme,
-                home,
-                front.port if tls else store.port,
-                front.ca_file if tls else None,
-            )
+            bench = Bench(store, scheme, home, *ends[scheme])
             try:
                 result = FEATURES[feature](bench)
             except NoSuchFeatureError as error:
@@ -94,13 +76,9 @@ def measure(matrix: Matrix, store: Store, directory: Path) -> None:
             except Exception as error:  # noqa: BLE001 - whatever it is, it is a cell, and the run fails
                 result = f"FAILED: {type(error).__name__}"
                 matrix.faults.append(f"{feature} on {store.name} over {scheme}: {error}")
-            matrix.cells[feature, store.name, scheme] = result
+            matrix.cells[feature, scheme, store.name] = result
 
-        jobs = [
-            pool.submit(one, feature, scheme)
-            for feature in FEATURES
-            for scheme in ("http", "https")
-        ]
+        jobs = [pool.submit(one, feature, scheme) for feature, scheme in CELLS]
         for job in jobs:
             job.result()
 
@@ -120,9 +98,7 @@ def install(store: Store, matrix: Matrix) -> bool:
 
 
 def serve(matrix: Matrix, store: Store, directory: Path) -> None:
-    """Run a store and try all features on it; if it does not start, every one of its cells says
-    so.
-    """
+    """Run a store and try all features on it, if it starts."""
     with contextlib.ExitStack() as stack:
         stack.callback(store.stop)
         try:
@@ -136,24 +112,19 @@ def serve(matrix: Matrix, store: Store, directory: Path) -> None:
 
 def differences(measured: str) -> list[str]:
     """Return the lines in which the document differs from what was measured."""
-    text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
-    table = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
-    diff = difflib.unified_diff(
-        table, measured.strip().splitlines(), "docs/stores.md", "measured", lineterm="", n=0
-    )
-    return list(diff)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    told = text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    found = measured.strip().splitlines()
+    return list(difflib.unified_diff(told, found, "docs/stores.md", "measured", lineterm="", n=0))
 
 
 def main(wanted: list[str]) -> int:
-    """Measure all stores, or those named; return 1 if the program failed or the document says
-    otherwise.
-    """
+    """Measure all stores, or those named; return 1 if one failed or the document says otherwise."""
     for name in foreign_settings():
         del os.environ[name]
     began, matrix = time.monotonic(), Matrix()
     stores = [store() for store in STORES if not wanted or store.name in wanted]
-    directory = Path(tempfile.mkdtemp(prefix="stores-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="stores-", ignore_cleanup_errors=True) as directory:
         with ThreadPoolExecutor(3) as pool:
             # The last of the list take longest to install, and the first are tried meanwhile.
             jobs = {store: pool.submit(install, store, matrix) for store in reversed(stores)}
@@ -162,17 +133,14 @@ def main(wanted: list[str]) -> int:
             for store in stores:
                 if jobs[store].result():
                     # From the main thread: a server ends with the thread that started it.
-                    serve(matrix, store, directory / store.name.lower().replace(" ", "-"))
-                    print(
-                        f"{matrix.versions[store.name]} after {time.monotonic() - began:.0f} s",
-                        flush=True,
-                    )
-        shown, faults = bucket.measure(directory / "bucket") if not wanted else ([], [])
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+                    serve(matrix, store, Path(directory, store.name.lower().replace(" ", "-")))
+                    seconds = time.monotonic() - began
+                    print(f"{matrix.versions[store.name]} after {seconds:.0f} s", flush=True)
+        shown, faults = ([], []) if wanted else bucket.measure(Path(directory, "bucket"))
     matrix.faults += faults
+    # In the order of the table, in which the installations did not end.
     versions = "; ".join(
-        matrix.versions[store.name] for store in STORES if store.name in matrix.versions
+        matrix.versions[each.name] for each in STORES if each.name in matrix.versions
     )
     print(f"\n{matrix.text()}\n{versions}. {time.monotonic() - began:.0f} s.")
     print(*(f"not tried: {name}: {why}" for name, why in NOT_TRIED.items()), *shown, sep="\n")

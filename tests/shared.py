@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from kit import (
     PATIENCE_SECONDS,
+    SCRIPT,
     VERSION_NAME,
     Answer,
     FakeS3,
@@ -220,6 +223,18 @@ def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
     return done
 
 
+def command_for_the_one_before(done: Done) -> list[str]:
+    """Return the words of the command in the hint, without Python and the script; none if there is
+    none.
+    """
+    found = re.search(rf"hint: .*({re.escape(shlex.quote(sys.executable))} .*)", done.stderr)
+    if not found:
+        return []
+    _, script, *words = shlex.split(found[1])
+    assert Path(script) == SCRIPT
+    return words
+
+
 def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
     """Expect no traceback, nothing on stdout after a failure, and no file but those expected."""
     assert "Traceback" not in done.stderr
@@ -227,6 +242,12 @@ def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
     left = set(home.iterdir()) - expected
     assert not {path for path in left if path.name.startswith(".")}
     assert done.returncode == 0 or not left
+
+
+def ordinary() -> list[str]:
+    """Return the beginning of a command that may not read and write everything, as root may."""
+    leave_out = "-dac_override,-dac_read_search"
+    return ["setpriv", "--bounding-set", leave_out] if os.geteuid() == 0 else []
 
 
 # --- Unit files and the commands beside them ---

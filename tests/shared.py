@@ -58,17 +58,14 @@ class SteppedS3(FakeS3):
         self._free = free
 
     def let(self, count: int = 1) -> None:
-        """Give so many answers more."""
         self._permits.release(count)
 
     def release(self) -> None:
-        """Answer everything from now on."""
         self._free = True
         self._permits.release(1000)
         super().release()
 
     def wait_for_leave(self) -> None:
-        """Block until one more answer may be given."""
         super().wait_for_leave()
         if not self._free:
             self._permits.acquire()
@@ -87,7 +84,6 @@ def staged(staging: Path) -> list[str]:
 
 
 def staged_data(staging: Path) -> list[bytes]:
-    """Return the staged versions, oldest first."""
     return [path.read_bytes() for path in sorted(staging.glob("2*"))]
 
 
@@ -168,7 +164,6 @@ def refused(env: dict[str, str], *names: str, args: tuple[str, ...] = ("once",))
 
 
 def done_well(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that works."""
     done = run_script(env, *(args or ("once",)))
     assert done.returncode == 0, done.stderr
     return done
@@ -199,14 +194,12 @@ def failure_of(env: dict[str, str]) -> str:
 
 
 def say(fake: FakeS3, status: int, body: bytes, content_type: str = "application/xml") -> None:
-    """Let S3 answer everything like this."""
     for method in ("PUT", "GET", "HEAD", "POST"):
         answer = Answer(status, headers={"Content-Type": content_type}, body=body, etag=False)
         fake.set_default(answer, method)
 
 
 def statements(text: str) -> list[dict[str, Any]]:
-    """Return the policy statements in a text."""
     return [json.loads(found) for found in re.findall(r'\{[^{}]*"Effect"[^{}]*\}', text)]
 
 

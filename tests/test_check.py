@@ -68,9 +68,7 @@ def stored_node(fake_env: dict[str, str], lnd: Lnd) -> dict[str, str]:
 
 
 def check(env: dict[str, str], code: int, **expected: object) -> dict[str, Any]:
-    """Run `check --json`, expect this exit code, these fields and a verdict that agrees, and return
-    all fields.
-    """
+    """Run `check --json`, expect this exit code and these fields, and return all fields."""
     done = run_script(env, "check", "--json")
     assert "Traceback" not in done.stderr
     assert done.returncode == code, done.stderr
@@ -81,9 +79,7 @@ def check(env: dict[str, str], code: int, **expected: object) -> dict[str, Any]:
 
 
 def expect_verdict(env: dict[str, str], verdict: str, code: int) -> str:
-    """Run `check`, expect one line with this verdict and a reason, and this exit code, and return
-    all that it says.
-    """
+    """Run `check`, expect one line with this verdict and a reason, and return all it says."""
     done = run_script(env, "check")
     assert "Traceback" not in done.stderr
     assert re.fullmatch(rf"{verdict}: .*\w+ \w+.*\n", done.stdout), done.stderr
@@ -130,9 +126,7 @@ def test_stored(key: str, node_reader: dict[str, str]) -> None:
 def test_a_newer_version_is_told(
     s3: S3Server, bucket: str, node_reader: dict[str, str], env: dict[str, str], lnd: Lnd
 ) -> None:
-    """When the version on disk is stored, but is not the newest there, it is exit 0, naming
-    both.
-    """
+    """When the version on disk is stored, but is not the newest there, both are named."""
     first = lnd.write()
     back_up(env)
     key = newest_key(s3, bucket)
@@ -148,9 +142,7 @@ def test_a_newer_version_is_told(
 def test_a_damaged_object(
     s3: S3Server, bucket: str, node_reader: dict[str, str], lnd: Lnd, key: str, damage: str
 ) -> None:
-    """An object that does not hold the bytes of its name, or bears other metadata, is told as
-    damaged.
-    """
+    """An object with other bytes, or other metadata, than its name says is told as damaged."""
     data = lnd.written[0].data
     digest = hashlib.sha256(b"" if damage == "metadata" else data).hexdigest()
     bodies = {"bytes": bytes([data[0] ^ 1]) + data[1:], "metadata": data, "truncated": data[:-1]}
@@ -161,12 +153,10 @@ def test_a_damaged_object(
 def test_one_damaged_copy_of_two(
     s3: S3Server, bucket: str, node_reader: dict[str, str], env: dict[str, str], key: str
 ) -> None:
-    """A version that lies under several keys, as after restarts, is stored when one of them is
-    whole.
-    """
+    """Of several keys of a version, as restarts leave them, one that is whole is enough."""
     back_up(env)
     newest = newest_key(s3, bucket)
-    s3.admin.put_object(Bucket=bucket, Key=newest, Body=b"bad", Metadata={"sha256": "0" * 64})
+    s3.admin.put_object(Bucket=bucket, Key=newest, Body=bytes(718), Metadata={"sha256": "0" * 64})
     check(node_reader, 0, key=key)
 
 
@@ -181,9 +171,7 @@ def test_a_receipt_does_not_outweigh_the_bucket(
 def test_other_nodes_do_not_count(
     s3: S3Server, bucket: str, node_reader: dict[str, str], env: dict[str, str], lnd: Lnd
 ) -> None:
-    """The same bytes under another prefix are no backup of this node's, and the fields that need an
-    object are null.
-    """
+    """The same bytes under another prefix are no backup; what needs an object is null."""
     lnd.write()
     back_up(env | with_key(env, s3.read_write_user(bucket)) | {"S3_BACKUP_PREFIX": "alice/other/"})
     check(node_reader, 1, proof="bucket", **NO_OBJECT)
@@ -209,9 +197,7 @@ def test_a_put_only_key(key: str, env: dict[str, str], lnd: Lnd) -> None:
 
 
 def test_a_file_from_the_future(env: dict[str, str], lnd: Lnd) -> None:
-    """A file whose time is ahead, as after a clock was set back, has not been waiting since
-    then.
-    """
+    """A file whose time is ahead of the clock has not been waiting since then."""
     lnd.write()
     age(lnd, -10 * 24 * 3600)
     ahead = datetime.fromtimestamp(lnd.path.stat().st_mtime, UTC)
@@ -249,9 +235,7 @@ def test_a_receipt_for_a_version_that_waited_long_proves_nothing(
 
 @pytest.mark.usefixtures("key")
 def test_a_put_only_key_without_a_staging_directory(env: dict[str, str]) -> None:
-    """Without BACKUP_DIRECTORY there is no receipt to judge by: UNKNOWN, saying what is missing,
-    not a made-up path.
-    """
+    """Without BACKUP_DIRECTORY there is no receipt, and that is what is told."""
     del env["BACKUP_DIRECTORY"]
     check(env, 75, proof="receipt", staged=None)
     said = expect_verdict(env, "UNKNOWN", 75)
@@ -267,12 +251,6 @@ def test_list_without_get(
     check(lister, 0, proof="receipt", key=key)
     lnd.write()
     check(lister, 1)  # as the list tells
-
-
-@pytest.mark.usefixtures("key")
-def test_get_without_list(s3: S3Server, bucket: str, env: dict[str, str]) -> None:
-    """With a key that may get but not list, the last receipt decides."""
-    check(with_key(env, s3.user(allow("s3:GetObject", f"{bucket}/*"))), 0, proof="receipt")
 
 
 @pytest.mark.parametrize(
@@ -300,9 +278,7 @@ def test_a_receipt_with_a_wrong_field(env: dict[str, str], staging: Path, field:
 
 @pytest.mark.usefixtures("key")
 def test_a_staging_directory_of_somebody_else(node_reader: dict[str, str], staging: Path) -> None:
-    """A staging directory that may not be read does not stop the check: the number staged is
-    unknown.
-    """
+    """Where the staging directory may not be read, the number staged is unknown."""
     staging.chmod(0)
     try:
         command = [*ordinary(), sys.executable, str(SCRIPT)]
@@ -366,24 +342,9 @@ def test_a_staging_directory_is_not_made(
 # --- What keeps it from an answer ---
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"S3_BUCKET_NAME": ""}, {"MONITOR_FILE_PATH": ""}, {"MONITOR_FILE_PATH": "/x/wallet.db"}],
-    ids=["bucket", "file", "forbidden"],
-)
-def test_wrong_configuration(node_reader: dict[str, str], lnd: Lnd, wrong: dict[str, str]) -> None:
-    """A wrong configuration is exit 78, with the variable."""
-    lnd.write()
-    done = run_script(node_reader | wrong, "check")
-    assert (done.returncode, done.stdout) == (78, "")
-    assert next(iter(wrong)) in done.stderr
-
-
 @pytest.mark.usefixtures("key")
 def test_what_reporting_needs_is_not_checked(node_reader: dict[str, str]) -> None:
-    """It reports to nobody, so that where and how the daemon does is no matter, as to another
-    user.
-    """
+    """It reports to nobody: where and how the daemon does is no matter."""
     check(node_reader | {"METRICS_FILE": "/nowhere/lnd.prom"}, 0)
 
 
@@ -392,19 +353,10 @@ def test_what_reporting_needs_is_not_checked(node_reader: dict[str, str]) -> Non
 def test_no_version_on_disk(
     node_reader: dict[str, str], env: dict[str, str], lnd: Lnd, content: bytes | None
 ) -> None:
-    """Without a file that can be a channel backup nothing is backed up: exit 1, with the path,
-    whatever the bucket or the receipt say.
-    """
+    """Without a file that can be a backup it is exit 1, whatever bucket and receipt say."""
     lnd.path.unlink() if content is None else lnd.place(content)
     for settings in (node_reader, env):
         assert str(lnd.path) in expect_verdict(settings, "UNKNOWN", 1)
-
-
-def test_names_are_escaped(node_reader: dict[str, str], lnd: Lnd, tmp_path: Path) -> None:
-    """A path with control characters is escaped before it is shown."""
-    lnd.write()
-    done = run_script(node_reader | {"MONITOR_FILE_PATH": str(tmp_path / "a\x1b[31mb")}, "check")
-    assert (done.stdout + done.stderr).replace("\n", "").isprintable()
 
 
 @pytest.mark.usefixtures("key")

@@ -32,27 +32,19 @@ from kit import (
     run_script,
     version_name,
 )
-from kit.answers import entry, error, framed, listing
-from shared import HOUR, NOON, NOWHERE, put_version, restore
+from kit.answers import entry, framed, listing
+from shared import HOUR, NOON, NOWHERE, restore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from functools import partial
     from pathlib import Path
 
 HURRY = 10  # so much shorter is the program's patience
 ONE_MINUTE = 60.0
 CROWD = 1100  # more than a page
+DATA = channel_backup(10)
 FIELDS = {"key", "name", "captured_at", "stored_at", "size_bytes", "empty"}
-
-
-def put(
-    server: S3Server, bucket: str, at: datetime, data: bytes | int = 10, prefix: str = "alice/"
-) -> str:
-    """Store a version, of a number of channels if no bytes are given, captured at this time, and
-    return its name.
-    """
-    data = channel_backup(data) if isinstance(data, int) else data
-    return put_version(server, bucket, at, data, prefix).removeprefix(prefix)
 
 
 def listed(env: dict[str, str]) -> list[dict[str, Any]]:
@@ -63,9 +55,9 @@ def listed(env: dict[str, str]) -> list[dict[str, Any]]:
     return rows
 
 
-def names(env: dict[str, str]) -> list[str]:
-    """Return the names of the versions as they are listed."""
-    return [row["name"] for row in listed(env)]
+def keys(env: dict[str, str]) -> list[str]:
+    """Return the keys of the versions as they are listed."""
+    return [row["key"] for row in listed(env)]
 
 
 def plain(env: dict[str, str]) -> list[str]:
@@ -91,39 +83,39 @@ def printable(text: str) -> bool:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_newest_first(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Versions are listed newest first, over http and over https, whatever the order in which they
-    were stored.
-    """
-    stored = [put(s3, bucket, NOON + HOUR * hours) for hours in (1, 3, 0, 2)]
-    assert names(reader) == sorted(stored, reverse=True)
+def test_newest_first(put: partial[str], reader: dict[str, str]) -> None:
+    """Versions are listed newest first, whatever the order in which they were stored."""
+    stored = [put(NOON + HOUR * hours, DATA) for hours in (1, 3, 0, 2)]
+    assert keys(reader) == sorted(stored, reverse=True)
 
 
 def test_a_year_ahead_is_not_the_newest(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+    put: partial[str], reader: dict[str, str], home: Path
 ) -> None:
     """A version that was named a year ahead, perhaps by a thief, stands where S3's own time puts
     it, and is marked; one named in time is not. The one stored later is restored.
     """
-    ahead = put(s3, bucket, datetime.now(UTC) + timedelta(days=365))
+    ahead = put(datetime.now(UTC) + timedelta(days=365), DATA)
     time.sleep(1.1)  # S3's own time is told in seconds
     data = channel_backup(3)
-    latest, old = put(s3, bucket, datetime.now(UTC), data), put(s3, bucket, NOON)
-    assert names(reader) == [latest, ahead, old]
-    assert [line[:30] for line in plain(reader) if "named later than stored" in line] == [ahead]
+    latest, old = put(datetime.now(UTC), data), put(NOON, DATA)
+    assert keys(reader) == [latest, ahead, old]
+    assert [line[:30] for line in plain(reader) if "named later than stored" in line] == [
+        ahead[-30:]
+    ]
     restore(reader, home)
     assert (home / "channel.backup").read_bytes() == data
 
 
 @pytest.mark.unmeasured
-def test_drops_are_marked(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
+def test_drops_are_marked(put: partial[str], reader: dict[str, str]) -> None:
     """A version that is at least 300 bytes smaller than the one before it is marked, and no other
     is; an empty one counts, and is marked as that as well.
     """
     sizes = [1000, 700, 401, 2000, 1300, 1300, 45, 700, 401, 101, 45, 45]
     dropped = [False, True, False, False, True, False, True, False, False, True, False, False]
     for hours, size in enumerate(sizes):
-        put(s3, bucket, NOON + HOUR * hours, os.urandom(size))
+        put(NOON + HOUR * hours, os.urandom(size))
     lines = plain(reader)[::-1]
     assert ["smaller" in line for line in lines] == dropped
     empty = [size == 45 for size in sizes]
@@ -134,24 +126,24 @@ def test_drops_are_marked(s3: S3Server, bucket: str, reader: dict[str, str]) -> 
 # --- What is shown, and what is counted ---
 
 
-def test_others_are_counted(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Foreign files and the prefixes of other nodes, above and below, are counted or left out, and
-    never shown.
-    """
-    name = put(s3, bucket, NOON)
-    put(s3, bucket, NOON, prefix="bob/")
-    put(s3, bucket, NOON, prefix="alice/regtest/")
-    put(s3, bucket, NOON + HOUR, prefix="alice/regtest/")
-    put(s3, bucket, NOON, prefix="alice")
-    for key in (
+def test_others_are_counted(
+    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str]
+) -> None:
+    """Foreign files and the prefixes of other nodes are counted or left out, never shown."""
+    key = put(NOON, DATA)
+    put(NOON, DATA, prefix="bob/")
+    put(NOON, DATA, prefix="alice/regtest/")
+    put(NOON + HOUR, DATA, prefix="alice/regtest/")
+    put(NOON, DATA, prefix="alice")
+    for foreign in (
         "alice/readme.txt",
         "alice/20260230T000000.000000Z-a1b2c3",
         "alice/20260301T120000Z-a1b2c3",
         "alice/",
     ):
-        s3.admin.put_object(Bucket=bucket, Key=key, Body=b"foreign")
+        s3.admin.put_object(Bucket=bucket, Key=foreign, Body=b"foreign")
     done = run_script(reader, "list", "--json")
-    assert [row["name"] for row in json.loads(done.stdout)] == [name]
+    assert [row["key"] for row in json.loads(done.stdout)] == [key]
     assert re.search(r"version.*\b1\b.*other.*\b5\b|\b1 version.*\b5 other", done.stderr)
 
 
@@ -161,39 +153,35 @@ def test_an_empty_bucket(reader: dict[str, str]) -> None:
     assert plain(reader) == []
 
 
-def test_an_empty_prefix(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
+def test_an_empty_prefix(put: partial[str], reader: dict[str, str]) -> None:
     """Without a prefix the versions at the top of the bucket are shown, and those below are not."""
-    name = put(s3, bucket, NOON, prefix="")
-    put(s3, bucket, NOON)
-    assert names(reader | {"S3_BACKUP_PREFIX": ""}) == [name]
+    key = put(NOON, DATA, prefix="")
+    put(NOON, DATA)
+    assert keys(reader | {"S3_BACKUP_PREFIX": ""}) == [key]
 
 
 def test_what_a_delete_marker_hides_is_not_shown(
-    s3: S3Server, bucket: str, reader: dict[str, str]
+    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str]
 ) -> None:
-    """In a bucket with versioning the list shows what the bucket shows: not what a delete marker
-    hides.
-    """
+    """In a bucket with versioning, what a delete marker hides is not shown."""
     s3.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    kept, hidden = put(s3, bucket, NOON), put(s3, bucket, NOON + HOUR)
-    s3.admin.delete_object(Bucket=bucket, Key=f"alice/{hidden}")
-    assert names(reader) == [kept]
+    kept, hidden = put(NOON, DATA), put(NOON + HOUR, DATA)
+    s3.admin.delete_object(Bucket=bucket, Key=hidden)
+    assert keys(reader) == [kept]
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("prefix", ["", "bob/regtest"])
-def test_folders_in_place_of_versions(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """A list without a version names the folders that are there, escaped, and no key that lies in
-    them.
-    """
+def test_folders_in_place_of_versions(put: partial[str], reader: dict[str, str]) -> None:
+    """A list without a version names the folders, escaped, and no key that lies in them."""
     for folder in ("Alice/", "bob/mainnet/", "carol\x1b[31m/"):
-        name = put(s3, bucket, NOON, prefix=folder)
+        key = put(NOON, DATA, prefix=folder)
     done = run_script(reader, "list")
     assert done.returncode == 0
     assert not re.search(r"\d{8}T", done.stdout)
     for folder in ("Alice/", "bob/", "carol"):
         assert folder in done.stderr
-    assert name not in done.stderr
+    assert key[-30:] not in done.stderr
     assert printable(done.stderr)
 
 
@@ -221,16 +209,16 @@ def test_more_folders_than_anybody_reads(reader: dict[str, str]) -> None:
 # --- Forms ---
 
 
-def test_json(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
+def test_json(put: partial[str], reader: dict[str, str]) -> None:
     """Each element tells key, name, size, whether it is empty, and both times in ISO 8601 and UTC;
     on a terminal, too.
     """
     at = NOON + timedelta(microseconds=123456)
-    name = put(s3, bucket, at, os.urandom(1234))
+    key = put(at, os.urandom(1234))
     before = datetime.now(UTC)
     (row,) = listed(reader)
     assert row.keys() >= FIELDS
-    expected = {"key": f"alice/{name}", "name": name, "size_bytes": 1234, "empty": False}
+    expected = {"key": key, "name": key[-30:], "size_bytes": 1234, "empty": False}
     assert row | expected == row
     captured, stored = (
         datetime.fromisoformat(row[field]) for field in ("captured_at", "stored_at")
@@ -241,64 +229,42 @@ def test_json(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
     assert json.loads(on_terminal(reader, "list", "--json")) == [row]
 
 
-def test_the_table(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
+def test_the_table(put: partial[str], reader: dict[str, str]) -> None:
     """On a terminal and in a pipe there is the same table: one line for each version, with its
     size and when it was stored.
     """
-    stored = [put(s3, bucket, NOON + HOUR, os.urandom(12_345_678)), put(s3, bucket, NOON, 0)]
+    stored = [put(NOON + HOUR, os.urandom(12_345_678)), put(NOON, channel_backup(0))]
     lines = plain(reader)
     assert on_terminal(reader, "list").splitlines()[1:] == lines
-    assert [line.split()[0] for line in lines] == stored
+    assert [f"alice/{line.split()[0]}" for line in lines] == stored
     assert [line.split()[1].replace(",", "") for line in lines] == ["12345678", "45"]
     assert all(f"{datetime.now(UTC):%Y-%m-%d}" in line for line in lines)
     assert all(line.isascii() and line.isprintable() for line in lines)
 
 
-def test_foreign_keys_cannot_forge_lines(s3: S3Server, bucket: str, reader: dict[str, str]) -> None:
-    """Keys and prefixes with control characters, whoever made them, reach neither the terminal nor
-    the log.
-    """
-    name = put(s3, bucket, NOON)
-    for key in (
-        f"alice/{name}\n",
-        f"alice/{name}\x1b[31m",
+def test_foreign_keys_cannot_forge_lines(
+    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str]
+) -> None:
+    """Control characters in keys and prefixes reach neither the terminal nor the log."""
+    key = put(NOON, DATA)
+    for foreign in (
+        f"{key}\n",
+        f"{key}\x1b[31m",
         "alice/\x1b]0;title\x07/x",
         "alice/\u202egnp",
     ):
-        s3.admin.put_object(Bucket=bucket, Key=key, Body=b"foreign")
+        s3.admin.put_object(Bucket=bucket, Key=foreign, Body=b"foreign")
     done = run_script(reader, "list")
     seen = on_terminal(reader, "list").replace("\r\n", "\n")
     assert printable(done.stdout + done.stderr + seen)
     assert len(done.stdout.splitlines()) == 2  # the head, and a version
 
 
-EVIL = "evil&#x202e;&#10;hint: run this"
-
-
-@pytest.mark.parametrize(
-    ("status", "document"),
-    [
-        (200, listing(entry(f"alice/20260301T120000.000000Z-a1b2c3{EVIL}"))),
-        (400, error("InvalidArgument", EVIL)),
-    ],
-    ids=["key", "message"],
-)
-def test_answers_cannot_forge_lines(reader: dict[str, str], status: int, document: bytes) -> None:
-    """What S3 says, be it a key or an error, is escaped before it is shown."""
-    with FakeS3(defaults={"GET": answers.Answer(status, body=document)}) as fake:
-        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "list")
-    assert done.returncode == (0 if status == 200 else 1)
-    assert printable(done.stdout + done.stderr)
-    assert "\nhint: run this" not in done.stderr
-
-
 # --- Thousands ---
 
 
 def plant(server: S3Server, bucket: str, count: int) -> list[str]:
-    """Put versions where a server that does not run yet keeps them, which is fast, and return their
-    names in order.
-    """
+    """Put versions where a server that does not run yet keeps them; return their names."""
     directory = server.directory / "s3/000000000000" / bucket / "alice"
     directory.mkdir(parents=True)
     for second in range(count):
@@ -308,64 +274,57 @@ def plant(server: S3Server, bucket: str, count: int) -> list[str]:
 
 
 def test_thousands_of_versions(tmp_path: Path, prefix: str) -> None:
-    """Versions of more than one page are listed in order, page by page, and the newest of them is
-    restored.
-    """
+    """Versions of more than one page are listed in order, and the newest is restored."""
     server, bucket = S3Server(tmp_path / "s3"), "crowded"
     planted = plant(server, bucket, CROWD)
     with server:
         reader = reader_settings(server, bucket, prefix, server.reader_user(bucket))
-        assert names(reader) == planted[::-1]
+        assert keys(reader) == [f"alice/{name}" for name in reversed(planted)]
         done = run_script(reader, "restore", "--output", str(tmp_path / "restored"))
     assert done.returncode == 0, done.stderr
     newest = (tmp_path / "restored").read_bytes()
     assert planted[-1].endswith(hashlib.sha256(newest).hexdigest()[-6:])
 
 
+MANY = answers.Answer(  # more than the buffer of stdout takes
+    body=listing(
+        *(entry(f"alice/{version_name(DATA, NOON + n * timedelta(seconds=1))}") for n in range(100))
+    )
+)
+
+
 @pytest.mark.parametrize("options", ["", "--json"])
-def test_a_reader_that_goes_away(
-    s3: S3Server, bucket: str, reader: dict[str, str], options: str
-) -> None:
+def test_a_reader_that_goes_away(fake: FakeS3, fake_reader: dict[str, str], options: str) -> None:
     """`list | head` is no fault: who has read enough is not shown a traceback."""
-    for second in range(100):  # more than the buffer of stdout takes
-        put(s3, bucket, NOON + timedelta(seconds=second), 1)
+    fake.set_default(MANY, "GET")
     piped = f'"{sys.executable}" "{SCRIPT}" list {options} | true'
-    done = run_script(reader, command=["/bin/sh", "-c", piped])
+    done = run_script(fake_reader, command=["/bin/sh", "-c", piped])
     assert done.returncode == 0
     assert "using endpoint" in done.stderr
     assert not re.search("Traceback|BrokenPipe|fault of this program", done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("command", "count"),
-    [
-        ("list", 1),
-        ("list", 100),  # more than the buffer of stdout takes
-        ("list --json", 100),
-        ("check", 1),
-        ("check --json", 1),
-        ("restore", 1),
-    ],
-)
+@pytest.mark.parametrize("command", ["list", "list --json", "check", "check --json", "restore"])
 def test_an_answer_that_cannot_be_printed(
-    s3: S3Server,
-    bucket: str,
+    put: partial[str],
+    fake: FakeS3,
     env: dict[str, str],
     reader: dict[str, str],
     lnd: Lnd,
     home: Path,
     command: str,
-    count: int,
 ) -> None:
     """When stdout takes nothing it is exit 1 and one line; what is restored is the whole version or
     nothing. When there is no stdout, the exit code is enough.
     """
-    for second in range(1, count):
-        put(s3, bucket, NOON + timedelta(seconds=second), 1)
     newest = lnd.write()
-    put(s3, bucket, NOON + HOUR, newest.data)
+    put(NOON, newest.data)
+    env |= reader
+    if command.startswith("list"):
+        fake.set_default(MANY, "GET")
+        env["AWS_ENDPOINT_URL_S3"] = fake.endpoint
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = run_script(env | reader, *command.split(), cwd=home, stdout=full)
+        done = run_script(env, *command.split(), cwd=home, stdout=full)
     assert done.returncode == 1
     assert len(re.findall("error: (?!hint)", done.stderr)) == 1
     assert "No space left on device" in done.stderr
@@ -374,7 +333,7 @@ def test_an_answer_that_cannot_be_printed(
         assert path.read_bytes() == newest.data
         path.unlink()
     closed = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(SCRIPT)]
-    with Script(env | reader, *command.split(), cwd=home, command=closed) as script:
+    with Script(env, *command.split(), cwd=home, command=closed) as script:
         assert script.wait() == 0
         assert "a fault of this program" not in script.log
 
@@ -394,11 +353,11 @@ def test_a_put_only_key(s3: S3Server, bucket: str, prefix: str) -> None:
     assert not re.search('"Effect"|"Allow"', done.stderr)
 
 
-def test_a_list_needs_no_get(s3: S3Server, bucket: str, prefix: str) -> None:
+def test_a_list_needs_no_get(put: partial[str], s3: S3Server, bucket: str, prefix: str) -> None:
     """With the permission to list alone, the list is there."""
-    name = put(s3, bucket, NOON)
+    key = put(NOON, DATA)
     user = s3.user(allow("s3:ListBucket", bucket))
-    assert names(reader_settings(s3, bucket, prefix, user)) == [name]
+    assert keys(reader_settings(s3, bucket, prefix, user)) == [key]
 
 
 @pytest.mark.parametrize("args", [("list", "--json"), ("restore",)], ids=["list", "restore"])
@@ -419,9 +378,7 @@ def test_s3_does_not_answer(
     home: Path,
     started_by: Callable[[str], None],
 ) -> None:
-    """Exit 75 within a minute, from `list`, `check` and `restore`, when connections are accepted
-    and never answered.
-    """
+    """Connections that are never answered are exit 75 within a minute."""
     started_by(hurried(HURRY))
     lnd.write()
     commands = ["list", "check", "restore"]
@@ -450,12 +407,14 @@ def test_s3_does_not_answer(
     ],
     ids=["slow", "internal", "clock", "dropped", "portal", "expired", "region", "bucket"],
 )
-def test_errors_of_s3(reader: dict[str, str], answer: answers.Answer, code: int) -> None:
+def test_errors_of_s3(
+    fake: FakeS3, fake_reader: dict[str, str], answer: answers.Answer, code: int
+) -> None:
     """What trying again may help is exit 75, what it will not is exit 1, each with something to
     do. The page of a captive portal is no empty bucket.
     """
-    with FakeS3(defaults={"GET": answer}) as fake:
-        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "list")
+    fake.set_default(answer, "GET")
+    done = run_script(fake_reader, "list")
     assert (done.returncode, done.stdout) == (code, "")
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -491,14 +450,14 @@ def test_a_wrong_key(reader: dict[str, str], wrong: dict[str, str], said: str) -
     ids=["absent", "empty", "tilde", "nowhere", "impossible", "reporting"],
 )
 def test_the_node_is_not_needed(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, node: dict[str, str]
+    put: partial[str], reader: dict[str, str], home: Path, node: dict[str, str]
 ) -> None:
     """The bucket's settings suffice for `list` and `restore`; the node's may be absent, empty or
     wrong, and nothing is said of them.
     """
-    name = put(s3, bucket, NOON)
+    key = put(NOON, DATA)
     done = run_script(reader | node, "list", "--json")
-    assert [row["name"] for row in json.loads(done.stdout)] == [name]
+    assert [row["key"] for row in json.loads(done.stdout)] == [key]
     said = done.stderr + restore(reader | node, home).stderr
     assert not re.search("MONITOR_FILE_PATH|BACKUP_DIRECTORY|nowhere", said)
 

@@ -39,12 +39,12 @@ from shared import (
     Done,
     command_for_the_one_before,
     expect_tidy,
-    put_version,
     restore,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from functools import partial
 
 UNKNOWN = "20260301T120000.000000Z-a1b2c3"
 
@@ -63,14 +63,12 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_the_trap(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
-    """Of a newest version without channels and one with, the latter is restored, and what was
-    passed over is told.
-    """
-    put_version(s3, bucket, NOON, channel_backup(3))
+def test_the_trap(put: partial[str], reader: dict[str, str], home: Path) -> None:
+    """A newest version without channels is passed over, which is told."""
+    put(NOON, channel_backup(3))
     wanted = channel_backup(12)
-    key = put_version(s3, bucket, NOON + HOUR, wanted)
-    empty = [put_version(s3, bucket, NOON + HOUR * hours, channel_backup(0)) for hours in (2, 3)]
+    key = put(NOON + HOUR, wanted)
+    empty = [put(NOON + HOUR * hours, channel_backup(0)) for hours in (2, 3)]
     done = restore(reader, home)
     assert (home / "channel.backup").read_bytes() == wanted
     assert f"restored {key}" in done.stdout
@@ -79,13 +77,11 @@ def test_the_trap(s3: S3Server, bucket: str, reader: dict[str, str], home: Path)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["key", "name"])
-def test_a_key(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, *, whole: bool
-) -> None:
+def test_a_key(put: partial[str], reader: dict[str, str], home: Path, *, whole: bool) -> None:
     """`--key` takes the whole key, which need not lie under the prefix, and the name alone."""
     wanted = channel_backup(5)
-    key = put_version(s3, bucket, NOON, wanted)
-    put_version(s3, bucket, NOON + HOUR, channel_backup(6))
+    key = put(NOON, wanted)
+    put(NOON + HOUR, channel_backup(6))
     if whole:
         restore(reader | {"S3_BACKUP_PREFIX": "bob/"}, home, "--key", key)
     else:
@@ -94,13 +90,11 @@ def test_a_key(
 
 
 @pytest.mark.parametrize("key", [f"alice/{UNKNOWN}", UNKNOWN, "no such"])
-def test_an_unknown_key(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, key: str
-) -> None:
+def test_an_unknown_key(put: partial[str], reader: dict[str, str], home: Path, key: str) -> None:
     """A key that is not there is exit 1, and is named; the hint is one for somebody who restores:
     how to find another version, nothing of staging or of trying again.
     """
-    put_version(s3, bucket, NOON, channel_backup(5))
+    put(NOON, channel_backup(5))
     done = restore(reader, home, "--key", key, code=1)
     error, hint = (line for line in done.stderr.splitlines() if "error: " in line)
     assert key in error
@@ -109,9 +103,9 @@ def test_an_unknown_key(
     assert not re.search("stag|retr|again", error + hint)
 
 
-def test_an_empty_key(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_an_empty_key(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """An empty key, as from a variable that is not set, is no order to take the newest."""
-    put_version(s3, bucket, NOON, channel_backup(5))
+    put(NOON, channel_backup(5))
     done = run_script(reader, "restore", "--key", "", cwd=home)
     assert done.returncode in (1, 2)
     assert not list(home.iterdir())
@@ -140,8 +134,7 @@ def test_a_key_cannot_forge_lines(reader: dict[str, str], home: Path) -> None:
     ],
 )
 def test_before(
-    s3: S3Server,
-    bucket: str,
+    put: partial[str],
     reader: dict[str, str],
     home: Path,
     before: str,
@@ -150,80 +143,72 @@ def test_before(
 ) -> None:
     """`--before` takes a date or a time, local or with its offset, and means strictly before."""
     data = {count: channel_backup(count) for count in (1, 2, 3)}
-    put_version(s3, bucket, datetime(2026, 3, 1, 12, tzinfo=UTC), data[1])
-    put_version(s3, bucket, datetime(2026, 3, 2, 21, tzinfo=UTC), data[2])
-    put_version(s3, bucket, datetime(2026, 3, 3, 3, tzinfo=UTC), data[3])
+    put(datetime(2026, 3, 1, 12, tzinfo=UTC), data[1])
+    put(datetime(2026, 3, 2, 21, tzinfo=UTC), data[2])
+    put(datetime(2026, 3, 3, 3, tzinfo=UTC), data[3])
     restore(reader | ({"TZ": zone} if zone else {}), home, "--before", before)
     assert (home / "channel.backup").read_bytes() == data[expected]
 
 
 @pytest.mark.parametrize("ahead", [timedelta(0), timedelta(seconds=20), timedelta(days=365)])
 def test_before_a_name(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, ahead: timedelta
+    put: partial[str], reader: dict[str, str], home: Path, ahead: timedelta
 ) -> None:
     """`--before` takes a version's name as well, as `list` prints it, and never means that version
     itself, wherever the clock was that named it.
     """
     older = channel_backup(1)
-    put_version(s3, bucket, NOON, older)
-    key = put_version(s3, bucket, datetime.now(UTC) + ahead, channel_backup(2))
+    put(NOON, older)
+    key = put(datetime.now(UTC) + ahead, channel_backup(2))
     restore(reader, home, "--before", key.removeprefix("alice/"))
     assert (home / "channel.backup").read_bytes() == older
 
 
-def test_before_the_first(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_before_the_first(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """When there is no version before that time it is exit 1."""
-    put_version(s3, bucket, NOON, channel_backup(5))
+    put(NOON, channel_backup(5))
     assert "no version" in restore(reader, home, "--before", NOON.isoformat(), code=1).stderr
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("--before", "0001-01-01T00:00+05:00"),
-        ("--before", "9999-12-31T23:59-05:00"),
-        ("--before", "2026-03-01", "--key", "x"),
-        ("--no-such-option",),
-        ("surplus",),
-    ],
-)
+@pytest.mark.parametrize("args", [("--before", "2026-03-01", "--key", "x"), ("surplus",)])
 def test_wrong_usage(reader: dict[str, str], home: Path, args: tuple[str, ...]) -> None:
-    """A time that cannot be reckoned with, and options that exclude each other or are unknown, are
-    wrong usage.
-    """
+    """Options that exclude each other or are unknown are wrong usage."""
     assert "usage:" in restore(reader, home, *args, code=2).stderr
 
 
-@pytest.mark.parametrize("time", ["yesterday", "", "2026-13-01", "1772366400", "12:00"])
+@pytest.mark.parametrize(
+    "time",
+    [
+        "yesterday",
+        "",
+        "2026-13-01",
+        "1772366400",
+        "12:00",
+        "0001-01-01T00:00+05:00",
+        "9999-12-31T23:59-05:00",
+    ],
+)
 def test_a_time_that_cannot_be_read(reader: dict[str, str], home: Path, time: str) -> None:
-    """A time that cannot be read is wrong usage, and how to write it is shown."""
+    """A time that cannot be read or reckoned with is wrong usage, and how to write it is shown."""
     done = restore(reader, home, "--before", time, code=2)
     assert "usage:" in done.stderr
     assert re.search(r"--before: write it like \d{4}-\d\d-\d\d\b", done.stderr)
 
 
-def test_no_version_has_channels(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """When no version holds channels it is exit 1 with the key to ask for, and asking for it
-    restores it.
-    """
-    put_version(s3, bucket, NOON, channel_backup(0))
+def test_no_version_has_channels(put: partial[str], reader: dict[str, str], home: Path) -> None:
+    """When no version holds channels it is exit 1 with the key that restores one."""
+    put(NOON, channel_backup(0))
     wanted = channel_backup(0)
-    key = put_version(s3, bucket, NOON + HOUR, wanted)
+    key = put(NOON + HOUR, wanted)
     assert f"--key {key}" in restore(reader, home, code=1).stderr
     restore(reader, home, "--key", key)
     assert (home / "channel.backup").read_bytes() == wanted
 
 
-def test_others_are_left_alone(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """Other nodes' versions and foreign files are not restored: there is no version, and the prefix
-    is what to look at.
-    """
-    put_version(s3, bucket, NOON, channel_backup(5), name="regtest/" + version_name(b"", NOON))
-    put_version(s3, bucket, NOON, channel_backup(5), name="channel.backup")
+def test_others_are_left_alone(put: partial[str], reader: dict[str, str], home: Path) -> None:
+    """Other nodes' versions and foreign files are not restored; the prefix is told."""
+    put(NOON, channel_backup(5), name="regtest/" + version_name(b"", NOON))
+    put(NOON, channel_backup(5), name="channel.backup")
     assert re.search("alice/: .*no version", restore(reader, home, code=1).stderr)
 
 
@@ -233,7 +218,7 @@ def test_others_are_left_alone(
 DAMAGES = ["bytes", "size", "metadata", "name"]
 
 
-def put_damaged(server: S3Server, bucket: str, at: datetime, damage: str) -> str:
+def put_damaged(put: partial[str], at: datetime, damage: str) -> str:
     """Store a version that disagrees with itself, and return its key."""
     data = channel_backup(7)
     name = version_name(data, at)
@@ -246,22 +231,22 @@ def put_damaged(server: S3Server, bucket: str, at: datetime, damage: str) -> str
         metadata = {"sha256": hashlib.sha256(b"").hexdigest()}
     else:
         name = name[:-6] + f"{int(name[-6:], 16) ^ 1:06x}"
-    return put_version(server, bucket, at, data, name=name, metadata=metadata)
+    return put(at, data, name=name, metadata=metadata)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_version(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, damage: str
+    put: partial[str], reader: dict[str, str], home: Path, damage: str
 ) -> None:
     """When bytes, size, metadata or name disagree nothing is written, by choice or by key."""
-    bad = put_damaged(s3, bucket, NOON, damage)
+    bad = put_damaged(put, NOON, damage)
     for which in ((), ("--key", bad)):
         assert re.search(f"{bad}.*damaged", restore(reader, home, *which, code=1).stderr)
 
 
-def test_all_are_damaged(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_all_are_damaged(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """When no good version is left it is exit 1 in the end, and no command leads in a circle."""
-    older, newer = (put_damaged(s3, bucket, NOON + HOUR * hours, "bytes") for hours in (1, 2))
+    older, newer = (put_damaged(put, NOON + HOUR * hours, "bytes") for hours in (1, 2))
     done = restore(reader, home, code=1)
     assert newer in done.stderr
     done = run_script(reader, *command_for_the_one_before(done), cwd=home)
@@ -270,30 +255,25 @@ def test_all_are_damaged(s3: S3Server, bucket: str, reader: dict[str, str], home
     assert command_for_the_one_before(done) == []
 
 
-def test_too_short_to_be_a_version(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
+def test_too_short_to_be_a_version(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """An object under 45 bytes is not restored, also not by key, and is not what the hint names."""
-    bad = put_version(s3, bucket, NOON, os.urandom(44))
+    bad = put(NOON, os.urandom(44))
     assert f"--key {bad}" not in restore(reader, home, code=1).stderr
     assert bad in restore(reader, home, "--key", bad, code=1).stderr
 
 
 @pytest.mark.parametrize("given", ["environment", "file"])
 def test_several_damaged_versions(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, tmp_path: Path, given: str
+    put: partial[str], reader: dict[str, str], home: Path, tmp_path: Path, given: str
 ) -> None:
     """Each damaged version is named, and so is an empty one that is passed over; the commands that
     are printed for the one before run as they are printed, and lead to the next good one.
     """
     wanted = channel_backup(5)
-    put_version(s3, bucket, NOON, channel_backup(4))
-    put_version(s3, bucket, NOON + HOUR, wanted)
-    empty = put_version(s3, bucket, NOON + HOUR * 9, channel_backup(0))
-    bad = [
-        put_damaged(s3, bucket, NOON + HOUR * hours, damage)
-        for hours, damage in enumerate(DAMAGES, 2)
-    ]
+    put(NOON, channel_backup(4))
+    put(NOON + HOUR, wanted)
+    empty = put(NOON + HOUR * 9, channel_backup(0))
+    bad = [put_damaged(put, NOON + HOUR * hours, damage) for hours, damage in enumerate(DAMAGES, 2)]
     env, options = reader, []
     if given == "file":
         file = tmp_path / "my reader's.env"
@@ -315,33 +295,32 @@ def answered(metadata: str, digest: str, body: bytes, **more: str) -> Answer:
     return Answer(headers=headers | more, body=body)
 
 
-def test_a_store_that_writes_metadata_in_capitals(reader: dict[str, str], home: Path) -> None:
-    """A store that gives the name of the metadata entry capitals is understood, and its digest
-    still counts.
-    """
+def test_a_store_that_writes_metadata_in_capitals(
+    fake: FakeS3, fake_reader: dict[str, str], home: Path
+) -> None:
+    """The name of the metadata entry may have capitals, and its digest still counts."""
     data = channel_backup(7)
     key = f"alice/{version_name(data, NOON)}"
     entry, digest = "X-Amz-Meta-Sha256", hashlib.sha256(data).hexdigest()
-    with FakeS3(defaults={"GET": answered(entry, digest, data)}) as fake:
-        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-        assert "only the six digits" not in restore(env, home, "--key", key).stderr
-        fake.set_default(answered(entry, "0" * 64, data), "GET")
-        assert "damaged" in restore(env, home, "--key", key, "--output", "other", code=1).stderr
+    fake.set_default(answered(entry, digest, data), "GET")
+    assert "only the six digits" not in restore(fake_reader, home, "--key", key).stderr
+    fake.set_default(answered(entry, "0" * 64, data), "GET")
+    done = restore(fake_reader, home, "--key", key, "--output", "other", code=1)
+    assert "damaged" in done.stderr
     assert (home / "channel.backup").read_bytes() == data
 
 
-def test_a_bit_flipped_on_the_way(reader: dict[str, str], home: Path) -> None:
+def test_a_bit_flipped_on_the_way(fake: FakeS3, fake_reader: dict[str, str], home: Path) -> None:
     """Bytes that change on the way are refused."""
     data = channel_backup(7)
     flipped = data[:99] + bytes([data[99] ^ 4]) + data[100:]
     key = f"alice/{version_name(data, NOON)}"
     entry, digest = "x-amz-meta-sha256", hashlib.sha256(data).hexdigest()
     checksum = {"x-amz-checksum-sha256": base64.b64encode(bytes.fromhex(digest)).decode()}
-    with FakeS3(defaults={"GET": answered(entry, digest, flipped, **checksum)}) as fake:
-        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-        assert "damaged" in restore(env, home, "--key", key, code=1).stderr
-        fake.set_default(answered(entry, digest, data, **checksum), "GET")
-        restore(env, home, "--key", key)
+    fake.set_default(answered(entry, digest, flipped, **checksum), "GET")
+    assert "damaged" in restore(fake_reader, home, "--key", key, code=1).stderr
+    fake.set_default(answered(entry, digest, data, **checksum), "GET")
+    restore(fake_reader, home, "--key", key)
     assert (home / "channel.backup").read_bytes() == data
 
 
@@ -363,11 +342,11 @@ def half_downloaded(
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_s3_away_in_the_middle(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+    put: partial[str], s3: S3Server, reader: dict[str, str], home: Path
 ) -> None:
     """When the download is cut it is exit 75, nothing is left, and the next try works."""
     data = os.urandom(2 << 20)
-    put_version(s3, bucket, NOON, data)
+    put(NOON, data)
     with half_downloaded(s3, reader, home) as (line, script):
         line.set("pass", cut=True)
         assert script.wait() == 75, script.log
@@ -378,9 +357,9 @@ def test_s3_away_in_the_middle(
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_an_interrupt(put: partial[str], s3: S3Server, reader: dict[str, str], home: Path) -> None:
     """Ctrl-C in the middle of the download leaves nothing behind, and says nothing but exit 130."""
-    put_version(s3, bucket, NOON, os.urandom(2 << 20))
+    put(NOON, os.urandom(2 << 20))
     with half_downloaded(s3, reader, home) as (line, script):
         line.freeze_all()  # the download is not over before the signal
         script.signal(signal.SIGINT)
@@ -390,15 +369,15 @@ def test_an_interrupt(s3: S3Server, bucket: str, reader: dict[str, str], home: P
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_while_asking(reader: dict[str, str], home: Path) -> None:
+def test_an_interrupt_while_asking(fake: FakeS3, fake_reader: dict[str, str], home: Path) -> None:
     """Ctrl-C while S3 keeps one waiting works at once, too."""
-    with FakeS3(hold=True) as fake:
-        with Script(reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, "restore", cwd=home) as script:
-            fake.wait_for_requests(1, method="GET")
-            script.signal(signal.SIGINT)
-            assert script.wait() == 130
-            assert not re.search("Traceback|fault", script.log)
-        assert not list(home.iterdir())
+    fake.hold()
+    with Script(fake_reader, "restore", cwd=home) as script:
+        fake.wait_for_requests(1, method="GET")
+        script.signal(signal.SIGINT)
+        assert script.wait() == 130
+        assert not re.search("Traceback|fault", script.log)
+    assert not list(home.iterdir())
 
 
 @pytest.mark.parametrize("args", [(), ("--key", UNKNOWN)], ids=["list", "get"])
@@ -406,14 +385,13 @@ def test_an_interrupt_while_asking(reader: dict[str, str], home: Path) -> None:
     "portal", [answers.PORTAL, answers.PORTAL_WITH_ETAG], ids=["page", "page-with-etag"]
 )
 def test_a_captive_portal(
-    reader: dict[str, str], home: Path, args: tuple[str, ...], portal: Answer
+    fake: FakeS3, fake_reader: dict[str, str], home: Path, args: tuple[str, ...], portal: Answer
 ) -> None:
     """The page of a captive portal is not taken for a bucket without versions, nor for a version;
     with an ETag it may pass for a damaged one.
     """
-    with FakeS3(defaults={"GET": portal}) as fake:
-        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-        done = run_script(env, "restore", *args, cwd=home)
+    fake.set_default(portal, "GET")
+    done = run_script(fake_reader, "restore", *args, cwd=home)
     if portal is answers.PORTAL or not args:
         assert done.returncode == 75
         assert "the answer is not S3's" in done.stderr
@@ -427,12 +405,12 @@ def test_a_captive_portal(
 
 @pytest.mark.parametrize("may", ["put", "put, by key", "list"])
 def test_a_key_that_may_not_read(
-    s3: S3Server, bucket: str, prefix: str, home: Path, may: str
+    put: partial[str], s3: S3Server, bucket: str, prefix: str, home: Path, may: str
 ) -> None:
     """A key that may only put, or list and not get, is exit 1; the hint is to use the reader's key,
     and nobody is told to let the node's key read.
     """
-    key = put_version(s3, bucket, NOON, channel_backup(5))
+    key = put(NOON, channel_backup(5))
     listing = may == "list"
     user = s3.user(allow("s3:ListBucket", bucket)) if listing else s3.put_only_user(bucket, prefix)
     which = ("--key", key) if may == "put, by key" else ()
@@ -441,9 +419,11 @@ def test_a_key_that_may_not_read(
     assert not re.search('"Effect"|"Allow"', done.stderr)
 
 
-def test_what_a_restore_needs(s3: S3Server, bucket: str, prefix: str, home: Path) -> None:
+def test_what_a_restore_needs(
+    put: partial[str], s3: S3Server, bucket: str, prefix: str, home: Path
+) -> None:
     """With leave to list the bucket and to get below the prefix, and nothing else, it works."""
-    put_version(s3, bucket, NOON, channel_backup(5))
+    put(NOON, channel_backup(5))
     user = s3.user(allow("s3:ListBucket", bucket), allow("s3:GetObject", f"{bucket}/alice/*"))
     restore(reader_settings(s3, bucket, prefix, user), home)
 
@@ -452,9 +432,7 @@ def test_what_a_restore_needs(s3: S3Server, bucket: str, prefix: str, home: Path
 
 
 def printed_command(done: Done, words: str) -> list[str]:
-    """Return the words of the printed line that holds these words, without Python and the
-    script.
-    """
+    """Return the words of the line that holds these, without Python and the script."""
     (line,) = (line for line in done.stdout.splitlines() if words in line)
     python, script, *command = shlex.split(line)
     assert (python, Path(script)) == (sys.executable, SCRIPT)
@@ -462,13 +440,9 @@ def printed_command(done: Done, words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("output", ["channel.backup", "two words.backup", "it's $HOME;#.backup"])
-def test_the_next_steps(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, output: str
-) -> None:
-    """What is printed can be pasted: the whole path, quoted, in each of lncli's commands, verifying
-    first.
-    """
-    put_version(s3, bucket, NOON, channel_backup(5))
+def test_the_next_steps(put: partial[str], reader: dict[str, str], home: Path, output: str) -> None:
+    """What is printed can be pasted: the path, quoted, in each command; verifying first."""
+    put(NOON, channel_backup(5))
     done = restore(reader, home, "--output", output)
     path = shlex.quote(str(home / output))
     steps = ["verifychanbackup", "restorechanbackup"]
@@ -482,19 +456,15 @@ def test_the_next_steps(
 
 @pytest.mark.parametrize("when", ["in time", "named later than stored", "by key"])
 def test_the_version_before(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, when: str
+    put: partial[str], reader: dict[str, str], home: Path, when: str
 ) -> None:
-    """The printed command for the version before, run as it is, restores that version beside the
-    first.
-    """
+    """The printed command for the version before restores that version beside the first."""
     older = channel_backup(4)
-    put_version(s3, bucket, NOON, older)
+    put(NOON, older)
     late = datetime.now(UTC) + timedelta(days=365)
-    key = put_version(
-        s3, bucket, late if when == "named later than stored" else NOON + HOUR, channel_backup(5)
-    )
+    key = put(late if when == "named later than stored" else NOON + HOUR, channel_backup(5))
     if when == "by key":
-        put_version(s3, bucket, NOON + 2 * HOUR, channel_backup(6))
+        put(NOON + 2 * HOUR, channel_backup(6))
     chosen = ("--key", key) if when == "by key" else ()
     done = restore(reader, home, "--output", "two words.backup", *chosen)
     again = run_script(reader, *printed_command(done, "restore --"), cwd=home)
@@ -504,13 +474,11 @@ def test_the_version_before(
 
 
 def test_the_steps_of_the_recovery_page(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
+    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str], home: Path
 ) -> None:
-    """The page's commands, pasted with one's own values into a shell where nothing is set, lead to
-    the file.
-    """
+    """The page's commands, pasted with one's own values, lead to the file."""
     wanted = channel_backup(5)
-    put_version(s3, bucket, NOON, wanted)
+    put(NOON, wanted)
     page = (CHECKOUT / "docs" / "recovery.md").read_text(encoding="utf-8")
     day = page[page.index("### 5. ") : page.index("### 8. ")]
     steps = "".join(re.findall(r"^```sh\n(.*?)^```", day, re.MULTILINE | re.DOTALL))

@@ -23,6 +23,7 @@ from kit import (
     run_script,
     version_name,
 )
+from kit.script import LATE_ENOUGH
 from shared import (
     HOUR,
     NOON,
@@ -30,12 +31,12 @@ from shared import (
     command_for_the_one_before,
     expect_tidy,
     ordinary,
-    put_version,
     restore,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from functools import partial
     from pathlib import Path
 
 
@@ -47,10 +48,10 @@ def wrapped(env: dict[str, str], home: Path, wrapper: Sequence[str]) -> Done:
 # --- Where it is written ---
 
 
-def test_the_output(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_the_output(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """`--output` names the file, and nothing else appears beside it."""
     wanted = channel_backup(5)
-    put_version(s3, bucket, NOON, wanted)
+    put(NOON, wanted)
     restore(reader, home, "--output", "sub.backup")
     assert [path.name for path in home.iterdir()] == ["sub.backup"]
     assert (home / "sub.backup").read_bytes() == wanted
@@ -68,12 +69,12 @@ def test_the_output(s3: S3Server, bucket: str, reader: dict[str, str], home: Pat
     ],
 )
 def test_the_output_exists(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, name: str, what: str
+    put: partial[str], reader: dict[str, str], home: Path, name: str, what: str
 ) -> None:
     """What exists is never overwritten, followed or written into, also under the name of one of the
     versions before a drop.
     """
-    put_version(s3, bucket, NOON, channel_backup(5))
+    put(NOON, channel_backup(5))
     there = home / name
     if what == "directory":
         there.mkdir()
@@ -89,104 +90,82 @@ def test_the_output_exists(
     assert Lnd(home).fingerprint() == before
 
 
-def test_the_output_appears_meanwhile(reader: dict[str, str], home: Path) -> None:
+def test_the_output_appears_meanwhile(
+    fake: FakeS3, fake_reader: dict[str, str], home: Path
+) -> None:
     """A file that appears while the version is being downloaded is not overwritten, either."""
     data = channel_backup(5)
-    with FakeS3(defaults={"GET": Answer(body=data)}, hold=True) as fake:
-        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-        key = "alice/" + version_name(data, NOON)
-        with Script(env, "restore", "--key", key, cwd=home) as script:
-            fake.wait_for_requests(1, method="GET")
-            (home / "channel.backup").write_bytes(b"mine")
-            fake.release()
-            assert script.wait() == 1
-            assert "Traceback" not in script.log
+    fake.set_default(Answer(body=data), "GET")
+    fake.hold()
+    with Script(fake_reader, "restore", "--key", version_name(data, NOON), cwd=home) as script:
+        fake.wait_for_requests(1, method="GET")
+        (home / "channel.backup").write_bytes(b"mine")
+        fake.release()
+        assert script.wait() == 1
+        assert "Traceback" not in script.log
     assert [path.read_bytes() for path in home.iterdir()] == [b"mine"]
 
 
-LNDS_DIRECTORIES = {  # what is there, and what is to be written
-    "wallet": ("data/wallet.db", "data/restored"),
-    "channels": ("data/channel.db", "data/restored"),
-    "macaroon": ("data/readonly.macaroon", "data/restored"),
-    "archives": ("data/chan-backup-archives", "data/restored"),
-    "by a link": ("data/wallet.db", "link/restored"),
-    "where it runs": ("data/wallet.db", "restored"),
-    "below lnd.conf": ("data/lnd.conf", "data/below/restored"),
-    "below .lnd": ("data/.lnd/any", "data/.lnd/below/restored"),
+LNDS_DIRECTORIES = {  # what is there, what is to be written, and what is monitored
+    "wallet": ("data/wallet.db", "data/restored", ""),
+    "channels": ("data/channel.db", "data/restored", ""),
+    "macaroon": ("data/readonly.macaroon", "data/restored", ""),
+    "archives": ("data/chan-backup-archives", "data/restored", ""),
+    "by a link": ("data/wallet.db", "link/restored", ""),
+    "where it runs": ("data/wallet.db", "restored", ""),
+    "below lnd.conf": ("data/lnd.conf", "data/below/restored", ""),
+    "below .lnd": ("data/.lnd/any", "data/.lnd/below/restored", ""),
+    "monitored": ("data/channel.backup", "data/restored", "data/channel.backup"),
+    "monitored, by a link": ("data/channel.backup", "link/restored", "data/channel.backup"),
+    "monitored by a link": ("data/channel.backup", "data/restored", "link/channel.backup"),
+    "monitored is a link": ("data/channel.backup", "data/restored", "links/channel.backup"),
 }
 
 
 @pytest.mark.parametrize("case", LNDS_DIRECTORIES)
 def test_the_output_in_lnds_directory(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, case: str
+    put: partial[str], reader: dict[str, str], tmp_path: Path, case: str
 ) -> None:
-    """Nothing is written into a directory that looks like LND's, or below its home also before
-    there is a wallet, by whatever way it is named.
+    """Nothing is written into a directory that looks like LND's, below LND's home also before there
+    is a wallet, or beside the monitored file, by whatever way it is named.
     """
-    put_version(s3, bucket, NOON, channel_backup(5))
-    there, output = LNDS_DIRECTORIES[case]
+    put(NOON, channel_backup(5))
+    there, output, monitored = LNDS_DIRECTORIES[case]
     directory = tmp_path / "data"
-    for below in (directory, directory / "below", directory / ".lnd" / "below"):
-        below.mkdir(parents=True)
+    for path in ("data/below", "data/.lnd/below", "links"):
+        (tmp_path / path).mkdir(parents=True)
     (tmp_path / there).touch()
     (tmp_path / "link").symlink_to(directory)
+    (tmp_path / "links" / "channel.backup").symlink_to(directory / "channel.backup")
     before = Lnd(directory).fingerprint()
-    path = output if output == "restored" else str(tmp_path / output)
-    done = run_script(reader, "restore", "--output", path, cwd=directory)
+    given = output if output == "restored" else str(tmp_path / output)
+    env = reader | ({"MONITOR_FILE_PATH": str(tmp_path / monitored)} if monitored else {})
+    done = run_script(env, "restore", "--output", given, cwd=directory)
     assert (done.returncode, done.stdout) == (1, "")
     assert "directory of LND's" in done.stderr
     assert Lnd(directory).fingerprint() == before
-
-
-@pytest.mark.parametrize("way", ["direct", "link", "monitored by link", "file is a link"])
-def test_the_output_beside_the_monitored_file(
-    s3: S3Server, bucket: str, reader: dict[str, str], tmp_path: Path, way: str
-) -> None:
-    """Nothing is written beside the monitored file, also where links hide that it is there."""
-    put_version(s3, bucket, NOON, channel_backup(5))
-    lnd = Lnd(tmp_path / "lnd")
-    lnd.write()
-    (tmp_path / "link").symlink_to(lnd.directory)
-    (tmp_path / "channel.backup").symlink_to(lnd.path)
-    monitored = {
-        "monitored by link": tmp_path / "link/channel.backup",
-        "file is a link": tmp_path / "channel.backup",
-    }
-    output = (tmp_path / "link" if way == "link" else lnd.directory) / "restored"
-    before = lnd.fingerprint()
-    env = reader | {"MONITOR_FILE_PATH": str(monitored.get(way, lnd.path))}
-    done = run_script(env, "restore", "--output", str(output))
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "LND" in done.stderr
-    assert lnd.fingerprint() == before
 
 
 @pytest.mark.parametrize(
     "which", [(), ("--key", "alice/20260301T120000.000000Z-a1b2c3")], ids=["newest", "key"]
 )
 def test_an_output_that_cannot_be_costs_no_download(
-    reader: dict[str, str], home: Path, which: tuple[str, ...]
+    fake: FakeS3, fake_reader: dict[str, str], home: Path, which: tuple[str, ...]
 ) -> None:
-    """A missing directory, or a file that is there, is told before S3 is asked for anything, with
-    what to do.
-    """
+    """What cannot be written is told before S3 is asked for anything, with what to do."""
     (home / "there").touch()
-    with FakeS3() as fake:
-        env = reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-        for output in ("nowhere/channel.backup", "there"):
-            done = run_script(env, "restore", "--output", output, *which, cwd=home)
-            assert (done.returncode, done.stdout) == (1, "")
-            assert str(home / output) in done.stderr
-            assert re.search("hint: .*--output", done.stderr)
-        assert fake.requests == []
+    for output in ("nowhere/channel.backup", "there"):
+        done = run_script(fake_reader, "restore", "--output", output, *which, cwd=home)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert str(home / output) in done.stderr
+        assert re.search("hint: .*--output", done.stderr)
+    assert fake.requests == []
     assert [path.name for path in home.iterdir()] == ["there"]
 
 
-def test_no_permission_to_write(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
+def test_no_permission_to_write(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """Without permission to write it is exit 1 with the path and the reason."""
-    put_version(s3, bucket, NOON, channel_backup(5))
+    put(NOON, channel_backup(5))
     home.chmod(0o500)
     try:
         done = wrapped(reader, home, ordinary())
@@ -197,10 +176,10 @@ def test_no_permission_to_write(
     expect_tidy(home, done, set())
 
 
-def test_a_full_disk(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_a_full_disk(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """When the disk takes only a part it is exit 1 and nothing is left; with room it works."""
     data = os.urandom(1 << 20)
-    put_version(s3, bucket, NOON, data)
+    put(NOON, data)
     limited = ["/bin/sh", "-c", 'ulimit -f 1024; exec "$@"', "sh"]  # blocks of 512 bytes
     done = wrapped(reader, home, limited)
     assert done.returncode == 1
@@ -211,24 +190,18 @@ def test_a_full_disk(s3: S3Server, bucket: str, reader: dict[str, str], home: Pa
 
 
 @pytest.mark.parametrize("umask", ["000", "777"])
-def test_the_mode(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, umask: str
-) -> None:
+def test_the_mode(put: partial[str], reader: dict[str, str], home: Path, umask: str) -> None:
     """The file is its owner's alone, whatever the umask."""
-    put_version(s3, bucket, NOON, channel_backup(5))
+    put(NOON, channel_backup(5))
     done = wrapped(reader, home, ["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"])
     assert done.returncode == 0, done.stderr
     assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
 
 
-def test_the_mode_after_a_crash(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """What was left under the temporary name, open to all, neither stops a restore nor becomes the
-    file.
-    """
+def test_the_mode_after_a_crash(put: partial[str], reader: dict[str, str], home: Path) -> None:
+    """What was left under the temporary name, open to all, does not become the file."""
     wanted = channel_backup(5)
-    put_version(s3, bucket, NOON, wanted)
+    put(NOON, wanted)
     left = home / ".channel.backup.partial"
     left.write_bytes(b"left")
     left.chmod(0o666)
@@ -242,10 +215,10 @@ def test_the_mode_after_a_crash(
 # --- The versions before a drop ---
 
 
-def history(s3: S3Server, bucket: str, *sizes: int) -> tuple[list[bytes], list[str]]:
+def history(put: partial[str], *sizes: int) -> tuple[list[bytes], list[str]]:
     """Store a version of each size, one after the other, and return them and their keys."""
     data = [os.urandom(size) for size in sizes]
-    keys = [put_version(s3, bucket, NOON + HOUR * hours, each) for hours, each in enumerate(data)]
+    keys = [put(NOON + HOUR * hours, each) for hours, each in enumerate(data)]
     return data, keys
 
 
@@ -281,13 +254,13 @@ SHRINKING: dict[str, tuple[list[int], dict[str, int]]] = {  # sizes; which is in
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("case", SHRINKING)
 def test_the_versions_before_the_drops(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, case: str
+    put: partial[str], reader: dict[str, str], home: Path, case: str
 ) -> None:
     """The last version before each of the three latest drops is restored as well, each is told with
     its key and digest, and all of them are given to LND in order. More drops are warned of.
     """
     sizes, expected = SHRINKING[case]
-    data, keys = history(s3, bucket, *sizes)
+    data, keys = history(put, *sizes)
     done = restore(reader, home)
     assert restored(home) == {end: data[number] for end, number in expected.items()}
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in home.iterdir())
@@ -303,11 +276,11 @@ def test_the_versions_before_the_drops(
 
 
 @pytest.mark.unmeasured
-def test_which_drops_count(s3: S3Server, bucket: str, reader: dict[str, str], home: Path) -> None:
+def test_which_drops_count(put: partial[str], reader: dict[str, str], home: Path) -> None:
     """With `--key` there is one file; with `--before` drops count up to that time; the numbers
     follow the name of the output.
     """
-    data, keys = history(s3, bucket, 5000, 4000, 3000, 2000)
+    data, keys = history(put, 5000, 4000, 3000, 2000)
     restore(reader, home, "--key", keys[2], "--output", "key")
     restore(reader, home, "--before", (NOON + 2 * HOUR).isoformat(), "--output", "before")
     restore(reader, home, "--output", "my file")
@@ -325,12 +298,10 @@ def test_which_drops_count(s3: S3Server, bucket: str, reader: dict[str, str], ho
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("fault", ["damaged", "too short", "unreadable"])
 def test_a_version_before_a_drop_that_cannot_be_had(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path, fault: str
+    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str], home: Path, fault: str
 ) -> None:
-    """If one of them cannot be had, a warning names it, its number is left out, and it is
-    exit 0.
-    """
-    data, keys = history(s3, bucket, 5000, 4000, 3000, 2000)
+    """If one of them cannot be had, a warning names it, and its number is left out."""
+    data, keys = history(put, 5000, 4000, 3000, 2000)
     if fault == "unreadable":
         may = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
         denied = [f"arn:aws:s3:::{bucket}/{keys[1]}"]
@@ -346,18 +317,6 @@ def test_a_version_before_a_drop_that_cannot_be_had(
     assert lncli(done) == [str(home / f"channel.backup{end}") for end in ("", ".2", ".4")]
     assert run_script(reader, *command_for_the_one_before(done), cwd=home).returncode == 0
     assert restored(home)[".3"] == data[0]
-
-
-@pytest.mark.unmeasured
-def test_the_newest_is_damaged_and_the_drops_count(
-    s3: S3Server, bucket: str, reader: dict[str, str], home: Path
-) -> None:
-    """The command of the hint restores the version before, and those before the drops as well."""
-    data, keys = history(s3, bucket, 5000, 4000, 3000)
-    s3.admin.put_object(Bucket=bucket, Key=keys[2], Body=data[2][::-1])
-    done = restore(reader, home, code=1)
-    assert run_script(reader, *command_for_the_one_before(done), cwd=home).returncode == 0
-    assert restored(home) == {"": data[1], ".2": data[0]}
 
 
 # --- File systems that lack something ---
@@ -377,11 +336,11 @@ os.fsync = fsync""",
 
 LACKING |= {"everything": "\n".join(LACKING.values())}
 
-REFUSING = """
+REFUSING = f"""{LATE_ENOUGH}
 import errno, os, stat
 def refusing(_, number):
     def call(*arguments, **more):
-        {first}
+        {{first}}
         raise OSError(number, os.strerror(number))
     return call
 """
@@ -390,8 +349,7 @@ def refusing(_, number):
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("lacking", LACKING)
 def test_a_file_system_that_lacks_something(
-    s3: S3Server,
-    bucket: str,
+    put: partial[str],
     reader: dict[str, str],
     home: Path,
     started_by: Callable[[str], None],
@@ -401,7 +359,7 @@ def test_a_file_system_that_lacks_something(
     is written whole, and nothing is overwritten.
     """
     wanted = channel_backup(2)
-    put_version(s3, bucket, NOON, wanted)
+    put(NOON, wanted)
     started_by(REFUSING.format(first="pass") + LACKING[lacking])
     restore(reader, home)
     assert restored(home) == {"": wanted}
@@ -422,18 +380,15 @@ def test_a_file_system_that_lacks_something(
     ids=["file", "empty", "link"],
 )
 def test_what_appears_meanwhile_without_links(
-    s3: S3Server,
-    bucket: str,
+    put: partial[str],
     reader: dict[str, str],
     home: Path,
     started_by: Callable[[str], None],
     first: str,
     expected: bytes | None,
 ) -> None:
-    """Also without hard links, nothing that appears in the last moment is overwritten or
-    followed.
-    """
-    put_version(s3, bucket, NOON, channel_backup(2))
+    """Without hard links, too, what appears in the last moment is not overwritten."""
+    put(NOON, channel_backup(2))
     started_by(REFUSING.format(first=first) + LACKING["links"])
     done = run_script(reader, "restore", cwd=home)
     assert done.returncode == 1

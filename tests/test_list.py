@@ -423,10 +423,10 @@ def test_errors_of_s3(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wr0ng-s3cr3t"}, "check the access key"),
         ({"AWS_SECRET_ACCESS_KEY": "", "AWS_ACCESS_KEY_ID": ""}, "Unable to locate credentials"),
+        ({"AWS_SECRET_ACCESS_KEY": "wr0ng-s3cr3t"}, "check the access key"),
     ],
-    ids=["wrong", "none"],
+    ids=["none", "wrong"],
 )
 def test_a_wrong_key(reader: dict[str, str], wrong: dict[str, str], said: str) -> None:
     """A wrong secret is exit 1 and a matter of the access key, not of permissions; so is none."""

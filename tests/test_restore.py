@@ -262,7 +262,7 @@ def test_too_short_to_be_a_version(put: partial[str], reader: dict[str, str], ho
     assert bad in restore(reader, home, "--key", bad, code=1).stderr
 
 
-@pytest.mark.parametrize("given", ["environment", "file"])
+@pytest.mark.parametrize("given", ["file", "environment"])
 def test_several_damaged_versions(
     put: partial[str], reader: dict[str, str], home: Path, tmp_path: Path, given: str
 ) -> None:

@@ -31,7 +31,7 @@ from kit import (
 )
 from kit import script as script_module
 from kit.script import LATE_ENOUGH, MEASURED, warm_starts, write_launcher
-from shared import NOWHERE, SELDOM, SteppedS3, leave
+from shared import NOWHERE, SELDOM, SteppedS3, leave, put_version
 
 import s3_backup_lnd_channels as program
 
@@ -102,27 +102,24 @@ def scheme() -> str:
 
 @pytest.fixture
 def s3(request: pytest.FixtureRequest, scheme: str) -> S3Server:
-    """Return the session's server over this scheme."""
     server: S3Server = request.getfixturevalue(f"s3_{scheme}")
     return server
 
 
 @pytest.fixture
 def own_s3(tmp_path: Path) -> Iterator[S3Server]:
-    """Return a server over http of this test alone, to be stopped, suspended and killed."""
+    """Return a server over http of this test alone, to be stopped and suspended."""
     with S3Server(tmp_path / "s3") as server:
         yield server
 
 
 @pytest.fixture
 def bucket(s3: S3Server) -> str:
-    """Return a fresh bucket."""
     return s3.create_bucket()
 
 
 @pytest.fixture
 def prefix() -> str:
-    """Return the prefix of the program's keys."""
     return "alice/"
 
 
@@ -151,9 +148,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def env(s3: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path) -> dict[str, str]:
-    """Return the settings of the program, with a key that may put below the prefix and nothing
-    else.
-    """
+    """Return the program's settings, with a key that may put below the prefix alone."""
     return settings_for(s3, bucket, prefix, lnd, staging)
 
 
@@ -164,8 +159,13 @@ def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
 
 
 @pytest.fixture
+def put(s3: S3Server, bucket: str) -> partial[str]:
+    """Return what puts a version into the bucket."""
+    return partial(put_version, s3, bucket)
+
+
+@pytest.fixture
 def check(lnd: Lnd, s3: S3Server, bucket: str, prefix: str, staging: Path) -> partial[None]:
-    """Return the invariant, to be called at the end."""
     return partial(assert_nothing_lost, lnd, s3, bucket, prefix, staging)
 
 
@@ -194,8 +194,13 @@ def fake() -> Iterator[FakeS3]:
 
 @pytest.fixture
 def fake_env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
-    """Return the settings of the program for the scripted S3."""
     return settings_at(fake.endpoint, lnd, staging, prefix=prefix)
+
+
+@pytest.fixture
+def fake_reader(fake: FakeS3, reader: dict[str, str]) -> dict[str, str]:
+    """Return the bucket's settings for the scripted S3."""
+    return reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
 
 
 @pytest.fixture
@@ -236,7 +241,6 @@ def stepped(env: dict[str, str]) -> Iterator[SteppedS3]:
 def check_stepped(
     lnd: Lnd, stepped: SteppedS3, bucket: str, prefix: str, staging: Path
 ) -> partial[None]:
-    """Return the invariant for the scripted S3."""
     return partial(assert_nothing_lost, lnd, stepped, bucket, prefix, staging)
 
 
@@ -279,13 +283,11 @@ def good(lnd: Lnd, staging: Path) -> dict[str, str]:
 
 @pytest.fixture
 def queue(staging: Path) -> program.Staging:
-    """Return the queue in the empty staging directory."""
     return program.Staging(staging)
 
 
 @pytest.fixture
 def mute_daemon(lnd: Lnd, staging: Path) -> Callable[[], program.Daemon]:
-    """Return what makes a daemon that sends nothing."""
     env = settings_at(NOWHERE, lnd, staging) | {"RESCAN_SECONDS": "0.05"}
     settings = program.load_settings(env, "run")
     return lambda: program.Daemon(settings, NoS3("some-bucket", "alice/", {}))
@@ -308,5 +310,4 @@ def look(mute_daemon: Callable[[], program.Daemon], staging: Path) -> Callable[[
 
 @pytest.fixture
 def _log_level(caplog: pytest.LogCaptureFixture) -> None:
-    """Record the program's log."""
     caplog.set_level(logging.INFO, "lnd-backup")

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from kit import (
     PATIENCE_SECONDS,
+    SCRIPT,
     VERSION_NAME,
     Answer,
     FakeS3,
@@ -55,17 +58,14 @@ class SteppedS3(FakeS3):
         self._free = free
 
     def let(self, count: int = 1) -> None:
-        """Give so many answers more."""
         self._permits.release(count)
 
     def release(self) -> None:
-        """Answer everything from now on."""
         self._free = True
         self._permits.release(1000)
         super().release()
 
     def wait_for_leave(self) -> None:
-        """Block until one more answer may be given."""
         super().wait_for_leave()
         if not self._free:
             self._permits.acquire()
@@ -84,7 +84,6 @@ def staged(staging: Path) -> list[str]:
 
 
 def staged_data(staging: Path) -> list[bytes]:
-    """Return the staged versions, oldest first."""
     return [path.read_bytes() for path in sorted(staging.glob("2*"))]
 
 
@@ -165,7 +164,6 @@ def refused(env: dict[str, str], *names: str, args: tuple[str, ...] = ("once",))
 
 
 def done_well(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that works."""
     done = run_script(env, *(args or ("once",)))
     assert done.returncode == 0, done.stderr
     return done
@@ -196,14 +194,12 @@ def failure_of(env: dict[str, str]) -> str:
 
 
 def say(fake: FakeS3, status: int, body: bytes, content_type: str = "application/xml") -> None:
-    """Let S3 answer everything like this."""
     for method in ("PUT", "GET", "HEAD", "POST"):
         answer = Answer(status, headers={"Content-Type": content_type}, body=body, etag=False)
         fake.set_default(answer, method)
 
 
 def statements(text: str) -> list[dict[str, Any]]:
-    """Return the policy statements in a text."""
     return [json.loads(found) for found in re.findall(r'\{[^{}]*"Effect"[^{}]*\}', text)]
 
 
@@ -220,6 +216,18 @@ def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
     return done
 
 
+def command_for_the_one_before(done: Done) -> list[str]:
+    """Return the words of the command in the hint, without Python and the script; none if there is
+    none.
+    """
+    found = re.search(rf"hint: .*({re.escape(shlex.quote(sys.executable))} .*)", done.stderr)
+    if not found:
+        return []
+    _, script, *words = shlex.split(found[1])
+    assert Path(script) == SCRIPT
+    return words
+
+
 def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
     """Expect no traceback, nothing on stdout after a failure, and no file but those expected."""
     assert "Traceback" not in done.stderr
@@ -227,6 +235,12 @@ def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
     left = set(home.iterdir()) - expected
     assert not {path for path in left if path.name.startswith(".")}
     assert done.returncode == 0 or not left
+
+
+def ordinary() -> list[str]:
+    """Return the beginning of a command that may not read and write everything, as root may."""
+    leave_out = "-dac_override,-dac_read_search"
+    return ["setpriv", "--bounding-set", leave_out] if os.geteuid() == 0 else []
 
 
 # --- Unit files and the commands beside them ---

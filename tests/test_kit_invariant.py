@@ -51,26 +51,21 @@ class Kept:
         return path
 
     def remove(self, number: int) -> None:
-        """Delete a version from the bucket."""
         self.s3.admin.delete_object(
             Bucket=self.bucket, Key="alice/" + self.name(self.written[number], number)
         )
 
     def check(self, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
-        """Hold everything to the invariant."""
         assert_nothing_lost(self.lnd, self.s3, self.bucket, "alice", self.staging, **kwargs)
 
 
 @pytest.fixture
 def kept(s3_http: S3Server, lnd: Lnd, staging: Path) -> Kept:
-    """Return a world in which nothing is lost."""
     return Kept(s3_http, s3_http.create_bucket(), lnd, staging)
 
 
 def test_the_invariant_holds_where_nothing_is_lost(kept: Kept) -> None:
-    """Versions that are stored, staged or both satisfy the invariant, and so do those after an
-    orderly upload.
-    """
+    """Versions that are stored, staged or both satisfy the invariant."""
     kept.check()
     kept.store(kept.written[2], 2)
     kept.check()
@@ -79,9 +74,7 @@ def test_the_invariant_holds_where_nothing_is_lost(kept: Kept) -> None:
 
 
 def test_a_lost_version_is_found_unless_it_was_replaced(kept: Kept) -> None:
-    """A version in neither place is lost, except one that is named as replaced; the last one never
-    is.
-    """
+    """A version in neither place is lost, unless it is named as replaced; the last always."""
     kept.remove(1)
     with pytest.raises(AssertionError, match=r"version 1 of 3 is lost: <0 channels, 45 bytes"):
         kept.check()
@@ -95,9 +88,7 @@ def test_a_lost_version_is_found_unless_it_was_replaced(kept: Kept) -> None:
 
 
 def test_second_names_are_found_unless_they_are_refreshes(kept: Kept) -> None:
-    """The same bytes under two names are a duplicate, in either place, unless so many refreshes
-    took place.
-    """
+    """The same bytes under two names are a duplicate, unless refreshes account for it."""
     kept.store(kept.written[2], 3)
     with pytest.raises(
         AssertionError, match="1 second names for the same bytes, where 0 are allowed"
@@ -173,9 +164,7 @@ def test_each_violation_is_found(kept: Kept, violation: str) -> None:
 
 
 def test_a_placed_file_may_be_kept_but_need_not(kept: Kept) -> None:
-    """A file that was placed at LND's path satisfies the invariant whether it was backed up or
-    not.
-    """
+    """A file placed at LND's path satisfies the invariant whether it was backed up or not."""
     kept.lnd.place(b"x" * 100)
     kept.check()
     placed = Written(

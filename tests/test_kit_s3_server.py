@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -41,9 +40,7 @@ def test_a_wrong_signature_or_an_unknown_key_is_refused(s3: S3Server, bucket: st
 def test_a_put_only_user_can_put_below_the_prefix_and_do_nothing_else(
     s3: S3Server, bucket: str
 ) -> None:
-    """The program's key stores below its prefix; it neither reads, lists nor deletes, nor stores
-    elsewhere.
-    """
+    """The program's key stores below its prefix; it does not read, list or delete."""
     client = s3.client(s3.put_only_user(bucket, "alice/"))
     client.put_object(Bucket=bucket, Key="alice/a", Body=b"data", Metadata={"sha256": "00"})
     forbidden: list[Callable[[], object]] = [
@@ -76,47 +73,21 @@ def test_the_other_users_can_do_what_their_names_say(s3: S3Server, bucket: str) 
         reader.put_object(Bucket=bucket, Key="b", Body=b"data")
 
 
-def test_a_wrong_checksum_is_refused(s3: S3Server, bucket: str) -> None:
-    """Bytes that do not match their Content-MD5 are refused, and not kept."""
-    client = s3.client(s3.put_only_user(bucket))
-    wrong = base64.b64encode(hashlib.md5(b"other", usedforsecurity=False).digest()).decode()
-    with pytest.raises(ClientError, match="BadDigest"):
-        client.put_object(Bucket=bucket, Key="a", Body=b"data", ContentMD5=wrong)
-    assert s3.objects(bucket) == {}
-
-
-def test_the_objects_are_read_over_several_pages(
-    s3_http: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All objects below the prefix are returned, also when a page holds two of them."""
-    bucket, client = s3_http.create_bucket(), s3_http.admin
-    for key in ("a/0", "a/1", "a/2", "a/3", "a/4", "b"):
-        client.put_object(Bucket=bucket, Key=key, Body=b"")
-    whole = client.list_objects_v2
-    monkeypatch.setattr(client, "list_objects_v2", lambda **more: whole(**more, MaxKeys=2))
-    assert list(s3_http.objects(bucket, "a/")) == ["a/0", "a/1", "a/2", "a/3", "a/4"]
-
-
-@pytest.mark.parametrize("how", ["stop", "kill"])
-def test_a_server_comes_back_with_its_objects_buckets_and_users(own_s3: S3Server, how: str) -> None:
-    """After an orderly end and after a crash the server is at the same port with all that it
-    held.
-    """
+def test_a_server_comes_back_with_its_objects_buckets_and_users(own_s3: S3Server) -> None:
+    """After an orderly end the server is at the same port with all that it held."""
     bucket, empty = own_s3.create_bucket(), own_s3.create_bucket()
     user = own_s3.put_only_user(bucket)
     client = make_client("s3", own_s3.endpoint, user)
     client.put_object(Bucket=bucket, Key="a", Body=b"data", Metadata={"x": "y"})
-    getattr(own_s3, how)()
+    own_s3.stop()
     with pytest.raises(EndpointConnectionError):
         client.put_object(Bucket=bucket, Key="b", Body=b"data")
     own_s3.start()
     client.put_object(Bucket=bucket, Key="c", Body=b"data")
     with pytest.raises(ClientError):
         client.list_objects_v2(Bucket=bucket)
-    assert {key: stored.metadata for key, stored in own_s3.objects(bucket).items()} == {
-        "a": {"x": "y"},
-        "c": {},
-    }
+    stored = own_s3.objects(bucket)
+    assert {key: stored[key].metadata for key in stored} == {"a": {"x": "y"}, "c": {}}
     assert own_s3.objects(empty) == {}
     client.close()
 

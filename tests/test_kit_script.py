@@ -84,9 +84,7 @@ def test_all_that_was_written_is_read_however_slow_the_reader_is(
 
 @pytest.mark.usefixtures("_program")
 def test_the_log_of_a_running_program_can_be_waited_for() -> None:
-    """What the program writes and tells systemd can be waited for while it runs, and its end as
-    well.
-    """
+    """What the program writes and tells systemd can be waited for, and so can its end."""
     with NotifySocket() as notify, Script({"NOTIFY_SOCKET": notify.path}, "stay") as script:
         assert script.wait_for_log(r"^line (\d)$", count=3)[1] == "2"
         notify.wait_for("^READY=1$")

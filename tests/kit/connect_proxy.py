@@ -26,7 +26,6 @@ class ConnectProxy(TcpServer):
 
     @property
     def address(self) -> tuple[str, int]:
-        """Return the address on loopback."""
         return "127.0.0.1", self.port
 
     @property
@@ -35,7 +34,6 @@ class ConnectProxy(TcpServer):
         return f"http://127.0.0.1:{self.port}"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Open a tunnel to a known target, or refuse."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         method, target, _ = head.split(maxsplit=2)
         self.asked.append(f"{method} {target}")

@@ -7,8 +7,9 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
+from .answers import HTML
 from .s3_server import PATIENCE_SECONDS
 from .tcp_server import CHUNK, TcpServer
 
@@ -28,8 +29,6 @@ Mode = Literal[
     "corrupt",
     "portal",
 ]
-
-PORTAL_PAGE = b"<html><body>Please accept our terms of use.</body></html>"
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
 _TLS_HEADER = 5
@@ -52,7 +51,6 @@ class TlsRecords:
     """Counts the TLS records of the client by type, from the bytes as they pass."""
 
     def __init__(self) -> None:
-        """Begin before the first byte."""
         self.seen: list[int] = []
         self._buffer = b""
 
@@ -80,53 +78,17 @@ class TlsRecords:
         return not self._buffer and self.seen == [_TLS_HANDSHAKE, _TLS_CHANGE_CIPHER, _TLS_DATA]
 
 
-class BitFlipper:
-    """Flips one bit in the middle of each HTTP request body, and leaves the headers alone."""
-
-    def __init__(self) -> None:
-        """Begin before the first request of a connection."""
-        self._head = b""
-        self._body = bytearray()
-        self._missing = 0
-
-    def feed(self, data: bytes) -> bytes:
-        """Take the next bytes and return those that are due: headers at once, a body when it is
-        complete.
-        """
-        due = b""
-        while data:
-            if self._missing:
-                self._body += data[: self._missing]
-                data, self._missing = (
-                    data[self._missing :],
-                    self._missing - len(data[: self._missing]),
-                )
-                due += b"" if self._missing else self._flipped()
-                continue
-            before = len(self._head)
-            self._head += data
-            end = self._head.find(b"\r\n\r\n")
-            if end < 0:
-                return due + data
-            head, self._head = self._head[: end + 4], b""
-            due += head[before:]
-            data = data[len(head) - before :]
-            self._missing = content_length(head)
-        return due
-
-    def _flipped(self) -> bytes:
-        """Return the collected body with its bit flipped."""
-        self._body[len(self._body) // 2] ^= 1
-        body, self._body = bytes(self._body), bytearray()
-        return body
+def header(head: bytes, name: bytes) -> bytes:
+    """Return the value of an HTTP header, empty if it is not there."""
+    for line in head.split(b"\r\n")[1:]:
+        found, _, value = line.partition(b":")
+        if found.lower() == name:
+            return value.strip()
+    return b""
 
 
 def content_length(head: bytes) -> int:
-    """Return the length of the body that follows these HTTP headers."""
-    for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"):
-            return int(line.partition(b":")[2])
-    return 0
+    return int(header(head, b"content-length") or 0)
 
 
 class _Connection:
@@ -162,7 +124,6 @@ class _Connection:
             await self.forward()
 
     async def forward(self) -> None:
-        """Pass the bytes of both directions, with the fault of the mode."""
         try:
             reader, writer = await self.proxy.connect(self.proxy.upstream)
         except OSError:
@@ -171,8 +132,25 @@ class _Connection:
         writer.transport.set_write_buffer_limits(0)
         self.writers.append(writer)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.direction(self.reader, writer, upward=True))
+            if self.mode == "corrupt":
+                group.create_task(self.corrupt(writer))
+            else:
+                group.create_task(self.direction(self.reader, writer, upward=True))
             group.create_task(self.direction(reader, self.writers[0], upward=False))
+
+    async def corrupt(self, writer: asyncio.StreamWriter) -> None:
+        """Pass HTTP requests, and flip one bit in the middle of each body."""
+        while True:
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            self.note_up(head)
+            writer.write(head)
+            body = await self.reader.readexactly(content_length(head))
+            self.note_up(body)
+            if body:
+                middle = len(body) // 2
+                body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+            writer.write(body)
+            await writer.drain()
 
     async def direction(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upward: bool
@@ -199,12 +177,9 @@ class _Connection:
         async with asyncio.TaskGroup() as group:
             group.create_task(deliver())
             transform = self.upward if upward else self.downward
-            flipper = BitFlipper()
             step = max(1, min(CHUNK, int(self.settings.get("bps", CHUNK * 20)) // 20))
             while data := await reader.read(step):
                 passed = await transform(data)
-                if upward and self.mode == "corrupt":
-                    passed = flipper.feed(passed)
                 if self.mode == "throttle":
                     await asyncio.sleep(len(data) / self.settings["bps"])
                 if passed:
@@ -236,9 +211,7 @@ class _Connection:
         return data
 
     def is_response(self, data: bytes) -> bool:
-        """Tell whether the bytes answer a request, rather than belong to a handshake or an interim
-        answer.
-        """
+        """Tell whether the bytes answer a request, and not a handshake or `Expect`."""
         return self.tls.requested if self.tls else not data.startswith(_CONTINUE)
 
     async def reject(self) -> None:
@@ -258,14 +231,8 @@ class _Connection:
             if b"100-continue" in head.lower():
                 writer.write(_CONTINUE + b" Continue\r\n\r\n")
             self.note_up(await self.reader.readexactly(content_length(head)))
-            length = b"Content-Length: %d\r\n" % len(PORTAL_PAGE)
-            answer = (
-                b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
-                + etag
-                + length
-                + b"\r\n"
-                + PORTAL_PAGE
-            )
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n" + etag
+            answer = head + b"Content-Length: %d\r\n\r\n" % len(HTML) + HTML
             self.note_down(answer)
             writer.write(answer)
             await writer.drain()
@@ -288,7 +255,6 @@ class _Connection:
         self.asked = False
 
     def freeze(self) -> None:
-        """Go silent for good."""
         self.frozen = True
 
     def reset(self) -> None:
@@ -329,14 +295,12 @@ class FaultProxy(TcpServer):
         self._connections: set[_Connection] = set()
 
     def __exit__(self, *_: object) -> None:
-        """Cut every connection, and end the thread."""
         super().__exit__()
         if self._placeholder:
             self._placeholder.close()
 
     @property
     def counts(self) -> Counts:
-        """Return the counts of this moment."""
         with self._changed:
             return self._counts
 
@@ -345,17 +309,12 @@ class FaultProxy(TcpServer):
         return f"{scheme}://127.0.0.1:{self.port}"
 
     def set(self, mode: Mode, *, cut: bool = False, **settings: float) -> None:
-        """Treat new connections in this way from now on, and on request cut those that there
-        are.
-        """
-        if mode not in get_args(Mode):
-            raise ValueError(f"unknown mode {mode!r}")
+        """Treat new connections in this way from now on, and on request cut the others."""
         self.call(self._set(mode, settings))
         if cut:
             self.cut_all()
 
     def cut_all(self) -> None:
-        """Reset every open connection."""
         self.call(self._each(_Connection.reset))
 
     def freeze_all(self) -> None:
@@ -363,7 +322,6 @@ class FaultProxy(TcpServer):
         self.call(self._each(_Connection.freeze))
 
     def reset_counts(self) -> None:
-        """Count from zero again."""
         with self._changed:
             self._counts = Counts()
 
@@ -410,6 +368,5 @@ class FaultProxy(TcpServer):
         self._placeholder.bind(("127.0.0.1", self.port))
 
     async def _each(self, action: Callable[[_Connection], None]) -> None:
-        """Do something to every open connection."""
         for connection in self._connections:
             action(connection)

@@ -76,7 +76,6 @@ def assert_nothing_lost(
 def find_problems(
     lnd: Lnd, server: Holder, bucket: str, prefix: str, staging: Path, **allowed: Unpack[Allowed]
 ) -> Problems:
-    """Return whatever breaks the invariant."""
     foreign, replaced_ok = allowed.get("foreign", ()), allowed.get("replaced_ok", False)
     stored = _in_bucket(
         server.objects(bucket, normalised_prefix(prefix)), normalised_prefix(prefix), foreign
@@ -90,7 +89,6 @@ def find_problems(
             *_false_objects(stored),
             *_false_files(staging, foreign),
             *_unknown(lnd, {name: entry.data for name, entry in stored.items()} | staged),
-            *_clashes(stored, staged),
             *_disordered(lnd, stored, staged),
         ],
     )
@@ -105,7 +103,6 @@ def _in_bucket(
 
 
 def _in_staging(staging: Path, foreign: Collection[str]) -> dict[str, bytes]:
-    """Return the bytes of the staged versions by name."""
     if not staging.is_dir():
         return {}
     return {
@@ -140,9 +137,7 @@ def _false_objects(stored: Mapping[str, StoredObject]) -> list[str]:
 
 
 def _false_files(staging: Path, foreign: Collection[str]) -> list[str]:
-    """Find what does not belong in the staging directory, differs from its name, or is open to
-    others.
-    """
+    """Find what does not belong in staging, differs from its name, or is open to others."""
     if not staging.is_dir():
         return []
     problems = []
@@ -185,15 +180,6 @@ def _unknown(lnd: Lnd, kept: Mapping[str, bytes]) -> list[str]:
         f"{name} holds {len(data)} bytes that were never a version"
         for name, data in kept.items()
         if data not in known
-    ]
-
-
-def _clashes(stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]) -> list[str]:
-    """Find names that stand for two versions: one stored, another staged."""
-    return [
-        f"the name {name} is used twice, for different bytes in staging and in the bucket"
-        for name in sorted(stored.keys() & staged.keys())
-        if stored[name].data != staged[name]
     ]
 
 

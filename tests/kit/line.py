@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from .fault_proxy import FaultProxy
+from .fault_proxy import FaultProxy, content_length, header
 from .s3_server import PATIENCE_SECONDS
 from .tls_front import TlsFront
 
@@ -54,7 +54,6 @@ class _Messages:
         self._parser = self._messages()
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
         self._buffer += data
         next(self._parser)
 
@@ -66,7 +65,7 @@ class _Messages:
                 if header(head, b"transfer-encoding") == b"chunked":
                     body = yield from self._chunks()
                 else:
-                    body = yield from self._exactly(int(header(head, b"content-length") or 0))
+                    body = yield from self._exactly(content_length(head))
             self._ended(head, body)
 
     def _chunks(self) -> Generator[None, None, bytes]:
@@ -92,19 +91,8 @@ class _Messages:
         return taken
 
 
-def header(head: bytes, name: bytes) -> bytes:
-    """Return the value of a header, empty if it is not there."""
-    for line in head.split(b"\r\n")[1:]:
-        found, _, value = line.partition(b":")
-        if found.lower() == name:
-            return value.strip()
-    return b""
-
-
 def content(head: bytes, body: bytes) -> bytes:
-    """Return what a body carries: the same bytes, unless the SDK sent them in chunks with a
-    checksum behind.
-    """
+    """Return what a body carries; the SDK may have sent it in chunks with a checksum."""
     if b"aws-chunked" not in header(head, b"content-encoding") and not header(
         head, b"x-amz-decoded-content-length"
     ):
@@ -132,7 +120,6 @@ class _Tap:
         self._down = _Messages(self._answer_has_body, self._answer)
 
     def up(self, data: bytes, _: float) -> None:
-        """Take bytes for S3."""
         self._up.feed(data)
 
     def down(self, data: bytes, at: float) -> None:
@@ -166,18 +153,15 @@ class _Front(TlsFront):
         self._stored: dict[str, Stored] = {}
 
     def wait_for(self, sha256: str, timeout: float) -> Stored | None:
-        """Block until an object of these bytes is stored; None if the time ran out."""
         with self._changed:
             self._changed.wait_for(lambda: sha256 in self._stored, timeout)
             return self._stored.get(sha256)
 
     def stored(self) -> list[Stored]:
-        """Return the first PUT of each content that was acknowledged until now."""
         with self._changed:
             return list(self._stored.values())
 
     def taps(self) -> tuple[Tap, Tap]:
-        """Return what listens to one connection."""
         tap = _Tap(self._note)
         return tap.up, tap.down
 
@@ -208,7 +192,6 @@ class Line:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Open it."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._front)
             if self._far:
@@ -217,7 +200,6 @@ class Line:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it, with all that goes over it."""
         self._stack.close()
 
     @property
@@ -243,13 +225,10 @@ class Line:
         return self.proxy.counts
 
     def reset_counts(self) -> None:
-        """Count from zero again."""
         self.proxy.reset_counts()
 
     def set_round_trip(self, seconds: float) -> None:
-        """Take this time from now on for a round trip, on new connections; those that there are,
-        are cut.
-        """
+        """Take this time for a round trip from now on; open connections are cut."""
         self.round_trip = seconds
         self.proxy.set("latency", cut=True, up=seconds / 2, down=seconds / 2)
 
@@ -267,7 +246,6 @@ class Line:
         self.proxy.set("refuse", cut=True)
 
     def bring_up(self) -> None:
-        """End the outage."""
         self.proxy.set("latency", up=self.round_trip / 2, down=self.round_trip / 2)
 
     def wait_for(self, sha256: str, timeout: float = PATIENCE_SECONDS) -> Stored | None:

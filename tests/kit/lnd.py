@@ -30,9 +30,7 @@ Fingerprint = dict[str, tuple[int, ...]]
 
 
 def channel_backup(channels: int) -> bytes:
-    """Return random bytes of the size of a real backup of that many channels, different at each
-    call.
-    """
+    """Return random bytes of the size of a real backup of that many channels."""
     return os.urandom(EMPTY_SIZE + CHANNEL_SIZE * channels)
 
 
@@ -66,14 +64,12 @@ class Lnd:
     again.
     """
 
-    def __init__(
-        self, directory: Path, *, archive: bool = True, read_gap_seconds: float = 0.0
-    ) -> None:
+    def __init__(self, directory: Path, *, read_gap_seconds: float = 0.0) -> None:
         """Work in the directory, which is made as LND makes it (0700) unless it exists."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory = directory
         self.path = directory / MAIN_NAME
-        self.archive = archive
+        self.archive = True
         self.read_gap_seconds = read_gap_seconds
         self.written: list[Written] = []
         self.placed: list[bytes] = []
@@ -82,8 +78,7 @@ class Lnd:
         """Complete one update, call by call as LND's `UpdateAndSwap` does it."""
         payload = channel_backup(channels) if data is None else data
         self._read_old()
-        if self.read_gap_seconds:
-            time.sleep(self.read_gap_seconds)
+        time.sleep(self.read_gap_seconds)
         temp = self._write_temp(payload)
         if self.archive:
             self._archive_old()
@@ -93,9 +88,7 @@ class Lnd:
         return version
 
     def write_in_place(self, channels: int = 10, data: bytes | None = None) -> Written:
-        """Overwrite the file as `lncli exportchanbackup --output_file` does: truncate, write,
-        close.
-        """
+        """Overwrite the file as `lncli exportchanbackup --output_file` does."""
         payload = channel_backup(channels) if data is None else data
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
@@ -189,9 +182,7 @@ def _write_synced(descriptor: int, data: bytes) -> None:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Return what a change to the entry would alter; reading it alters only the access time, which
-    is left out.
-    """
+    """Return what a change to the entry would alter, and reading it would not."""
     status = path.lstat()
     return (
         status.st_ino,

@@ -28,7 +28,6 @@ class Text:
     """
 
     def __init__(self, what: str, source: int) -> None:
-        """Begin to read the descriptor, until its end."""
         self._what = what
         self._source = source
         self._text = ""
@@ -46,7 +45,6 @@ class Text:
             return self._text
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end."""
         self._reader.join(timeout)
 
     def wait_for(self, pattern: str, timeout: float, count: int) -> re.Match[str]:
@@ -99,7 +97,6 @@ class Messages(Text):
     """What a process sends to a datagram socket."""
 
     def __init__(self, what: str, source: int) -> None:
-        """Begin to read the descriptor, until its end."""
         self._messages: list[str] = []
         super().__init__(what, source)
 
@@ -129,11 +126,9 @@ class NotifySocket:
         self._messages = Messages("the messages to systemd", self._socket.fileno())
 
     def __enter__(self) -> Self:
-        """Return the listening socket."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop listening and remove the socket."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"", self.path)  # what the end of a pipe reads as
         self._messages.join()
@@ -142,7 +137,6 @@ class NotifySocket:
 
     @property
     def messages(self) -> list[str]:
-        """Return what was sent until now."""
         return list(self._messages)
 
     def wait_for(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 REGION = "us-east-1"
-ACCOUNT = "000000000000"
+MINISTACK_PYTHON = CHECKOUT / ".venv-s3/bin/python"
 PATIENCE_SECONDS = 30.0  # for what comes at once, on a machine that has much else to do
 GRACE_SECONDS = 0.2
 
@@ -142,9 +142,7 @@ def make_client(
 
 
 def allow(actions: str | list[str], *resources: str) -> dict[str, Any]:
-    """Return the IAM statement that allows the actions on the resources, which are given without
-    `arn:aws:s3:::`.
-    """
+    """Return the IAM statement that allows the actions on resources without `arn:aws:s3:::`."""
     return {
         "Effect": "Allow",
         "Action": actions,
@@ -169,33 +167,28 @@ class S3Server:
         self.log_file = directory / "ministack.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._clients: dict[tuple[str, Credentials], Any] = {}
-        self._users: dict[str, tuple[Credentials, str]] = {}
         self._buckets: dict[str, dict[str, Any]] = {}
         if tls:
             self._make_certificate()
 
     def __enter__(self) -> Self:
-        """Start the server."""
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the server at once; its state is of no further use."""
         self.kill()
 
     @property
     def endpoint(self) -> str:
-        """Return the URL of the server."""
         return f"{self.scheme}://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
-        """Return the process id of the running server."""
-        return self._running().pid
+        assert self._process
+        return self._process.pid
 
     @property
     def admin(self) -> Any:  # noqa: ANN401 - botocore's clients are made at run time
-        """Return the S3 client that may do everything."""
         return self.client()
 
     def client(self, credentials: Credentials = ROOT, service: str = "s3") -> Any:  # noqa: ANN401 - see above
@@ -206,16 +199,14 @@ class S3Server:
         return self._clients[key]
 
     def start(self) -> None:
-        """Start the server and return when it answers; buckets and users of an earlier run are
-        there again.
-        """
+        """Start the server, with the buckets and users of an earlier run, until it answers."""
         if self._process is not None:
             return
         listener = self._listen()
         with listener, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    _python(),
+                    MINISTACK_PYTHON,
                     "-c",
                     _LAUNCH,
                     str(listener.fileno()),
@@ -242,11 +233,8 @@ class S3Server:
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the server as a crash would; the objects are kept and `start` brings buckets and
-        users back.
-        """
+        """End the server at once, with what it has in memory alone."""
         self._end(signal.SIGKILL)
-        self._save_users()
 
     def suspend(self) -> None:
         """Freeze the server: the kernel accepts connections and data, and nobody answers."""
@@ -278,22 +266,16 @@ class S3Server:
         if statements:
             iam.put_user_policy(UserName=user, PolicyName="kit", PolicyDocument=policy)
         key = iam.create_access_key(UserName=user)["AccessKey"]
-        credentials = Credentials(key["AccessKeyId"], key["SecretAccessKey"])
-        self._users[user] = (credentials, policy)
-        return credentials
+        return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
 
     def put_only_user(self, bucket: str, prefix: str = "") -> Credentials:
-        """Create the user that the program is meant to have: put below the prefix, and nothing
-        else.
-        """
+        """Create the program's user, which may put below the prefix and nothing else."""
         return self.user(allow("s3:PutObject", f"{bucket}/{prefix}*"))
 
     def reader_user(self, bucket: str) -> Credentials:
-        """Create a user that may list and get, for restoring."""
         return self.user(allow("s3:GetObject", f"{bucket}/*"), allow("s3:ListBucket", bucket))
 
     def read_write_user(self, bucket: str) -> Credentials:
-        """Create a user that may put, list and get, but not delete."""
         return self.user(
             allow(["s3:PutObject", "s3:GetObject"], f"{bucket}/*"), allow("s3:ListBucket", bucket)
         )
@@ -305,18 +287,11 @@ class S3Server:
         return {key: self._object(bucket, key) for key in keys}
 
     def _object(self, bucket: str, key: str) -> StoredObject:
-        """Read one object."""
         answer = self.admin.get_object(Bucket=bucket, Key=key)
         with contextlib.closing(answer["Body"]) as body:
             return StoredObject(
                 key, body.read(), answer["Metadata"], answer["LastModified"], answer["ETag"]
             )
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        """Return the process, which must be there."""
-        if self._process is None:
-            raise RuntimeError("the server is not running")
-        return self._process
 
     def _end(self, how: signal.Signals) -> None:
         """Signal the process, also if it is suspended, and wait for its end."""
@@ -363,7 +338,6 @@ class S3Server:
         }
 
     def _make_certificate(self) -> None:
-        """Make an authority and a certificate for the loopback address."""
         authority = trustme.CA()
         certificate = authority.issue_cert(self.host, "localhost", "s3.example.org")
         self.ca_file = self.directory / "ca.pem"
@@ -379,9 +353,7 @@ class S3Server:
         )
 
     def _wait_until_ready(self) -> None:
-        """Ask one question and wait for the answer; the question fails at once if the server
-        dies.
-        """
+        """Ask one question, which fails at once if the server dies."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE_SECONDS)
         if self.ca_file:
             context = ssl.create_default_context(cafile=self.ca_file)
@@ -395,51 +367,9 @@ class S3Server:
                 raise OSError(f"status {answer.status}")
             answer.read()
 
-    def _save_users(self) -> None:
-        """Write the users into ministack's state: it keeps them in memory until an orderly end."""
-        made = "2026-01-01T00:00:00Z"
-        users, keys, policies = {}, {}, {}
-        for number, (name, (credentials, policy)) in enumerate(self._users.items()):
-            scoped = f"{ACCOUNT}\0{name!r}"
-            users[scoped] = {
-                "UserName": name,
-                "Arn": f"arn:aws:iam::{ACCOUNT}:user/{name}",
-                "UserId": f"AIDA{number:017}",
-                "CreateDate": made,
-                "Path": "/",
-                "PermissionsBoundary": "",
-                "AttachedPolicies": [],
-                "Tags": [],
-            }
-            keys[f"{ACCOUNT}\0{credentials.access_key!r}"] = {
-                "UserName": name,
-                "AccessKeyId": credentials.access_key,
-                "SecretAccessKey": credentials.secret_key,
-                "Status": "Active",
-                "CreateDate": made,
-            }
-            policies[scoped] = {"kit": policy}
-        stores = {"users": users, "access_keys": keys, "user_inline_policies": policies}
-        payload = {name: {"__scoped__": True, "data": data} for name, data in stores.items()}
-        state = self.directory / "state"
-        state.mkdir(exist_ok=True)
-        (state / "iam.json").write_text(json.dumps({"__ministack_format__": 2, "payload": payload}))
-
     def _restore_buckets(self) -> None:
-        """Create those buckets anew that a crash took, which are the ones without an object."""
-        if not self._buckets:
-            return
+        """Create those buckets anew that are gone, which are the ones without an object."""
         present = {bucket["Name"] for bucket in self.admin.list_buckets()["Buckets"]}
         for bucket, kwargs in self._buckets.items():
             if bucket not in present:
                 self.admin.create_bucket(Bucket=bucket, **kwargs)
-
-
-def _python() -> str:
-    """Return the Python of ministack's environment, which lies beside the command."""
-    command = Path(os.environ.get("MINISTACK_BIN") or CHECKOUT / ".venv-s3/bin/ministack")
-    if not command.is_file():
-        raise RuntimeError(
-            f"{command} is not there: install ministack in a venv of its own, or set MINISTACK_BIN"
-        )
-    return str(command.parent / "python")

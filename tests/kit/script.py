@@ -37,9 +37,7 @@ warm_server: WarmServer | None = None  # where nobody asks for warm starts, ther
 
 
 def script_environment(env: dict[str, str], home: str) -> dict[str, str]:
-    """Return the whole environment of the program: the settings, the bare minimum, and what
-    coverage needs.
-    """
+    """Return the program's environment: settings, the bare minimum, what coverage needs."""
     minimum = {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": home,
@@ -96,9 +94,7 @@ def run_script(
     command: Sequence[str] = (),
     measured: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end, and return its exit code and output; not measured, it costs
-    less.
-    """
+    """Run the program to its end; not measured, it costs less."""
     unmeasured = {} if measured else dict.fromkeys(MEASURED, "")
     with Script(env | unmeasured, *args, cwd=cwd, stdout=stdout, command=command) as script:
         code = script.wait(timeout)
@@ -202,21 +198,17 @@ class Script:
         self._stdout, self._log = Text("stdout", out[0]), Text("the log", err[0])
 
     def __enter__(self) -> Self:
-        """Return the running program."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill it if it still runs, and clean up."""
         self.close()
 
     @property
     def pid(self) -> int:
-        """Return the process id."""
         return self.process.pid
 
     @property
     def returncode(self) -> int | None:
-        """Return the exit code, or None while it runs."""
         return self.process.poll()
 
     @property
@@ -236,7 +228,6 @@ class Script:
         return self._log.wait_for(pattern, timeout, count)
 
     def signal(self, sig: signal.Signals) -> None:
-        """Send it a signal."""
         self.process.send_signal(sig)
 
     def wait(self, timeout: float = STUCK_SECONDS) -> int:
@@ -252,7 +243,6 @@ class Script:
         return code
 
     def stop(self, timeout: float = STUCK_SECONDS) -> int:
-        """Ask it to end as systemd does, and return the exit code."""
         self.signal(signal.SIGTERM)
         return self.wait(timeout)
 
@@ -271,7 +261,6 @@ class Daemon(Script):
     """The running daemon, and systemd, to which it tells of every look at the file."""
 
     def __init__(self, env: dict[str, str], command: Sequence[str] = ()) -> None:
-        """Start it, by another command if need be."""
         self.systemd = NotifySocket()
         super().__init__(
             env | {"NOTIFY_SOCKET": self.systemd.path, "WATCHDOG_USEC": "3000000000"},
@@ -288,7 +277,6 @@ class Daemon(Script):
         return self
 
     def close(self) -> None:
-        """Kill what is left of it."""
         super().close()
         self.systemd.__exit__()
 
@@ -316,16 +304,12 @@ class Daemon(Script):
         """Return the names of the versions in the order of their receipts."""
         return re.findall(r"stored s3://\S+/(\S+-[0-9a-f]{6})\b", self.log)
 
-    def watched_inodes(self) -> list[int]:
-        """Return the inode number of each watch that the kernel keeps for it."""
+    def assert_watches_only(self, directory: Path) -> None:
+        """Fail unless the kernel keeps one watch for it, on this directory; call it when a version
+        from there is stored.
+        """
         inodes = []
         for entry in Path(f"/proc/{self.pid}/fdinfo").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 inodes += re.findall(r"^inotify wd:\S+ ino:(\S+)", entry.read_text(), re.MULTILINE)
-        return [int(inode, 16) for inode in inodes]
-
-    def assert_watches_only(self, directory: Path) -> None:
-        """Fail unless it has one watch, on this directory; call it when the new directory's version
-        is stored.
-        """
-        assert self.watched_inodes() == [directory.stat().st_ino]
+        assert [int(inode, 16) for inode in inodes] == [directory.stat().st_ino]

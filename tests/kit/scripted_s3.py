@@ -42,7 +42,6 @@ class _Connection(ssl.SSLSocket):
     """
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        """Read, and close what was reset."""
         try:
             return super().recv(buflen, flags)
         except ConnectionResetError:
@@ -60,7 +59,6 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
     block_on_close = True
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
-        """Listen on a free port of the loopback address."""
         self.requests: list[Request] = []
         self.asked_at = 0.0  # when the first request came, by the monotonic clock
         self._changed = threading.Condition()
@@ -78,7 +76,6 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
             )
 
     def __enter__(self) -> Self:
-        """Begin to answer."""
         self._thread.start()
         return self
 
@@ -94,12 +91,10 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
 
     @property
     def port(self) -> int:
-        """Return the port on the loopback address."""
         return int(self.server_address[1])
 
     @property
     def endpoint(self) -> str:
-        """Return the URL of the server."""
         return f"{self._scheme}://127.0.0.1:{self.port}"
 
     def wait_for_requests(
@@ -114,28 +109,23 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
             return self._of(method)
 
     def note(self, request: Request) -> None:
-        """Remember a request; for the handler."""
         with self._changed:
             self.asked_at = self.asked_at or time.monotonic()
             self.requests.append(request)
             self._changed.notify_all()
 
     def answer(self, request: Request, handler: _Handler) -> None:
-        """Answer a request."""
         raise NotImplementedError
 
     def _of(self, method: str) -> list[Request]:
-        """Return the requests of one method."""
         return [request for request in self.requests if request.method == method]
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Remember the connection."""
         with self._changed:
             self._open.add(request)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Forget the connection."""
         with self._changed:
             self._open.discard(request)
         super().shutdown_request(request)
@@ -153,7 +143,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: ScriptedS3
 
     def take_in(self) -> None:
-        """Take in one request, and have it answered."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.answer(Request(self.command, self.path, headers, body), self)
@@ -190,7 +179,6 @@ class FakeS3(ScriptedS3):
             self._released.set()
 
     def __exit__(self, *_: object) -> None:
-        """Cut all connections and end."""
         self.release()
         super().__exit__()
 
@@ -206,7 +194,6 @@ class FakeS3(ScriptedS3):
         return {key: entry for key, entry in found.items() if key.startswith(prefix)}
 
     def script(self, *answers: Answer) -> None:
-        """Append answers for the PUTs to come."""
         with self._changed:
             self._answers.extend(answers)
 
@@ -216,7 +203,6 @@ class FakeS3(ScriptedS3):
             self._defaults[method] = answer
 
     def hold(self) -> None:
-        """Answer nothing until `release`."""
         self._released.clear()
 
     def release(self) -> None:
@@ -240,7 +226,6 @@ class FakeS3(ScriptedS3):
         return answer
 
     def answer(self, request: Request, handler: _Handler) -> None:
-        """Give the answer as HTTP."""
         answer = self.take(request)
         if answer.drop:
             handler.close_connection = True
@@ -259,7 +244,6 @@ class FakeS3(ScriptedS3):
             handler.wfile.write(content)
 
     def _store(self, request: Request) -> None:
-        """Keep what is acknowledged."""
         key = request.path.lstrip("/").partition("/")[2]
         metadata = {"sha256": request.headers.get("x-amz-meta-sha256", "")}
         with self._changed:
@@ -284,12 +268,10 @@ class RawS3(ScriptedS3):
         self._ended = threading.Event()
 
     def __exit__(self, *_: object) -> None:
-        """Cut all connections and end."""
         self._ended.set()
         super().__exit__()
 
     def answer(self, request: Request, handler: _Handler) -> None:
-        """Send the answer, piece by piece."""
         self.note(request)
         handler.close_connection = True
         for piece in self.reply(request):

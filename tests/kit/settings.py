@@ -21,12 +21,16 @@ def reader_settings(
 ) -> dict[str, str]:
     """Return the bucket's settings and nothing else, as on a machine that never saw the node."""
     tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | {
+    return tls | _bucket_settings(server.endpoint, bucket, prefix, user)
+
+
+def _bucket_settings(endpoint: str, bucket: str, prefix: str, user: Credentials) -> dict[str, str]:
+    return {
         "S3_BUCKET_NAME": bucket,
         "S3_BACKUP_PREFIX": prefix,
         "AWS_ACCESS_KEY_ID": user.access_key,
         "AWS_SECRET_ACCESS_KEY": user.secret_key,
-        "AWS_ENDPOINT_URL_S3": server.endpoint,
+        "AWS_ENDPOINT_URL_S3": endpoint,
         "AWS_REGION": REGION,
     }
 
@@ -41,16 +45,8 @@ def settings_at(
     user: Credentials = MADE_UP,
 ) -> dict[str, str]:
     """Return the program's settings for whatever answers at the endpoint."""
-    return {
-        "MONITOR_FILE_PATH": str(lnd.path),
-        "BACKUP_DIRECTORY": str(staging),
-        "S3_BUCKET_NAME": bucket,
-        "S3_BACKUP_PREFIX": prefix,
-        "AWS_ACCESS_KEY_ID": user.access_key,
-        "AWS_SECRET_ACCESS_KEY": user.secret_key,
-        "AWS_ENDPOINT_URL_S3": endpoint,
-        "AWS_REGION": REGION,
-    }
+    node = {"MONITOR_FILE_PATH": str(lnd.path), "BACKUP_DIRECTORY": str(staging)}
+    return node | _bucket_settings(endpoint, bucket, prefix, user)
 
 
 def settings_for(
@@ -62,9 +58,7 @@ def settings_for(
     *,
     endpoint: str | None = None,
 ) -> dict[str, str]:
-    """Return the program's settings, with a new key that may put below the prefix and nothing
-    else.
-    """
+    """Return the program's settings, with a new key that may put below the prefix alone."""
     user = server.put_only_user(bucket, normalised_prefix(prefix))
     tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
     return tls | settings_at(

@@ -39,13 +39,11 @@ class TcpServer:
         self._open: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
 
     def __enter__(self) -> Self:
-        """Listen."""
         self._thread.start()
         self.call(self.listen())
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Cut every connection, and end the thread."""
         if self.loop.is_closed():
             return
         self.call(self._end())
@@ -58,11 +56,9 @@ class TcpServer:
         raise NotImplementedError
 
     def call(self, coroutine: Coroutine[None, None, _Result]) -> _Result:
-        """Run a coroutine in the thread, and wait for its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE_SECONDS)
 
     def cut_all(self) -> None:
-        """Close every open connection at once."""
         self.loop.call_soon_threadsafe(self._abort)
 
     async def connect(self, address: tuple[str, int]) -> Streams:
@@ -81,9 +77,7 @@ class TcpServer:
         self.port = self._listening.sockets[0].getsockname()[1]
 
     async def deafen(self) -> None:
-        """Accept nothing more; serve what was accepted a moment ago, which asyncio 3.11 would never
-        close otherwise.
-        """
+        """Accept nothing more; serve what was accepted, which asyncio 3.11 would never close."""
         if not self._listening:
             return
         for listening in self._listening.sockets:
@@ -108,7 +102,6 @@ class TcpServer:
             del self._open[task]
 
     def _abort(self) -> None:
-        """Cut every connection."""
         for writers in self._open.values():
             for writer in writers:
                 writer.transport.abort()
@@ -126,7 +119,6 @@ class TcpServer:
 
 
 def _this_task() -> asyncio.Task[None]:
-    """Return the task that runs."""
     task: asyncio.Task[None] | None = asyncio.current_task()
     assert task
     return task

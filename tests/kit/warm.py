@@ -48,13 +48,11 @@ class WarmProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end and return the exit code."""
         if self.returncode is None:
             if not select.select([self._report], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("the program", timeout or 0.0)
@@ -63,12 +61,10 @@ class WarmProcess:
         return self.returncode
 
     def send_signal(self, sig: int) -> None:
-        """Send it a signal, if it still runs."""
         if self.poll() is None:
             os.kill(self.pid, sig)
 
     def kill(self) -> None:
-        """Kill it, if it still runs."""
         self.send_signal(signal.SIGKILL)
 
 

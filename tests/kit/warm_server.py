@@ -75,7 +75,6 @@ def serve(control: socket.socket, program: Path) -> list[str]:
 
 
 def receive(control: socket.socket) -> tuple[Request, list[int]]:
-    """Return the next request, and the descriptors that come with it."""
     data, descriptors, _, _ = socket.recv_fds(control, REQUEST_BYTES, 4)
     if not data:
         os._exit(0)  # whoever asked is gone

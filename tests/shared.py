@@ -185,6 +185,13 @@ def start(good: dict[str, str], *arguments: str, code: int = 78) -> list[str]:
     return done.stderr.splitlines()
 
 
+def env_file(directory: Path, values: dict[str, str], encoding: str = "utf-8") -> str:
+    """Write an --env-file that sets these values, and return its path."""
+    path = directory / "env"
+    path.write_text("".join(f"{name}={value}\n" for name, value in values.items()), encoding)
+    return str(path)
+
+
 def failure_of(env: dict[str, str]) -> str:
     """Return what the daemon logs when it cannot store, with the hint; it goes on, and is
     stopped.

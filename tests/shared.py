@@ -31,6 +31,7 @@ from kit import (
 if TYPE_CHECKING:
     from kit import Daemon, S3Server, Written
 
+Env = dict[str, str]
 Done = subprocess.CompletedProcess[str]
 Session = Callable[..., contextlib.AbstractContextManager["Daemon"]]
 

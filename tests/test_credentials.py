@@ -33,14 +33,14 @@ from shared import expect_newest_last, say, staged_data, statements, wait_until_
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shared import Session
+    from shared import Env, Session
 
 NO_KEY = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
 BLAMES_NETWORK = re.compile(r"(?i)check the network|portal|out of reach|unreachable")
 
 
 def test_wrong_credentials_are_put_right(
-    env: dict[str, str], lnd: Lnd, session: Session, tmp_path: Path
+    env: Env, lnd: Lnd, session: Session, tmp_path: Path
 ) -> None:
     """With a wrong key versions are captured and the log is loud; when the file is mended all of
     them are stored.
@@ -65,9 +65,7 @@ def test_wrong_credentials_are_put_right(
         expect_newest_last(daemon, lnd.written[-1])
 
 
-def test_a_corrected_credential_program_is_picked_up(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd
-) -> None:
+def test_a_corrected_credential_program_is_picked_up(fake: FakeS3, fake_env: Env, lnd: Lnd) -> None:
     """With a credential program that is not there the daemon is loud, and it uses the one that the
     file names next.
     """
@@ -90,9 +88,7 @@ def test_a_corrected_credential_program_is_picked_up(
     assert "Credential=AKIDPROGRAM/" in fake.requests[0].headers["authorization"]
 
 
-def test_no_credentials_at_all(
-    fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, staging: Path
-) -> None:
+def test_no_credentials_at_all(fake: FakeS3, fake_env: Env, lnd: Lnd, staging: Path) -> None:
     """Without any credentials the daemon runs, is loud and captures, and `once` exits 1."""
     del fake_env["AWS_ACCESS_KEY_ID"], fake_env["AWS_SECRET_ACCESS_KEY"]
     lnd.write()
@@ -130,9 +126,7 @@ def test_a_missing_bucket(s3_http: S3Server, prefix: str, lnd: Lnd, staging: Pat
     assert_nothing_lost(lnd, s3_http, bucket, prefix, staging, refreshes=1)
 
 
-def test_credentials_that_come_late_end_the_trouble(
-    bare_env: dict[str, str], tmp_path: Path
-) -> None:
+def test_credentials_that_come_late_end_the_trouble(bare_env: Env, tmp_path: Path) -> None:
     """A credential program that fails is told of before there is anything to send; when it works,
     all is well again.
     """
@@ -218,7 +212,7 @@ SOURCES: dict[str, tuple[dict[str, str], str, str]] = {  # environment, config f
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_source_of_credentials_that_fails(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, source: str
+    fake: FakeS3, written_env: Env, tmp_path: Path, source: str
 ) -> None:
     """A source of credentials that fails is named, loudly, and as what it is: no network problem,
     no matter of a policy of S3; nothing is asked on a terminal.
@@ -256,7 +250,7 @@ def test_a_source_of_credentials_that_fails(
 
 @pytest.mark.unmeasured
 def test_a_daemon_without_credentials_is_loud(
-    written_env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path
+    written_env: Env, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
     """While a source of credentials fails, the daemon says so as an error, and captures."""
     (tmp_path / "config").write_text(f"[default]\n{SSO}{SSO_ROLE}")
@@ -270,7 +264,7 @@ def test_a_daemon_without_credentials_is_loud(
 
 
 @pytest.mark.unmeasured
-def test_nobody_is_asked_on_the_terminal(written_env: dict[str, str], tmp_path: Path) -> None:
+def test_nobody_is_asked_on_the_terminal(written_env: Env, tmp_path: Path) -> None:
     """A role that wants a one-time code fails at once also where there is a terminal to ask at."""
     (tmp_path / "config").write_text(SOURCES["mfa"][1])
     written_env = written_env | NO_KEY | {"AWS_CONFIG_FILE": str(tmp_path / "config")}
@@ -295,7 +289,7 @@ def fifos(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 
 @pytest.mark.unmeasured
 def test_a_program_that_hung_and_works(
-    written_env: dict[str, str],
+    written_env: Env,
     lnd: Lnd,
     tmp_path: Path,
     fifos: tuple[Path, Path],

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from shared import Env
+
 SOME_NAME = "20261120T215558.123456Z-a1b2c3"
 HOST = "s3.example.org"
 TARGET = f"{HOST}:443"
@@ -96,7 +98,7 @@ def tunnel(s3_https: S3Server) -> Iterator[ConnectProxy]:
 @pytest.fixture
 def named_env(
     s3_https: S3Server, tunnel: ConnectProxy, prefix: str, lnd: Lnd, staging: Path
-) -> dict[str, str]:
+) -> Env:
     """Return the settings with an endpoint whose name nobody but the proxy knows."""
     through = {"AWS_ENDPOINT_URL_S3": f"https://{HOST}", "HTTPS_PROXY": tunnel.url}
     return settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging) | through
@@ -105,7 +107,7 @@ def named_env(
 # --- What the user sets ---
 
 
-def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None:
+def test_the_users_checksums_win(fake: FakeS3, fake_env: Env) -> None:
     """AWS_REQUEST_CHECKSUM_CALCULATION=when_supported adds the SDK's own checksum, as the user
     wants it.
     """
@@ -119,9 +121,7 @@ def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None
     [({}, 1), ({"AWS_MAX_ATTEMPTS": "2"}, 2), ({"AWS_RETRY_MODE": "standard"}, 3)],
     ids=["default", "max-attempts", "retry-mode"],
 )
-def test_the_users_attempts_win(
-    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], attempts: int
-) -> None:
+def test_the_users_attempts_win(fake: FakeS3, fake_env: Env, choice: Env, attempts: int) -> None:
     """The SDK tries once, since the loop has its own patience, unless AWS_MAX_ATTEMPTS or
     AWS_RETRY_MODE is set.
     """
@@ -131,7 +131,7 @@ def test_the_users_attempts_win(
     assert len(fake.requests) == attempts
 
 
-def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) -> None:
+def test_a_profile_wins(fake: FakeS3, fake_env: Env, tmp_path: Path) -> None:
     """Endpoint, region, attempts and checksums of a profile in AWS_CONFIG_FILE are used, and its
     credentials.
     """
@@ -174,9 +174,7 @@ def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) 
     ],
     ids=["region", "both", "default-region", "none"],
 )
-def test_regions_are_honoured(
-    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], region: str
-) -> None:
+def test_regions_are_honoured(fake: FakeS3, fake_env: Env, choice: Env, region: str) -> None:
     """Requests are signed for AWS_REGION, else AWS_DEFAULT_REGION, else us-east-1."""
     with use(fake_env | choice) as bucket:
         bucket.put(SOME_NAME, channel_backup(1))
@@ -188,7 +186,7 @@ def test_regions_are_honoured(
 
 @pytest.mark.parametrize("command", ["once", "list"])
 def test_a_portal_that_redirects_may_be_passed_later(
-    fake: FakeS3, written_env: dict[str, str], started_by: Callable[[str], None], command: str
+    fake: FakeS3, written_env: Env, started_by: Callable[[str], None], command: str
 ) -> None:
     """What sends every request elsewhere, and so the SDK in circles, is out of reach, and no fault
     of the program.
@@ -213,7 +211,7 @@ def test_a_portal_that_redirects_may_be_passed_later(
     ids=["expired", "not yet", "unknown authority", "other name"],
 )
 def test_a_certificate_that_is_refused(
-    bare_env: dict[str, str],
+    bare_env: Env,
     s3_http: S3Server,
     tmp_path: Path,
     name: str,
@@ -237,9 +235,7 @@ def test_a_certificate_that_is_refused(
     assert hint in said.partition("hint: ")[2]
 
 
-def test_a_bucket_in_another_region_is_found(
-    s3: S3Server, bucket: str, env: dict[str, str], lnd: Lnd
-) -> None:
+def test_a_bucket_in_another_region_is_found(s3: S3Server, bucket: str, env: Env, lnd: Lnd) -> None:
     """With a wrong AWS_REGION, or none, and a put-only key the version is stored where S3 says that
     the bucket is.
     """
@@ -253,7 +249,7 @@ def test_a_bucket_in_another_region_is_found(
 # --- Endpoints and the bucket's name ---
 
 
-def profile(tmp_path: Path, endpoint: str, how: str) -> dict[str, str]:
+def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
     """Return the settings that lead to an endpoint by the SDK's own ways."""
     config = {
         "profile": f"[profile node]\nendpoint_url = {endpoint}\n",
@@ -278,7 +274,7 @@ def profile(tmp_path: Path, endpoint: str, how: str) -> dict[str, str]:
     ],
 )
 def test_an_endpoint_that_ends_with_the_bucket(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str, path: str, command: str
+    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, path: str, command: str
 ) -> None:
     """An endpoint whose path ends with the bucket's name is refused, wherever it comes from, and
     nothing is sent.
@@ -300,7 +296,7 @@ def test_an_endpoint_that_ends_with_the_bucket(
     ],
 )
 def test_an_endpoint_that_is_right(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str, endpoint: str, path: str
+    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, endpoint: str, path: str
 ) -> None:
     """The path of an endpoint is kept, and may resemble the bucket's name; the host may bear it."""
     proxy = {"HTTP_PROXY": fake.endpoint, "NO_PROXY": "127.0.0.1"}
@@ -314,7 +310,7 @@ def test_an_endpoint_that_is_right(
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL", "service"])
 def test_an_endpoint_that_is_not_in_use(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str
+    fake: FakeS3, written_env: Env, tmp_path: Path, how: str
 ) -> None:
     """An endpoint that another one overrides is not judged."""
     unused = profile(tmp_path, "http://127.0.0.1:1/some-bucket", how)
@@ -324,7 +320,7 @@ def test_an_endpoint_that_is_not_in_use(
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL_S3", "profile"])
 def test_an_endpoint_that_begins_with_the_bucket(
-    written_env: dict[str, str], tmp_path: Path, how: str
+    written_env: Env, tmp_path: Path, how: str
 ) -> None:
     """An endpoint whose host begins with the bucket's name, as some providers show it, is warned
     of.
@@ -348,7 +344,7 @@ def test_an_endpoint_that_begins_with_the_bucket(
     ids=["empty", "rubbish", "directory", "ca_bundle", "region"],
 )
 def test_a_file_of_the_sdks_that_is_wrong(
-    written_env: dict[str, str], tmp_path: Path, name: str, content: str | None, told: str
+    written_env: Env, tmp_path: Path, name: str, content: str | None, told: str
 ) -> None:
     """A CA bundle that holds no certificate, or is a directory, is told at the start, with its
     name; so is a wrong value in the SDK's own file.
@@ -365,7 +361,7 @@ def test_a_file_of_the_sdks_that_is_wrong(
 @pytest.mark.unmeasured
 def test_through_a_proxy_only_the_proxy_hears_of_the_program(
     s3_https: S3Server,
-    named_env: dict[str, str],
+    named_env: Env,
     tunnel: ConnectProxy,
     talk: Callable[[], Talk],
     prefix: str,
@@ -397,7 +393,7 @@ def test_through_a_proxy_only_the_proxy_hears_of_the_program(
 
 @pytest.mark.unmeasured
 def test_without_a_proxy_only_the_endpoint_is_asked(
-    s3: S3Server, env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
+    s3: S3Server, env: Env, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
     """Without a proxy a put is one look-up of the endpoint's name and one connection to it, and
     nothing else.
@@ -409,11 +405,7 @@ def test_without_a_proxy_only_the_endpoint_is_asked(
 
 @pytest.mark.unmeasured
 def test_an_endpoint_in_no_proxy_is_asked_itself(
-    s3_https: S3Server,
-    named_env: dict[str, str],
-    tunnel: ConnectProxy,
-    talk: Callable[[], Talk],
-    lnd: Lnd,
+    s3_https: S3Server, named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
     """NO_PROXY is honoured: the endpoint that it names is asked without the proxy."""
     lnd.write()
@@ -426,12 +418,7 @@ def test_an_endpoint_in_no_proxy_is_asked_itself(
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("there", [True, False], ids=["unknown name", "no proxy"])
 def test_a_proxy_that_fails_is_never_passed_by(
-    named_env: dict[str, str],
-    talk: Callable[[], Talk],
-    lnd: Lnd,
-    staging: Path,
-    *,
-    there: bool,
+    named_env: Env, talk: Callable[[], Talk], lnd: Lnd, staging: Path, *, there: bool
 ) -> None:
     """When the proxy refuses the name, or is not there, nothing goes out by another way, and the
     message names it.
@@ -456,7 +443,7 @@ def test_a_proxy_that_fails_is_never_passed_by(
 
 @pytest.mark.unmeasured
 def test_the_configured_source_of_credentials_is_asked(
-    named_env: dict[str, str], tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
+    named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
     """Credentials that a container's service gives are fetched from it, and from nowhere else."""
     given = {
@@ -488,11 +475,7 @@ def test_the_configured_source_of_credentials_is_asked(
     ids=["false", "true", "own"],
 )
 def test_the_metadata_service_is_asked_only_by_choice(
-    env: dict[str, str],
-    talk: Callable[[], Talk],
-    lnd: Lnd,
-    choice: dict[str, str],
-    asked: set[tuple[str, int]],
+    env: Env, talk: Callable[[], Talk], lnd: Lnd, choice: Env, asked: set[tuple[str, int]]
 ) -> None:
     """Without credentials the metadata service is asked only where AWS_EC2_METADATA_DISABLED, which
     the unit sets and the example explains, does not say otherwise; also one on this machine.

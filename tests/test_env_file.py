@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,13 +15,16 @@ from shared import done_well, env_file, refused, start
 
 import s3_backup_lnd_channels as program
 
+if TYPE_CHECKING:
+    from shared import Env
+
 REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
 
 
 # --- What is accepted ---
 
 
-def read(text: str) -> dict[str, str]:
+def read(text: str) -> Env:
     """Return what an --env-file with this content sets."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(text.encode())
@@ -28,7 +32,7 @@ def read(text: str) -> dict[str, str]:
         return program.read_env_file(Path(file.name))
 
 
-def simple_reading(text: str) -> dict[str, str]:
+def simple_reading(text: str) -> Env:
     """Read lines of KEY=value as systemd does where it needs none of its special rules."""
     values = {}
     for line in re.split(r"\r\n|\n|\r", text):
@@ -123,7 +127,7 @@ def test_line_that_systemd_reads_otherwise_is_refused(line: str) -> None:
     assert caught.value.hint
 
 
-def test_every_refused_line_is_named(good: dict[str, str], tmp_path: Path) -> None:
+def test_every_refused_line_is_named(good: Env, tmp_path: Path) -> None:
     """All lines that are refused are named at once, with the path, and it exits 78."""
     path = tmp_path / "env"
     path.write_bytes(b"export A=b\nB=c\nC=d # comment\nD=e\0f\n")
@@ -160,7 +164,7 @@ plain_values = st.text(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.from_regex("[A-Z_][A-Z0-9_]{0,20}", fullmatch=True), plain_values))
-def test_plain_file_is_accepted(values: dict[str, str]) -> None:
+def test_plain_file_is_accepted(values: Env) -> None:
     """Any file of KEY=value without quotes, backslashes and # is accepted as it is."""
     assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
 
@@ -168,7 +172,7 @@ def test_plain_file_is_accepted(values: dict[str, str]) -> None:
 # --- What is read ---
 
 
-def test_no_file_is_read_unasked(good: dict[str, str], tmp_path: Path) -> None:
+def test_no_file_is_read_unasked(good: Env, tmp_path: Path) -> None:
     """Without settings the required ones are told, and a .env in the working directory is not
     read.
     """
@@ -178,7 +182,7 @@ def test_no_file_is_read_unasked(good: dict[str, str], tmp_path: Path) -> None:
     assert re.findall(r"(\w+)=: is not set", done.stderr) == list(REQUIRED)
 
 
-def test_env_file_is_read_and_the_environment_wins(good: dict[str, str], tmp_path: Path) -> None:
+def test_env_file_is_read_and_the_environment_wins(good: Env, tmp_path: Path) -> None:
     """What the file sets counts as it is, without interpolation, unless the environment has it,
     also an empty one, which counts as not set.
     """
@@ -212,7 +216,7 @@ def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path
 
 
 @pytest.mark.unmeasured
-def test_a_byte_order_mark(fake: FakeS3, written_env: dict[str, str], tmp_path: Path) -> None:
+def test_a_byte_order_mark(fake: FakeS3, written_env: Env, tmp_path: Path) -> None:
     """A file that begins with a byte order mark is taken."""
     done_well({}, "--env-file", env_file(tmp_path, written_env, "utf-8-sig"), "once")
     assert len(fake.objects("some-bucket")) == 1
@@ -220,7 +224,7 @@ def test_a_byte_order_mark(fake: FakeS3, written_env: dict[str, str], tmp_path: 
 
 @pytest.mark.unmeasured
 def test_the_env_file_before_and_after_the_command(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path
+    fake: FakeS3, written_env: Env, tmp_path: Path
 ) -> None:
     """`--env-file` is taken before and after the command; one that is not there is exit 78."""
     file = env_file(tmp_path, written_env)

@@ -17,8 +17,9 @@ from shared import say, statements
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
+
+    from shared import Done, Env
 
 STATEMENT = '{"Effect": "Allow"}'
 ACCESS_POINT = "arn:aws:s3:us-east-1:123456789012:accesspoint/mine"
@@ -26,7 +27,7 @@ PAGE = b"<html><head><title>403</title></head><body><center>nginx</center></body
 BLAMES_KEY = re.compile(r"(?i)check the (access )?key|the key.s policy|key and its secret")
 
 
-def run(written_env: dict[str, str], *args: str, code: int) -> subprocess.CompletedProcess[str]:
+def run(written_env: Env, *args: str, code: int) -> Done:
     """Run a command that fails with this code, without a traceback, and with something to do."""
     done = run_script(written_env, *args)
     assert "Traceback" not in done.stderr
@@ -175,7 +176,7 @@ def test_no_exception_is_too_strange(text: str) -> None:
 )
 def test_the_hint_for_a_code(
     fake: FakeS3,
-    written_env: dict[str, str],
+    written_env: Env,
     started_by: Callable[[str], None],
     status: int,
     s3_code: str,
@@ -207,7 +208,7 @@ def test_the_hint_for_a_code(
 )
 def test_an_answer_that_is_not_of_s3(
     fake: FakeS3,
-    written_env: dict[str, str],
+    written_env: Env,
     started_by: Callable[[str], None],
     command: str,
     status: int,
@@ -241,7 +242,7 @@ def test_an_answer_that_is_not_of_s3(
     ],
 )
 def test_what_s3_says_of_a_denial_decides(
-    fake: FakeS3, written_env: dict[str, str], action: str, why: str, hint: str
+    fake: FakeS3, written_env: Env, action: str, why: str, hint: str
 ) -> None:
     """The action that S3 names is the one that is missing, not the one that one would guess;
     against an explicit deny no Allow helps, and none is proposed.
@@ -268,7 +269,7 @@ def test_what_s3_says_of_a_denial_decides(
     ids=["plain", "access point", "china", "gov", "blank"],
 )
 def test_the_resource_of_the_statement(
-    fake: FakeS3, written_env: dict[str, str], more: dict[str, str], resource: str
+    fake: FakeS3, written_env: Env, more: Env, resource: str
 ) -> None:
     """Where S3 names nothing, the statement to add is that of a put below the prefix; it is right
     for an access point, another partition, and any prefix.

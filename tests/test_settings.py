@@ -33,6 +33,8 @@ import s3_backup_lnd_channels as program
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from shared import Env
+
 REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
 SESSION = boto3.Session(region_name="us-east-1")
 NEW_CLIENT = functools.cache(program.new_client)
@@ -45,7 +47,7 @@ def _one_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "new_client", NEW_CLIENT)
 
 
-def faults(environ: dict[str, str]) -> dict[str, program.ConfigError]:
+def faults(environ: Env) -> dict[str, program.ConfigError]:
     """Return the faults of a configuration by variable; each is wrong configuration and says what
     to do.
     """
@@ -63,7 +65,7 @@ def faults(environ: dict[str, str]) -> dict[str, program.ConfigError]:
 # --- Each variable ---
 
 
-def test_good_settings_are_taken_as_they_are(good: dict[str, str], lnd: Lnd, staging: Path) -> None:
+def test_good_settings_are_taken_as_they_are(good: Env, lnd: Lnd, staging: Path) -> None:
     """Settings without a fault are returned with the defaults of the others."""
     found = program.load_settings(good, "run")
     assert found[:4] == (lnd.path, staging, "bucket", "")
@@ -74,7 +76,7 @@ def test_good_settings_are_taken_as_they_are(good: dict[str, str], lnd: Lnd, sta
 @pytest.mark.parametrize("name", REQUIRED)
 @pytest.mark.parametrize("value", [None, ""])
 def test_required_variable_that_is_absent_or_empty_is_a_fault(
-    name: str, value: str | None, good: dict[str, str]
+    name: str, value: str | None, good: Env
 ) -> None:
     """A required variable must be there, and an empty one is not there."""
     del good[name]
@@ -87,7 +89,7 @@ OPTIONAL = [name for name in program.SETTINGS if name not in REQUIRED] + ["STATE
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_optional_variable_that_is_empty_counts_as_absent(name: str, good: dict[str, str]) -> None:
+def test_optional_variable_that_is_empty_counts_as_absent(name: str, good: Env) -> None:
     """An empty optional variable means its default."""
     absent = program.load_settings(good, "run")
     assert program.load_settings(good | {name: ""}, "run") == absent
@@ -105,7 +107,7 @@ WRONG = {
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
 )
-def test_wrong_value_is_a_fault_that_shows_it(name: str, value: str, good: dict[str, str]) -> None:
+def test_wrong_value_is_a_fault_that_shows_it(name: str, value: str, good: Env) -> None:
     """A value that cannot be used is a fault with the variable and the value, and the only one."""
     found = faults(good | {name: value})
     assert list(found) == [name]
@@ -135,7 +137,7 @@ RIGHT: list[tuple[str, str, str, object]] = [
 
 @pytest.mark.parametrize(("name", "value", "field", "expected"), RIGHT)
 def test_right_value_is_taken(
-    name: str, value: str, field: str, expected: object, good: dict[str, str]
+    name: str, value: str, field: str, expected: object, good: Env
 ) -> None:
     """A value within the rules is taken, and a prefix gets the slash that it lacks."""
     assert getattr(program.load_settings(good | {name: value}, "run"), field) == expected
@@ -176,7 +178,7 @@ FORBIDDEN = [
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_file_that_must_never_be_copied_is_a_fault(
-    name: str, lnd: Lnd, good: dict[str, str], *, linked: bool
+    name: str, lnd: Lnd, good: Env, *, linked: bool
 ) -> None:
     """A name of what must never be restored, or never leave the node, is a fault, also behind a
     link.
@@ -194,15 +196,13 @@ def test_file_that_must_never_be_copied_is_a_fault(
 @pytest.mark.parametrize(
     "name", ["channel.backup", "channels.backup", "my.db", "macaroon", "sqlite", "channel.db.txt"]
 )
-def test_any_other_name_is_taken(name: str, lnd: Lnd, good: dict[str, str]) -> None:
+def test_any_other_name_is_taken(name: str, lnd: Lnd, good: Env) -> None:
     """A file that is not one of the forbidden ones may have any name, and need not be there."""
     assert faults(good | {"MONITOR_FILE_PATH": str(lnd.directory / name)}) == {}
 
 
 @pytest.mark.parametrize("name", ["", "/"])
-def test_directory_in_place_of_the_file_is_a_fault(
-    name: str, lnd: Lnd, good: dict[str, str]
-) -> None:
+def test_directory_in_place_of_the_file_is_a_fault(name: str, lnd: Lnd, good: Env) -> None:
     """A directory in place of the file is a fault, with the name of the file in it; what lies
     beside that directory is not blamed for it.
     """
@@ -211,7 +211,7 @@ def test_directory_in_place_of_the_file_is_a_fault(
     assert str(lnd.path) in found["MONITOR_FILE_PATH"].hint
 
 
-def test_loop_of_links_is_no_crash(lnd: Lnd, good: dict[str, str]) -> None:
+def test_loop_of_links_is_no_crash(lnd: Lnd, good: Env) -> None:
     """A file that is a link to itself ends in settings or faults, and not in a traceback."""
     lnd.path.symlink_to(lnd.path)
     assert set(faults(good)) <= {"MONITOR_FILE_PATH"}
@@ -220,7 +220,7 @@ def test_loop_of_links_is_no_crash(lnd: Lnd, good: dict[str, str]) -> None:
 # --- BACKUP_DIRECTORY ---
 
 
-def staging_fault(good: dict[str, str], path: Path | str) -> program.ConfigError:
+def staging_fault(good: Env, path: Path | str) -> program.ConfigError:
     """Return the fault of this staging directory, which must be the only one and name it."""
     found = faults(good | {"BACKUP_DIRECTORY": str(path)})
     assert list(found) == ["BACKUP_DIRECTORY"]
@@ -240,7 +240,7 @@ def staging_fault(good: dict[str, str], path: Path | str) -> program.ConfigError
     ],
 )
 def test_lnds_own_directory_is_a_fault(
-    file: str, directory: str, lnd: Lnd, good: dict[str, str], tmp_path: Path
+    file: str, directory: str, lnd: Lnd, good: Env, tmp_path: Path
 ) -> None:
     """The directory of the file, that of what it links to, and any below them are not for staging,
     also behind a link on either path.
@@ -255,9 +255,7 @@ def test_lnds_own_directory_is_a_fault(
 @pytest.mark.parametrize(
     "name", ["wallet.db", "channel.db", "readonly.macaroon", "chan-backup-archives"]
 )
-def test_directory_with_lnds_files_is_a_fault(
-    name: str, staging: Path, good: dict[str, str]
-) -> None:
+def test_directory_with_lnds_files_is_a_fault(name: str, staging: Path, good: Env) -> None:
     """A directory that holds what LND keeps is not for staging, nor for metrics, whatever
     MONITOR_FILE_PATH says.
     """
@@ -268,7 +266,7 @@ def test_directory_with_lnds_files_is_a_fault(
 
 
 def test_directory_with_lnds_files_that_cannot_be_listed_is_a_fault(
-    public: Path, good: dict[str, str]
+    public: Path, good: Env
 ) -> None:
     """A directory of LND's is recognised by its files also where the user may enter it and not list
     it.
@@ -284,7 +282,7 @@ def test_directory_with_lnds_files_that_cannot_be_listed_is_a_fault(
 
 @pytest.mark.parametrize("target", ["real", "nothing", "link", None])
 def test_link_as_staging_directory_is_a_fault(
-    target: str | None, good: dict[str, str], tmp_path: Path
+    target: str | None, good: Env, tmp_path: Path
 ) -> None:
     """A link, also a dangling one and a loop, is not for staging, nor is a file."""
     (tmp_path / "real").mkdir(mode=0o700)
@@ -297,7 +295,7 @@ def test_link_as_staging_directory_is_a_fault(
 
 
 def test_effective_user_must_own_the_directory(
-    staging: Path, good: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    staging: Path, good: Env, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What counts is the effective user; the hint names a directory that it can make itself."""
     monkeypatch.setattr(os, "geteuid", lambda: staging.stat().st_uid + 1)
@@ -307,9 +305,7 @@ def test_effective_user_must_own_the_directory(
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o770, 0o777, 0o1777])
-def test_directory_that_others_can_write_is_a_fault(
-    mode: int, staging: Path, good: dict[str, str]
-) -> None:
+def test_directory_that_others_can_write_is_a_fault(mode: int, staging: Path, good: Env) -> None:
     """A directory that group or others may write is not for staging, until the hint was
     followed.
     """
@@ -319,9 +315,7 @@ def test_directory_that_others_can_write_is_a_fault(
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
-def test_directory_that_others_can_only_read_is_taken(
-    mode: int, staging: Path, good: dict[str, str]
-) -> None:
+def test_directory_that_others_can_only_read_is_taken(mode: int, staging: Path, good: Env) -> None:
     """A directory that only its owner may write is for staging, such as the one that systemd
     makes.
     """
@@ -333,7 +327,7 @@ def test_directory_that_others_can_only_read_is_taken(
     ("parent", "mode"), [(0o755, 0o000), (0o755, 0o500), (0o755, 0o600), (0o555, None)]
 )
 def test_directory_that_its_owner_cannot_use_is_a_fault(
-    parent: int, mode: int | None, public: Path, good: dict[str, str]
+    parent: int, mode: int | None, public: Path, good: Env
 ) -> None:
     """A directory that its owner may not list, enter and write, or could not make, is not for
     staging.
@@ -350,7 +344,7 @@ def test_directory_that_its_owner_cannot_use_is_a_fault(
             staging.rmdir()
 
 
-def test_missing_directory_is_made_later(tmp_path: Path, good: dict[str, str]) -> None:
+def test_missing_directory_is_made_later(tmp_path: Path, good: Env) -> None:
     """A directory whose parent is there is no fault, and reading the settings does not make it."""
     directory = tmp_path / "new"
     found = program.load_settings(good | {"BACKUP_DIRECTORY": str(directory)}, "run")
@@ -366,9 +360,7 @@ def follow(hint: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["parent", "a parent", "it's"])
-def test_hint_for_a_missing_parent_mends_it(
-    name: str, tmp_path: Path, good: dict[str, str]
-) -> None:
+def test_hint_for_a_missing_parent_mends_it(name: str, tmp_path: Path, good: Env) -> None:
     """A directory without a parent is a fault, and the command in the hint makes it as it must
     be.
     """
@@ -377,9 +369,7 @@ def test_hint_for_a_missing_parent_mends_it(
     assert faults(good | {"BACKUP_DIRECTORY": str(directory)}) == {}
 
 
-def test_directory_that_systemd_made_is_the_default(
-    lnd: Lnd, staging: Path, good: dict[str, str]
-) -> None:
+def test_directory_that_systemd_made_is_the_default(lnd: Lnd, staging: Path, good: Env) -> None:
     """STATE_DIRECTORY, or the first of several, is the staging directory, and is judged as such,
     where BACKUP_DIRECTORY is absent or empty; beside it, it means nothing.
     """
@@ -447,7 +437,7 @@ AWS_FAULTS = [
 
 @pytest.mark.parametrize("wrong", AWS_FAULTS, ids=str)
 def test_value_that_the_sdk_cannot_use_is_a_fault_that_shows_it(
-    wrong: dict[str, str], good: dict[str, str], tmp_path: Path
+    wrong: Env, good: Env, tmp_path: Path
 ) -> None:
     """What the AWS SDK cannot use is told beside a fault of ours, before anything is made, with
     exit 78, the value, and what to do.
@@ -481,7 +471,7 @@ EMPTY = [
 ]
 
 
-def test_empty_variables_count_as_not_set(fake: FakeS3, written_env: dict[str, str]) -> None:
+def test_empty_variables_count_as_not_set(fake: FakeS3, written_env: Env) -> None:
     """Settings that are left empty, as in a file of examples, change nothing."""
     done_well(dict.fromkeys(EMPTY, "") | written_env)
     assert len(fake.requests) == 1
@@ -514,9 +504,7 @@ MISSPELT_IN_A_FILE = {
 
 
 @pytest.mark.unmeasured
-def test_misspelt_names_are_warned_of(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path
-) -> None:
+def test_misspelt_names_are_warned_of(fake: FakeS3, written_env: Env, tmp_path: Path) -> None:
     """Each name that is none is warned of, with the likely one: in the environment if it resembles
     one of ours, in a file always; its value, which may be a secret, is not shown.
     """
@@ -531,7 +519,7 @@ def test_misspelt_names_are_warned_of(
 
 
 @pytest.mark.unmeasured
-def test_right_names_are_not_warned_of(written_env: dict[str, str], tmp_path: Path) -> None:
+def test_right_names_are_not_warned_of(written_env: Env, tmp_path: Path) -> None:
     """Neither our names, nor the SDK's, nor those of the system are taken for misspelt."""
     names = {
         "RESCAN_SECONDS": "60",
@@ -560,7 +548,7 @@ def test_right_names_are_not_warned_of(written_env: dict[str, str], tmp_path: Pa
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ['"{}"', "${{HOME}}{}", " {}", ".{}", "~{}"])
-def test_paths_that_are_not_absolute(written_env: dict[str, str], tmp_path: Path, how: str) -> None:
+def test_paths_that_are_not_absolute(written_env: Env, tmp_path: Path, how: str) -> None:
     """A path in quotes that were kept, with a variable that nobody replaced, or below the working
     directory is refused, with the value.
     """
@@ -594,7 +582,7 @@ CONTROL = {
 
 
 @pytest.mark.unmeasured
-def test_control_characters(written_env: dict[str, str]) -> None:
+def test_control_characters(written_env: Env) -> None:
     """No value holds a control character, such as the line break that `echo` left; all faults are
     told at once, and no secret is shown.
     """
@@ -606,7 +594,7 @@ def test_control_characters(written_env: dict[str, str]) -> None:
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("arn", ["arn:aws:s3:::some-bucket", "arn:aws-cn:s3:::some-bucket/*"])
-def test_a_bucket_by_its_arn(fake: FakeS3, written_env: dict[str, str], arn: str) -> None:
+def test_a_bucket_by_its_arn(fake: FakeS3, written_env: Env, arn: str) -> None:
     """The ARN of a bucket is refused, with the name to write."""
     said = refused(written_env | {"S3_BUCKET_NAME": arn}, f"S3_BUCKET_NAME={arn}")
     (hint,) = (line for line in said.splitlines() if "hint: " in line)

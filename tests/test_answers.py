@@ -124,9 +124,7 @@ def store(page: bytes, version: Reply = lambda _: whole(DATA)) -> Reply:
 
 @pytest.mark.parametrize("how", ["length", "chunked", "close"])
 def test_a_body_may_end_in_any_way(raw: RawS3, raw_env: Env, home: Path, how: str) -> None:
-    """A version, a list and a receipt are read whole whether a length, a last chunk or the end of
-    the connection ends them.
-    """
+    """A version, a list and a receipt are read whole."""
 
     def reply(request: Request) -> Iterable[bytes]:
         if request.method == "PUT":
@@ -143,9 +141,7 @@ def test_a_body_may_end_in_any_way(raw: RawS3, raw_env: Env, home: Path, how: st
 
 @pytest.mark.parametrize("how", ["length", "chunked", "close"])
 def test_a_version_without_end(raw: RawS3, raw_env: Env, home: Path, how: str) -> None:
-    """Of a version that is too large hardly more is read than the largest one has; it is named, and
-    the one before it offered.
-    """
+    """Hardly more is read than the largest has; the version before it is offered."""
     large = "alice/" + version_name(b"", NOON + HOUR)
 
     def version(request: Request) -> Iterable[bytes]:
@@ -169,7 +165,7 @@ def test_a_version_without_end(raw: RawS3, raw_env: Env, home: Path, how: str) -
 
 @pytest.mark.parametrize("how", ["length", "chunked"])
 def test_a_version_that_is_cut(raw: RawS3, raw_env: Env, home: Path, how: str) -> None:
-    """A version whose connection ends before it does is not written."""
+    """It is not written."""
 
     def version(_: Request) -> Iterable[bytes]:
         if how == "length":
@@ -196,7 +192,7 @@ def test_a_version_that_is_cut(raw: RawS3, raw_env: Env, home: Path, how: str) -
 def test_a_document_without_end(
     raw: RawS3, raw_env: Env, command: str, status: str, how: str
 ) -> None:
-    """An answer that goes on for ever is left after some megabytes, whatever it was to be."""
+    """It is left after some megabytes, whatever it was to be."""
     begin = b"<Error><Code>Odd</Code><Message>" if status != "200 OK" else listing()[:-20]
     headers = {"ETag": '"x"', "Content-Type": "application/xml"}
     raw.reply = lambda _: framed(endless(begin), how, status, headers)
@@ -210,9 +206,7 @@ def test_a_document_without_end(
 @pytest.mark.usefixtures("_hurried")
 @pytest.mark.parametrize("command", ["once", "list"])
 def test_a_message_of_ten_megabytes(raw: RawS3, raw_env: Env, command: str) -> None:
-    """Of a message that fills megabytes a beginning is shown, with the code and the status; no
-    answer to a put is read that far.
-    """
+    """A beginning is shown; no answer to a put is read that far."""
     message = error("Odd", "words " + "x" * 10_000_000)
     raw.reply = lambda _: framed([message], status="400 Bad Request")
     said = run(raw_env, command).stderr
@@ -238,7 +232,7 @@ BOMB = b'<!DOCTYPE b [<!ENTITY a0 "boom">' + b"".join(
     ids=["nothing", "deep", "json", "bomb"],
 )
 def test_a_list_that_is_none(raw: RawS3, raw_env: Env, body: bytes) -> None:
-    """What cannot be a list is not taken for an empty bucket."""
+    """It is not taken for an empty bucket."""
     raw.reply = lambda _: framed([body])
     done = run(raw_env, "list", "--json")
     assert (done.returncode != 0, done.stdout) == (True, "")
@@ -273,10 +267,7 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD)
 def test_a_list_of_which_a_part_is_usable(raw: RawS3, raw_env: Env, home: Path, odd: str) -> None:
-    """Beside an entry or a page that lacks something, or tells what cannot be, the version that is
-    whole is listed, restored, and found by `check`; a list that leads nowhere, and an entry that
-    lacks something, are warned of.
-    """
+    """The version that is whole is used; what is lacking is warned of."""
     raw.reply = store(ODD[odd])
     assert KEY in listed(raw_env)
     done = run(raw_env, "restore", cwd=home)
@@ -292,7 +283,7 @@ def test_a_list_of_which_a_part_is_usable(raw: RawS3, raw_env: Env, home: Path, 
     "truncated", ["true", "True", "false", ""], ids=["said", "capital", "denied", "unsaid"]
 )
 def test_a_list_goes_on_while_there_is_a_token(raw: RawS3, raw_env: Env, truncated: str) -> None:
-    """A page that leads to another one is not the last, whatever else it says."""
+    """It does so whatever else the page says."""
     first = listing(entry(KEY), truncated=truncated, token="more")
     first = first.replace(b"<IsTruncated></IsTruncated>", b"")
     second = listing(entry(OLDER))
@@ -304,7 +295,7 @@ def test_a_list_goes_on_while_there_is_a_token(raw: RawS3, raw_env: Env, truncat
 
 @pytest.mark.usefixtures("_hurried")
 def test_each_page_and_each_file_has_its_own_time(raw: RawS3, raw_env: Env, home: Path) -> None:
-    """A list and files that take longer in all than one answer may take are waited for."""
+    """All together they take longer than one answer may."""
     larger = channel_backup(9)
     versions = [
         ("alice/" + version_name(data, NOON - n * HOUR), data)
@@ -330,9 +321,7 @@ def test_each_page_and_each_file_has_its_own_time(raw: RawS3, raw_env: Env, home
 
 
 def test_two_versions_of_one_second_keep_their_order(raw: RawS3, raw_env: Env, home: Path) -> None:
-    """Where S3 cuts its times to the second, the later of two names is the newer version, and the
-    command for the version before it fetches the other one.
-    """
+    """S3 cuts its times to the second, so the later name decides."""
     newest = channel_backup(1)
     older = "alice/" + version_name(DATA, NOON + timedelta(milliseconds=900))
     newer = "alice/" + version_name(newest, NOON + timedelta(milliseconds=1100))
@@ -355,7 +344,7 @@ def test_two_versions_of_one_second_keep_their_order(raw: RawS3, raw_env: Env, h
     ids=["nothing", "no token"],
 )
 def test_a_list_of_which_nothing_is_usable(raw: RawS3, raw_env: Env, page: bytes) -> None:
-    """When nothing is usable it is a failure, and not an empty bucket."""
+    """It is a failure, and not an empty bucket."""
     raw.reply = lambda _: framed([page])
     assert run(raw_env, "restore").returncode in (1, 75)
 
@@ -363,7 +352,7 @@ def test_a_list_of_which_nothing_is_usable(raw: RawS3, raw_env: Env, page: bytes
 @pytest.mark.usefixtures("_hurried")
 @pytest.mark.parametrize("tokens", ["the same", "new ones"])
 def test_a_list_that_never_ends(raw: RawS3, raw_env: Env, tokens: str) -> None:
-    """A list that leads on for ever, in a circle or not, is left after some pages, with a line."""
+    """It is left after some pages, in a circle or not, with a line."""
     numbers = itertools.count()
 
     def page(_: Request) -> Iterable[bytes]:
@@ -380,9 +369,7 @@ def test_a_list_that_never_ends(raw: RawS3, raw_env: Env, tokens: str) -> None:
 
 @pytest.mark.parametrize("lacking", ["x-amz-meta-sha256", "all", "a date"])
 def test_a_version_without_a_header(raw: RawS3, raw_env: Env, home: Path, lacking: str) -> None:
-    """A version that comes without one of its headers, or with one that cannot be read, is written
-    if its bytes can be verified, and refused in words otherwise.
-    """
+    """It is written if its bytes can be verified, and refused in words otherwise."""
     headers = {name: value for name, value in FACTS.items() if lacking not in (name, "all")}
     headers |= {"Last-Modified": "yesterday"} if lacking == "a date" else {}
     raw.reply = store(ONE, lambda _: framed([DATA], headers=headers))
@@ -409,9 +396,7 @@ def test_a_version_without_a_header(raw: RawS3, raw_env: Env, home: Path, lackin
 def test_a_version_that_cannot_be_read(
     raw: RawS3, raw_env: Env, home: Path, status: str, code: str, message: str
 ) -> None:
-    """When the newest version cannot be read it is named, with S3's words, and the printed command
-    restores the one before it.
-    """
+    """It is named, with S3's words, and the printed command restores the one before."""
     newest = "alice/" + version_name(b"newest", NOON + HOUR)
 
     def version(request: Request) -> Iterable[bytes]:
@@ -428,9 +413,7 @@ def test_a_version_that_cannot_be_read(
 
 
 def test_versions_without_metadata(s3: S3Server, bucket: str, reader: Env, home: Path) -> None:
-    """Versions that were copied by another tool, or lie behind a gateway that forgot, are restored
-    by size and six digits, with a warning; a damaged one is not.
-    """
+    """Another tool copied them: size and six digits decide, with a warning."""
     other = {"mtime": "1"}
     put_version(s3, bucket, NOON, channel_backup(3), metadata=other)
     key = put_version(s3, bucket, NOON + HOUR, DATA, metadata=other)
@@ -457,7 +440,7 @@ HANGING: dict[str, Callable[[], Iterable[bytes | float]]] = {
 @pytest.mark.usefixtures("_hurried")
 @pytest.mark.parametrize("how", HANGING)
 def test_one_shots_end_within_a_minute(lnd: Lnd, tmp_path: Path, home: Path, how: str) -> None:
-    """However an answer hangs, each command gives up within a minute, and it may be tried again."""
+    """However an answer hangs, it may be tried again."""
     lnd.write(data=DATA)
 
     def timed(command: str) -> tuple[int, float]:
@@ -483,9 +466,7 @@ def test_one_shots_end_within_a_minute(lnd: Lnd, tmp_path: Path, home: Path, how
 def test_the_daemon_outlives_answers_that_hang(
     raw: RawS3, raw_env: Env, lnd: Lnd, started_by: Callable[[str], None], how: str
 ) -> None:
-    """However many answers hang, each attempt has an end, and versions are stored as soon as S3 is
-    well again.
-    """
+    """Each attempt has an end, and versions are stored as soon as S3 is well again."""
     started_by(hurried(60))
     raw.reply = lambda _: HANGING[how]()
     with Daemon(raw_env | {"SHUTDOWN_GRACE_SECONDS": "0"}) as daemon:
@@ -500,9 +481,7 @@ def test_the_daemon_outlives_answers_that_hang(
 def test_a_heartbeat_that_hangs_is_tried_again(
     raw: RawS3, fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
-    """However many heartbeats were answered by `100 Continue` for ever, the next one is sent, and
-    no upload waits.
-    """
+    """`100 Continue` is answered for ever; no upload waits for it."""
     started_by(hurried(60))
     answered = threading.Event()
 
@@ -535,7 +514,7 @@ VALUES = {"aws_access_key_id": "AKIDMADEUP"} | SECRETS
 def test_a_secret_in_an_answer_is_not_shown(
     fake: FakeS3, written_env: Env, tmp_path: Path, source: str, command: str
 ) -> None:
-    """What S3 says of a secret is shown without it, wherever the secret came from."""
+    """It is masked wherever it came from."""
     written_env |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
     file = tmp_path / "file"
     if source == "environment":
@@ -574,7 +553,7 @@ def test_a_secret_in_an_answer_is_not_shown(
 def test_an_error_with_odd_fields(
     raw: RawS3, raw_env: Env, started_by: Callable[[str], None], command: str, fields: str
 ) -> None:
-    """An error whose fields are empty, nested or there twice may be tried again."""
+    """It may be tried again, though fields are empty, nested or there twice."""
     started_by(hurried(4 * HURRY))
     raw.reply = lambda _: framed([f"<Error>{fields}</Error>".encode()], status="503 Slow Down")
     assert run(raw_env, command).returncode == 75

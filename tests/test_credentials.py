@@ -43,9 +43,7 @@ BLAMES_NETWORK = re.compile(r"(?i)check the network|portal|out of reach|unreacha
 def test_wrong_credentials_are_put_right(
     env: Env, lnd: Lnd, session: Session, tmp_path: Path
 ) -> None:
-    """With a wrong key versions are captured and the log is loud; when the file is mended all of
-    them are stored.
-    """
+    """The log is loud, versions are captured, and stored when the file is mended."""
     key, secret = env.pop("AWS_ACCESS_KEY_ID"), env.pop("AWS_SECRET_ACCESS_KEY")
     file = tmp_path / "credentials"
     content = "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n"
@@ -67,7 +65,7 @@ def test_wrong_credentials_are_put_right(
 
 
 def test_no_credentials_at_all(fake: FakeS3, written_env: Env, lnd: Lnd, staging: Path) -> None:
-    """Without any credentials the daemon runs, is loud and captures, and `once` exits 1."""
+    """The daemon is loud and captures; `once` exits 1."""
     with Script(written_env | NO_KEY) as script:
         script.wait_for_log("error: .*[Cc]redentials")
         lnd.write()
@@ -80,9 +78,7 @@ def test_no_credentials_at_all(fake: FakeS3, written_env: Env, lnd: Lnd, staging
 
 
 def test_a_missing_bucket(s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path) -> None:
-    """Without its bucket the daemon is loud and captures, `once` exits 1, and once there is one all
-    goes out.
-    """
+    """The daemon is loud and captures, and all goes out once there is a bucket."""
     bucket = "not-made-yet-" + os.urandom(4).hex()
     user = s3_http.user(allow("s3:PutObject", "*"))
     env = settings_at(s3_http.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user)
@@ -104,9 +100,7 @@ def test_a_missing_bucket(s3_http: S3Server, prefix: str, lnd: Lnd, staging: Pat
 def test_credentials_that_come_late_end_the_trouble(
     fake: FakeS3, fake_env: Env, lnd: Lnd, tmp_path: Path
 ) -> None:
-    """A credential program that is not there is told of before there is anything to send; when the
-    file names one that works, all is well again.
-    """
+    """The trouble is told before there is anything to send; changed files are read again."""
     config, answer = tmp_path / "config", tmp_path / "answer"
     config.write_text("[default]\ncredential_process = /nowhere/credentials\n")
     answer.write_text(LATE_KEY)
@@ -162,9 +156,7 @@ SOURCES: dict[str, tuple[Env, str, str]] = {  # environment, config file, what i
 def test_a_source_of_credentials_that_fails(
     fake: FakeS3, written_env: Env, tmp_path: Path, source: str
 ) -> None:
-    """A source of credentials that fails is named, loudly, and as what it is: no network problem,
-    no matter of a policy of S3; nothing is asked on a terminal.
-    """
+    """It is named, as no matter of the network or of a policy of S3; nobody is asked."""
     more, config, names = SOURCES[source]
     (tmp_path / "config").write_text(config)
     if source == "sso expired":
@@ -193,7 +185,7 @@ def test_a_source_of_credentials_that_fails(
 
 @pytest.mark.unmeasured
 def test_nobody_is_asked_on_the_terminal(written_env: Env, tmp_path: Path) -> None:
-    """A role that wants a one-time code fails at once also where there is a terminal to ask at."""
+    """A role that wants a one-time code fails at once."""
     (tmp_path / "config").write_text(MFA + BASE)
     typescript = tmp_path / "typescript"
     command = ["script", "-q", "-e", "-E", "never", "-c", 'exec "$PYTHON" "$SCRIPT" once']
@@ -223,9 +215,7 @@ def test_a_program_that_hung_and_works(
     fifos: tuple[Path, Path],
     started_by: Callable[[str], None],
 ) -> None:
-    """A credential program that hung again and again, and then works, is used again, while those
-    that hang go on hanging.
-    """
+    """Those that hang go on hanging meanwhile."""
     started_by(hurried(60))
     never, begun = fifos
     well, program = tmp_path / "well", tmp_path / "program"

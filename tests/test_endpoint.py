@@ -32,6 +32,7 @@ from kit import (
     settings_for,
 )
 from kit.connect_proxy import ConnectProxy
+from kit.script import LATE_ENOUGH
 from kit.tls_front import TlsFront
 from shared import NOWHERE, done_well, failure_of, refused, staged_data
 
@@ -79,7 +80,7 @@ def places(talk: Talk) -> set[tuple[str, int]]:
 def talk(tmp_path: Path, started_by: Callable[[str], None]) -> Callable[[], Talk]:
     """Return what gives all look-ups and connections until now, as kind, host and port."""
     file = tmp_path / "talk"
-    started_by(f"TALK = {str(file)!r}\n{RECORD}")
+    started_by(f"{LATE_ENOUGH}\nTALK = {str(file)!r}\n{RECORD}")
 
     def told() -> Talk:
         lines = file.read_text().splitlines() if file.exists() else []
@@ -108,9 +109,7 @@ def named_env(
 
 
 def test_the_users_checksums_win(fake: FakeS3, fake_env: Env) -> None:
-    """AWS_REQUEST_CHECKSUM_CALCULATION=when_supported adds the SDK's own checksum, as the user
-    wants it.
-    """
+    """The SDK adds its own checksum where the user wants it."""
     with use(fake_env | {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}) as bucket:
         bucket.put(SOME_NAME, channel_backup(1))
     assert "x-amz-checksum-crc32" in fake.requests[0].headers
@@ -122,9 +121,7 @@ def test_the_users_checksums_win(fake: FakeS3, fake_env: Env) -> None:
     ids=["default", "max-attempts", "retry-mode"],
 )
 def test_the_users_attempts_win(fake: FakeS3, fake_env: Env, choice: Env, attempts: int) -> None:
-    """The SDK tries once, since the loop has its own patience, unless AWS_MAX_ATTEMPTS or
-    AWS_RETRY_MODE is set.
-    """
+    """By default the SDK tries once, since the loop has its own patience."""
     fake.set_default(answers.SLOW_DOWN)
     with use(fake_env | choice) as bucket, pytest.raises(program.TransientError, match="SlowDown"):
         bucket.put(SOME_NAME, channel_backup(1))
@@ -132,9 +129,7 @@ def test_the_users_attempts_win(fake: FakeS3, fake_env: Env, choice: Env, attemp
 
 
 def test_a_profile_wins(fake: FakeS3, fake_env: Env, tmp_path: Path) -> None:
-    """Endpoint, region, attempts and checksums of a profile in AWS_CONFIG_FILE are used, and its
-    credentials.
-    """
+    """Its endpoint, region, attempts, checksums and credentials are used."""
     (tmp_path / "config").write_text(
         "[profile node]\n"
         f"endpoint_url = {fake.endpoint}\n"
@@ -188,9 +183,7 @@ def test_regions_are_honoured(fake: FakeS3, fake_env: Env, choice: Env, region: 
 def test_a_portal_that_redirects_may_be_passed_later(
     fake: FakeS3, written_env: Env, started_by: Callable[[str], None], command: str
 ) -> None:
-    """What sends every request elsewhere, and so the SDK in circles, is out of reach, and no fault
-    of the program.
-    """
+    """It sends the SDK in circles, which is no fault of the program."""
     started_by(hurried(20))
     elsewhere = {"Location": "http://portal.example.org/"}
     for method in ("PUT", "GET", "HEAD"):
@@ -221,9 +214,7 @@ def test_a_certificate_that_is_refused(
     *,
     trusted: bool,
 ) -> None:
-    """A certificate of another time leads to the clock, as it may pass; one of an authority that
-    nobody named, or for another name, is an error.
-    """
+    """One of another time leads to the clock, and may be right later."""
     starts = timedelta(days=days, minutes=-1)
     with TlsFront(s3_http.port, tmp_path, name=name, starts=starts) as front:
         bare_env["AWS_ENDPOINT_URL_S3"] = f"https://127.0.0.1:{front.port}"
@@ -236,9 +227,7 @@ def test_a_certificate_that_is_refused(
 
 
 def test_a_bucket_in_another_region_is_found(s3: S3Server, bucket: str, env: Env, lnd: Lnd) -> None:
-    """With a wrong AWS_REGION, or none, and a put-only key the version is stored where S3 says that
-    the bucket is.
-    """
+    """A put-only key is enough, with a wrong AWS_REGION, or none."""
     for region in ("eu-north-1", ""):
         lnd.write()
         done_well(env | {"AWS_REGION": region})
@@ -276,9 +265,7 @@ def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
 def test_an_endpoint_that_ends_with_the_bucket(
     fake: FakeS3, written_env: Env, tmp_path: Path, how: str, path: str, command: str
 ) -> None:
-    """An endpoint whose path ends with the bucket's name is refused, wherever it comes from, and
-    nothing is sent.
-    """
+    """It is refused wherever it comes from, and nothing is sent."""
     at = profile(tmp_path, fake.endpoint + path, how)
     said = refused(written_env | at, "some-bucket", args=(command,))
     assert "endpoint" in said.lower()
@@ -312,7 +299,7 @@ def test_an_endpoint_that_is_right(
 def test_an_endpoint_that_is_not_in_use(
     fake: FakeS3, written_env: Env, tmp_path: Path, how: str
 ) -> None:
-    """An endpoint that another one overrides is not judged."""
+    """It is not judged, as another one overrides it."""
     unused = profile(tmp_path, "http://127.0.0.1:1/some-bucket", how)
     done_well(written_env | unused | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
 
@@ -322,9 +309,7 @@ def test_an_endpoint_that_is_not_in_use(
 def test_an_endpoint_that_begins_with_the_bucket(
     written_env: Env, tmp_path: Path, how: str
 ) -> None:
-    """An endpoint whose host begins with the bucket's name, as some providers show it, is warned
-    of.
-    """
+    """Some providers show it so: it is warned of."""
     at = profile(tmp_path, "https://some-bucket.fra1.example.com", how)
     done = run_script(written_env | at | {"HTTPS_PROXY": NOWHERE}, "list")
     assert done.returncode == 75, done.stderr
@@ -346,9 +331,7 @@ def test_an_endpoint_that_begins_with_the_bucket(
 def test_a_file_of_the_sdks_that_is_wrong(
     written_env: Env, tmp_path: Path, name: str, content: str | None, told: str
 ) -> None:
-    """A CA bundle that holds no certificate, or is a directory, is told at the start, with its
-    name; so is a wrong value in the SDK's own file.
-    """
+    """A CA bundle without a certificate, or a wrong value in the SDK's own file, is told."""
     file = tmp_path / "file"
     file.mkdir() if content is None else file.write_text(content)
     at = {name: str(file), "AWS_REGION": "", "AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
@@ -367,9 +350,7 @@ def test_through_a_proxy_only_the_proxy_hears_of_the_program(
     prefix: str,
     lnd: Lnd,
 ) -> None:
-    """With HTTPS_PROXY every command talks to the proxy alone, looks up no name, and the proxy sees
-    one target, and that of the heartbeat.
-    """
+    """No command looks up a name; the proxy sees one target, and that of the heartbeat."""
     beating = {"HEARTBEAT_URL": "http://heartbeat.example.org/ping", "HTTP_PROXY": tunnel.url}
     version = lnd.write()
     with Daemon(named_env | beating) as daemon:
@@ -392,12 +373,11 @@ def test_through_a_proxy_only_the_proxy_hears_of_the_program(
 
 
 @pytest.mark.unmeasured
+@pytest.mark.cold  # what the libraries do while they are loaded is recorded as well
 def test_without_a_proxy_only_the_endpoint_is_asked(
     s3: S3Server, env: Env, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
-    """Without a proxy a put is one look-up of the endpoint's name and one connection to it, and
-    nothing else.
-    """
+    """A put is one look-up of its name and one connection to it."""
     lnd.write()
     done_well(env | {"AWS_EC2_METADATA_DISABLED": ""})
     assert talk() == [("name", s3.host, s3.port), ("connection", s3.host, s3.port)]
@@ -407,7 +387,6 @@ def test_without_a_proxy_only_the_endpoint_is_asked(
 def test_an_endpoint_in_no_proxy_is_asked_itself(
     s3_https: S3Server, named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
-    """NO_PROXY is honoured: the endpoint that it names is asked without the proxy."""
     lnd.write()
     itself = {"AWS_ENDPOINT_URL_S3": s3_https.endpoint, "NO_PROXY": "127.0.0.1"}
     done_well(named_env | itself)
@@ -420,9 +399,7 @@ def test_an_endpoint_in_no_proxy_is_asked_itself(
 def test_a_proxy_that_fails_is_never_passed_by(
     named_env: Env, talk: Callable[[], Talk], lnd: Lnd, staging: Path, *, there: bool
 ) -> None:
-    """When the proxy refuses the name, or is not there, nothing goes out by another way, and the
-    message names it.
-    """
+    """The message names it, and the versions stay staged."""
     versions = [lnd.write()]
     with ConnectProxy({}) as failing:
         if not there:
@@ -445,7 +422,7 @@ def test_a_proxy_that_fails_is_never_passed_by(
 def test_the_configured_source_of_credentials_is_asked(
     named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
-    """Credentials that a container's service gives are fetched from it, and from nowhere else."""
+    """A container's service gives them, and nothing else is asked."""
     given = {
         "AccessKeyId": named_env.pop("AWS_ACCESS_KEY_ID"),
         "SecretAccessKey": named_env.pop("AWS_SECRET_ACCESS_KEY"),
@@ -477,9 +454,7 @@ def test_the_configured_source_of_credentials_is_asked(
 def test_the_metadata_service_is_asked_only_by_choice(
     env: Env, talk: Callable[[], Talk], lnd: Lnd, choice: Env, asked: set[tuple[str, int]]
 ) -> None:
-    """Without credentials the metadata service is asked only where AWS_EC2_METADATA_DISABLED, which
-    the unit sets and the example explains, does not say otherwise; also one on this machine.
-    """
+    """The unit makes that choice, and the example explains it."""
     del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
     lnd.write()
     assert run_script(env | {"AWS_EC2_METADATA_DISABLED": ""} | choice, "once").returncode == 1

@@ -74,7 +74,7 @@ ALIKE = {
 
 @pytest.mark.parametrize(("text", "value"), ALIKE.items(), ids=ascii)
 def test_line_that_systemd_reads_alike_is_accepted(text: str, value: str) -> None:
-    """A line that means the same to systemd is read, and nothing in it is replaced."""
+    """Nothing in it is replaced."""
     assert read(text + "\n") == {"A": value} == simple_reading(text)
     assert read(text) == {"A": value}
 
@@ -118,9 +118,7 @@ OTHERWISE = [
 
 @pytest.mark.parametrize("line", OTHERWISE, ids=ascii)
 def test_line_that_systemd_reads_otherwise_is_refused(line: str) -> None:
-    """A line that systemd reads otherwise, or not at all, is refused, and the fault names the line
-    by its number.
-    """
+    """So is one that systemd does not read at all; the fault names it by its number."""
     with pytest.raises(program.ConfigError, match=r"line 2\b") as caught:
         read(f"# first\n{line}\nB=c\n")
     assert caught.value.exit_code == 78
@@ -145,9 +143,7 @@ pieces = st.sampled_from(
 @example("A=b\x85#c")
 @example("A=b\u00a0")
 def test_accepted_file_means_what_a_simple_reading_gives(text: str) -> None:
-    """Any file that is accepted sets what a plain reading of its lines sets, to values that a
-    process can have.
-    """
+    """The values are such that a process can have them."""
     try:
         values = read(text)
     except program.ConfigError:
@@ -165,7 +161,7 @@ plain_values = st.text(
 @settings(deadline=None)
 @given(st.dictionaries(st.from_regex("[A-Z_][A-Z0-9_]{0,20}", fullmatch=True), plain_values))
 def test_plain_file_is_accepted(values: Env) -> None:
-    """Any file of KEY=value without quotes, backslashes and # is accepted as it is."""
+    """A plain line is KEY=value without quotes, backslashes and #."""
     assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
 
 
@@ -173,9 +169,7 @@ def test_plain_file_is_accepted(values: Env) -> None:
 
 
 def test_no_file_is_read_unasked(good: Env, tmp_path: Path) -> None:
-    """Without settings the required ones are told, and a .env in the working directory is not
-    read.
-    """
+    """Not even a .env in the working directory."""
     Path(env_file(tmp_path, good)).rename(tmp_path / ".env")
     done = run_script({}, "run", cwd=tmp_path)
     assert done.returncode == 78
@@ -183,9 +177,7 @@ def test_no_file_is_read_unasked(good: Env, tmp_path: Path) -> None:
 
 
 def test_env_file_is_read_and_the_environment_wins(good: Env, tmp_path: Path) -> None:
-    """What the file sets counts as it is, without interpolation, unless the environment has it,
-    also an empty one, which counts as not set.
-    """
+    """Nothing is interpolated; an empty variable wins as well, and counts as not set."""
     wrong = {
         "RESCAN_SECONDS": "-5",
         "REFRESH_SECONDS": "-6",
@@ -201,9 +193,6 @@ def test_env_file_is_read_and_the_environment_wins(good: Env, tmp_path: Path) ->
 
 @pytest.mark.parametrize("what", ["directory", "UTF-16", "unreadable"])
 def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path) -> None:
-    """An --env-file that is a directory, not UTF-8 or not readable is wrong configuration, with its
-    path.
-    """
     path = Path(env_file(public, {"A": "b"}, "UTF-16"))
     if what == "directory":
         path.unlink()
@@ -217,7 +206,7 @@ def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path
 
 @pytest.mark.unmeasured
 def test_a_byte_order_mark(fake: FakeS3, written_env: Env, tmp_path: Path) -> None:
-    """A file that begins with a byte order mark is taken."""
+    """A file that begins with one is taken."""
     done_well({}, "--env-file", env_file(tmp_path, written_env, "utf-8-sig"), "once")
     assert len(fake.objects("some-bucket")) == 1
 
@@ -226,7 +215,7 @@ def test_a_byte_order_mark(fake: FakeS3, written_env: Env, tmp_path: Path) -> No
 def test_the_env_file_before_and_after_the_command(
     fake: FakeS3, written_env: Env, tmp_path: Path
 ) -> None:
-    """`--env-file` is taken before and after the command; one that is not there is exit 78."""
+    """One that is not there is exit 78."""
     file = env_file(tmp_path, written_env)
     done_well({}, "--env-file", file, "once")
     done_well({}, "once", "--env-file", file)

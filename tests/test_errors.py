@@ -88,6 +88,7 @@ KINDS: list[tuple[type[program.BackupError], str, Exception]] = [  # kind, hint,
     (AGAIN, "network", sdk.ReadTimeoutError(endpoint_url=URL, error="timed out")),
     (AGAIN, "network", sdk.ResponseStreamingError(error="IncompleteRead")),
     (AGAIN, "network", sdk.IncompleteReadError(actual_bytes=1, expected_bytes=2)),
+    (FAILED, "AWS_CA_BUNDLE", sdk.SSLError(endpoint_url=URL, error="CERTIFICATE_VERIFY_FAILED")),
     (FAILED, "AWS_", sdk.NoCredentialsError()),
     (FAILED, "AWS_", sdk.PartialCredentialsError(provider="env", cred_var="AWS_SECRET")),
     (FAILED, "AWS_", sdk.ProfileNotFound(profile="node")),
@@ -111,9 +112,7 @@ KINDS: list[tuple[type[program.BackupError], str, Exception]] = [  # kind, hint,
 
 @pytest.mark.parametrize(("kind", "hint", "error"), KINDS)
 def test_errors_have_kinds(kind: type[program.BackupError], hint: str, error: Exception) -> None:
-    """An error of any class has the kind that decides what follows, says what, on what and why,
-    and names what has to be changed: for a missing permission, the policy statement to add.
-    """
+    """It says what, on what and why; the hint names what has to be changed."""
     found = program.classify_s3_error("cannot store: s3://bucket/key", error, STATEMENT)
     assert type(found) is kind
     what, on_what, why = str(found).split(": ", 2)
@@ -128,9 +127,7 @@ TEXTS = st.text(max_size=100)
 
 @given(code=TEXTS, message=TEXTS, status=st.integers(0, 999), statement=TEXTS)
 def test_no_answer_is_too_strange(code: str, message: str, status: int, statement: str) -> None:
-    """Whatever code, message and status S3 answers, there is an explanation with them in it and a
-    hint.
-    """
+    """There is an explanation with S3's words in it, and a hint."""
     error = client_error(code, status, message)
     found = program.classify_s3_error("cannot store: x", error, statement)
     assert code in str(found)
@@ -140,9 +137,7 @@ def test_no_answer_is_too_strange(code: str, message: str, status: int, statemen
 
 @given(text=TEXTS)
 def test_no_exception_is_too_strange(text: str) -> None:
-    """Whatever an exception says, and an answer that lacks all parts of an error, there is an
-    explanation and a hint.
-    """
+    """There is a hint, also for an answer that lacks all parts of an error."""
     for fault in (
         RuntimeError(text),
         ValueError(text),
@@ -184,9 +179,7 @@ def test_the_hint_for_a_code(
     code: int,
     hint: str,
 ) -> None:
-    """Code, words and status of S3 are shown, and what to do fits them: what is no matter of the
-    key does not blame it.
-    """
+    """S3's own words are shown; what is no matter of the key does not blame it."""
     started_by(hurried(20))
     say(fake, status, error(s3_code, message))
     said = run(written_env, "once", code=code).stderr
@@ -215,9 +208,7 @@ def test_an_answer_that_is_not_of_s3(
     body: bytes,
     content_type: str,
 ) -> None:
-    """A web page with any status is something between here and S3: it may be tried again, and the
-    key is not blamed.
-    """
+    """Something stands between here and S3: it may be tried again."""
     started_by(hurried(20))
     say(fake, status, body, content_type)
     said = run(written_env, command, code=75).stderr
@@ -244,9 +235,7 @@ def test_an_answer_that_is_not_of_s3(
 def test_what_s3_says_of_a_denial_decides(
     fake: FakeS3, written_env: Env, action: str, why: str, hint: str
 ) -> None:
-    """The action that S3 names is the one that is missing, not the one that one would guess;
-    against an explicit deny no Allow helps, and none is proposed.
-    """
+    """It names the action that is missing, or a Deny, against which no Allow helps."""
     message = f"User: x is not authorized to perform: {action} on resource: arn:aws:x {why}"
     say(fake, 403, error("AccessDenied", message))
     said = run(written_env, "once", code=1).stderr
@@ -271,9 +260,7 @@ def test_what_s3_says_of_a_denial_decides(
 def test_the_resource_of_the_statement(
     fake: FakeS3, written_env: Env, more: Env, resource: str
 ) -> None:
-    """Where S3 names nothing, the statement to add is that of a put below the prefix; it is right
-    for an access point, another partition, and any prefix.
-    """
+    """Where S3 names nothing, the statement to add is that of a put below the prefix."""
     say(fake, 403, error("AccessDenied", "Access Denied"))
     at = {"AWS_ENDPOINT_URL_S3": "http://s3.example.org", "HTTP_PROXY": fake.endpoint}
     (statement,) = statements(run(written_env | at | more, "once", code=1).stderr)
@@ -287,9 +274,7 @@ def test_the_resource_of_the_statement(
 def test_the_nodes_key_is_never_to_read(
     s3: S3Server, bucket: str, prefix: str, args: tuple[str, ...]
 ) -> None:
-    """Who reads with the node's key, or under another prefix, is sent to the reader's key and the
-    prefix; no policy is to be widened.
-    """
+    """The hint leads to the reader's key and the prefix; no policy is to be widened."""
     written_env = reader_settings(s3, bucket, prefix, s3.put_only_user(bucket, prefix))
     done = run(written_env, *args, code=1)
     assert not statements(done.stderr)

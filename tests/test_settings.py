@@ -48,9 +48,7 @@ def _one_client(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def faults(environ: Env) -> dict[str, program.ConfigError]:
-    """Return the faults of a configuration by variable; each is wrong configuration and says what
-    to do.
-    """
+    """Return the faults by variable; each is wrong configuration and says what to do."""
     failures: list[program.ConfigError] = []
     try:
         program.load_settings(environ, "run")
@@ -66,7 +64,6 @@ def faults(environ: Env) -> dict[str, program.ConfigError]:
 
 
 def test_good_settings_are_taken_as_they_are(good: Env, lnd: Lnd, staging: Path) -> None:
-    """Settings without a fault are returned with the defaults of the others."""
     found = program.load_settings(good, "run")
     assert found[:4] == (lnd.path, staging, "bucket", "")
     assert found[4:7] == (60.0, 86400.0, 10.0)
@@ -78,7 +75,6 @@ def test_good_settings_are_taken_as_they_are(good: Env, lnd: Lnd, staging: Path)
 def test_required_variable_that_is_absent_or_empty_is_a_fault(
     name: str, value: str | None, good: Env
 ) -> None:
-    """A required variable must be there, and an empty one is not there."""
     del good[name]
     found = faults(good if value is None else good | {name: value})
     assert list(found) == [name]
@@ -90,7 +86,6 @@ OPTIONAL = [name for name in program.SETTINGS if name not in REQUIRED] + ["STATE
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_optional_variable_that_is_empty_counts_as_absent(name: str, good: Env) -> None:
-    """An empty optional variable means its default."""
     absent = program.load_settings(good, "run")
     assert program.load_settings(good | {name: ""}, "run") == absent
 
@@ -108,7 +103,7 @@ WRONG = {
     ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
 )
 def test_wrong_value_is_a_fault_that_shows_it(name: str, value: str, good: Env) -> None:
-    """A value that cannot be used is a fault with the variable and the value, and the only one."""
+    """The fault names the variable and the value, and is the only one."""
     found = faults(good | {name: value})
     assert list(found) == [name]
     assert f"{name}={value}" in str(found[name])
@@ -139,7 +134,7 @@ RIGHT: list[tuple[str, str, str, object]] = [
 def test_right_value_is_taken(
     name: str, value: str, field: str, expected: object, good: Env
 ) -> None:
-    """A value within the rules is taken, and a prefix gets the slash that it lacks."""
+    """A prefix gets the slash that it lacks."""
     assert getattr(program.load_settings(good | {name: value}, "run"), field) == expected
 
 
@@ -149,7 +144,6 @@ def test_right_value_is_taken(
     st.text(st.characters(exclude_characters="\0", codec="utf-8")),
 )
 def test_any_value_is_taken_or_a_fault(name: str, value: str) -> None:
-    """No text in a setting ends in anything but settings or faults."""
     with tempfile.TemporaryDirectory() as directory:
         environ = {
             "MONITOR_FILE_PATH": f"{directory}/lnd/channel.backup",
@@ -180,9 +174,7 @@ FORBIDDEN = [
 def test_file_that_must_never_be_copied_is_a_fault(
     name: str, lnd: Lnd, good: Env, *, linked: bool
 ) -> None:
-    """A name of what must never be restored, or never leave the node, is a fault, also behind a
-    link.
-    """
+    """Its name is a fault also behind a link."""
     path = lnd.directory / name
     path.write_bytes(b"secret")
     if linked:
@@ -197,22 +189,19 @@ def test_file_that_must_never_be_copied_is_a_fault(
     "name", ["channel.backup", "channels.backup", "my.db", "macaroon", "sqlite", "channel.db.txt"]
 )
 def test_any_other_name_is_taken(name: str, lnd: Lnd, good: Env) -> None:
-    """A file that is not one of the forbidden ones may have any name, and need not be there."""
+    """The file need not be there."""
     assert faults(good | {"MONITOR_FILE_PATH": str(lnd.directory / name)}) == {}
 
 
 @pytest.mark.parametrize("name", ["", "/"])
 def test_directory_in_place_of_the_file_is_a_fault(name: str, lnd: Lnd, good: Env) -> None:
-    """A directory in place of the file is a fault, with the name of the file in it; what lies
-    beside that directory is not blamed for it.
-    """
+    """It is the only fault: what lies beside that directory is not blamed for it."""
     found = faults(good | {"MONITOR_FILE_PATH": str(lnd.directory) + name})
     assert list(found) == ["MONITOR_FILE_PATH"]
     assert str(lnd.path) in found["MONITOR_FILE_PATH"].hint
 
 
 def test_loop_of_links_is_no_crash(lnd: Lnd, good: Env) -> None:
-    """A file that is a link to itself ends in settings or faults, and not in a traceback."""
     lnd.path.symlink_to(lnd.path)
     assert set(faults(good)) <= {"MONITOR_FILE_PATH"}
 
@@ -242,9 +231,7 @@ def staging_fault(good: Env, path: Path | str) -> program.ConfigError:
 def test_lnds_own_directory_is_a_fault(
     file: str, directory: str, lnd: Lnd, good: Env, tmp_path: Path
 ) -> None:
-    """The directory of the file, that of what it links to, and any below them are not for staging,
-    also behind a link on either path.
-    """
+    """So is that of what the file links to, and any below them, also behind a link."""
     (tmp_path / "link").symlink_to(lnd.directory)
     (tmp_path / "elsewhere").mkdir()
     lnd.path.symlink_to(tmp_path / "elsewhere" / "channel.backup")
@@ -256,9 +243,7 @@ def test_lnds_own_directory_is_a_fault(
     "name", ["wallet.db", "channel.db", "readonly.macaroon", "chan-backup-archives"]
 )
 def test_directory_with_lnds_files_is_a_fault(name: str, staging: Path, good: Env) -> None:
-    """A directory that holds what LND keeps is not for staging, nor for metrics, whatever
-    MONITOR_FILE_PATH says.
-    """
+    """Neither staging nor metrics go there, whatever MONITOR_FILE_PATH says."""
     (staging / name).touch()
     found = faults(good | {"METRICS_FILE": str(staging / "lnd.prom")})
     assert found.keys() == {"BACKUP_DIRECTORY", "METRICS_FILE"}
@@ -268,9 +253,7 @@ def test_directory_with_lnds_files_is_a_fault(name: str, staging: Path, good: En
 def test_directory_with_lnds_files_that_cannot_be_listed_is_a_fault(
     public: Path, good: Env
 ) -> None:
-    """A directory of LND's is recognised by its files also where the user may enter it and not list
-    it.
-    """
+    """The user may enter it, and so see a file whose name it knows."""
     (public / "lnd").mkdir()
     (public / "lnd" / "wallet.db").touch()
     (public / "lnd").chmod(0o111)
@@ -306,9 +289,7 @@ def test_effective_user_must_own_the_directory(
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o770, 0o777, 0o1777])
 def test_directory_that_others_can_write_is_a_fault(mode: int, staging: Path, good: Env) -> None:
-    """A directory that group or others may write is not for staging, until the hint was
-    followed.
-    """
+    """It is taken when the hint was followed."""
     staging.chmod(mode)
     follow(staging_fault(good, staging).hint)
     assert faults(good) == {}
@@ -316,9 +297,7 @@ def test_directory_that_others_can_write_is_a_fault(mode: int, staging: Path, go
 
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
 def test_directory_that_others_can_only_read_is_taken(mode: int, staging: Path, good: Env) -> None:
-    """A directory that only its owner may write is for staging, such as the one that systemd
-    makes.
-    """
+    """The one that systemd makes is such a one."""
     staging.chmod(mode)
     assert faults(good) == {}
 
@@ -329,9 +308,7 @@ def test_directory_that_others_can_only_read_is_taken(mode: int, staging: Path, 
 def test_directory_that_its_owner_cannot_use_is_a_fault(
     parent: int, mode: int | None, public: Path, good: Env
 ) -> None:
-    """A directory that its owner may not list, enter and write, or could not make, is not for
-    staging.
-    """
+    """So is one that the owner of its parent could not make."""
     staging = public / "staging"
     good["MONITOR_FILE_PATH"] = str(public / "lnd" / "channel.backup")
     with as_nobody():
@@ -345,7 +322,7 @@ def test_directory_that_its_owner_cannot_use_is_a_fault(
 
 
 def test_missing_directory_is_made_later(tmp_path: Path, good: Env) -> None:
-    """A directory whose parent is there is no fault, and reading the settings does not make it."""
+    """Reading the settings does not make it."""
     directory = tmp_path / "new"
     found = program.load_settings(good | {"BACKUP_DIRECTORY": str(directory)}, "run")
     assert found.staging == directory
@@ -361,9 +338,7 @@ def follow(hint: str) -> None:
 
 @pytest.mark.parametrize("name", ["parent", "a parent", "it's"])
 def test_hint_for_a_missing_parent_mends_it(name: str, tmp_path: Path, good: Env) -> None:
-    """A directory without a parent is a fault, and the command in the hint makes it as it must
-    be.
-    """
+    """The command in the hint makes the directory as it must be."""
     directory = tmp_path / name / "staging"
     follow(staging_fault(good, directory).hint)
     assert faults(good | {"BACKUP_DIRECTORY": str(directory)}) == {}
@@ -472,7 +447,7 @@ EMPTY = [
 
 
 def test_empty_variables_count_as_not_set(fake: FakeS3, written_env: Env) -> None:
-    """Settings that are left empty, as in a file of examples, change nothing."""
+    """They are left empty in the file of examples."""
     done_well(dict.fromkeys(EMPTY, "") | written_env)
     assert len(fake.requests) == 1
 
@@ -549,9 +524,7 @@ def test_right_names_are_not_warned_of(written_env: Env, tmp_path: Path) -> None
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ['"{}"', "${{HOME}}{}", " {}", ".{}", "~{}"])
 def test_paths_that_are_not_absolute(written_env: Env, tmp_path: Path, how: str) -> None:
-    """A path in quotes that were kept, with a variable that nobody replaced, or below the working
-    directory is refused, with the value.
-    """
+    """Quotes were kept, nobody replaced a variable, or it is below the working directory."""
     names = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "METRICS_FILE", "COPY_DIRECTORY")
     values = {name: how.format(written_env.get(name, str(tmp_path / name))) for name in names}
     said = refused(written_env | values, *names)
@@ -583,9 +556,7 @@ CONTROL = {
 
 @pytest.mark.unmeasured
 def test_control_characters(written_env: Env) -> None:
-    """No value holds a control character, such as the line break that `echo` left; all faults are
-    told at once, and no secret is shown.
-    """
+    """They are refused, as the line break that `echo` left; no secret is shown."""
     said = refused(written_env | CONTROL, *CONTROL)
     assert all(character.isprintable() for character in said if character != "\n")
     assert "s3cret" not in said
@@ -595,7 +566,7 @@ def test_control_characters(written_env: Env) -> None:
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("arn", ["arn:aws:s3:::some-bucket", "arn:aws-cn:s3:::some-bucket/*"])
 def test_a_bucket_by_its_arn(fake: FakeS3, written_env: Env, arn: str) -> None:
-    """The ARN of a bucket is refused, with the name to write."""
+    """It is refused, with the name to write."""
     said = refused(written_env | {"S3_BUCKET_NAME": arn}, f"S3_BUCKET_NAME={arn}")
     (hint,) = (line for line in said.splitlines() if "hint: " in line)
     assert re.search(r"(?<!:)\bsome-bucket\b", hint)
@@ -606,7 +577,7 @@ def test_a_bucket_by_its_arn(fake: FakeS3, written_env: Env, arn: str) -> None:
 def test_a_prefix_of_any_characters(
     s3: S3Server, bucket: str, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
-    """A prefix may hold whatever S3 takes: the version is stored, listed, checked and restored."""
+    """Every command takes whatever S3 takes."""
     prefix = 'it\'s "ノード" ä/#%20&b+c=d;e:f/$x{y}'
     version = lnd.write()
     user = s3.read_write_user(bucket)
@@ -626,9 +597,7 @@ def test_a_prefix_of_any_characters(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a volume of root's")
 @pytest.mark.parametrize("mode", [0o2775, 0o777])
 def test_a_volume_that_belongs_to_root(fake: FakeS3, public: Path, mode: int) -> None:
-    """On a volume of root's that the group may write, the hint names a directory inside it, which
-    the program makes itself.
-    """
+    """The hint names a directory inside it, which the program makes itself."""
     volume = public / "volume"
     volume.mkdir()
     os.chown(volume, 0, NOBODY)
@@ -652,9 +621,7 @@ def test_a_volume_that_belongs_to_root(fake: FakeS3, public: Path, mode: int) ->
 
 
 def test_no_time_is_spent_on_the_network_to_find_faults() -> None:
-    """RESCAN_SECONDS=0 is refused with every other fault of the settings, which the installer
-    lists.
-    """
+    """The installer gives RESCAN_SECONDS=0, to have all other faults listed."""
     done = run_script({"RESCAN_SECONDS": "0", "S3_BUCKET_NAME": "a b"}, "check")
     assert done.returncode == 78
     faults = re.findall(r"configuration: (\w+)=", done.stderr)

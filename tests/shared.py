@@ -34,6 +34,7 @@ from kit import (
 if TYPE_CHECKING:
     from kit import Daemon, S3Server, Written
 
+Env = dict[str, str]
 Done = subprocess.CompletedProcess[str]
 Session = Callable[..., contextlib.AbstractContextManager["Daemon"]]
 
@@ -181,6 +182,13 @@ def start(good: dict[str, str], *arguments: str, code: int = 78) -> list[str]:
     assert (list(staging.iterdir()) if staging.is_dir() else None) == before
     assert not re.search("watching|Traceback", done.stderr)
     return done.stderr.splitlines()
+
+
+def env_file(directory: Path, values: dict[str, str], encoding: str = "utf-8") -> str:
+    """Write an --env-file that sets these values, and return its path."""
+    path = directory / "env"
+    path.write_text("".join(f"{name}={value}\n" for name, value in values.items()), encoding)
+    return str(path)
 
 
 def failure_of(env: dict[str, str]) -> str:

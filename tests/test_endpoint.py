@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import ssl
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-import trustme
 from inside import use
 from kit import (
     CHECKOUT,
@@ -34,8 +32,9 @@ from kit import (
     settings_for,
 )
 from kit.connect_proxy import ConnectProxy
+from kit.script import LATE_ENOUGH
 from kit.tls_front import TlsFront
-from shared import done_well, failure_of, refused
+from shared import NOWHERE, done_well, failure_of, refused, staged_data
 
 import s3_backup_lnd_channels as program
 
@@ -43,10 +42,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from shared import Env
+
 SOME_NAME = "20261120T215558.123456Z-a1b2c3"
 HOST = "s3.example.org"
 TARGET = f"{HOST}:443"
-METADATA = "169.254.169.254"
 # Local sockets (systemd's) have no port, and are left out.
 RECORD = """
 import json, os, sys
@@ -71,11 +71,16 @@ sys.addaudithook(record)
 Talk = list[tuple[str, str, int]]
 
 
+def places(talk: Talk) -> set[tuple[str, int]]:
+    """Return the hosts and ports that were looked up or connected to."""
+    return {(host, port) for _, host, port in talk}
+
+
 @pytest.fixture
 def talk(tmp_path: Path, started_by: Callable[[str], None]) -> Callable[[], Talk]:
     """Return what gives all look-ups and connections until now, as kind, host and port."""
     file = tmp_path / "talk"
-    started_by(f"TALK = {str(file)!r}\n{RECORD}")
+    started_by(f"{LATE_ENOUGH}\nTALK = {str(file)!r}\n{RECORD}")
 
     def told() -> Talk:
         lines = file.read_text().splitlines() if file.exists() else []
@@ -94,7 +99,7 @@ def tunnel(s3_https: S3Server) -> Iterator[ConnectProxy]:
 @pytest.fixture
 def named_env(
     s3_https: S3Server, tunnel: ConnectProxy, prefix: str, lnd: Lnd, staging: Path
-) -> dict[str, str]:
+) -> Env:
     """Return the settings with an endpoint whose name nobody but the proxy knows."""
     through = {"AWS_ENDPOINT_URL_S3": f"https://{HOST}", "HTTPS_PROXY": tunnel.url}
     return settings_for(s3_https, s3_https.create_bucket(), prefix, lnd, staging) | through
@@ -103,10 +108,8 @@ def named_env(
 # --- What the user sets ---
 
 
-def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None:
-    """AWS_REQUEST_CHECKSUM_CALCULATION=when_supported adds the SDK's own checksum, as the user
-    wants it.
-    """
+def test_the_users_checksums_win(fake: FakeS3, fake_env: Env) -> None:
+    """The SDK adds its own checksum where the user wants it."""
     with use(fake_env | {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}) as bucket:
         bucket.put(SOME_NAME, channel_backup(1))
     assert "x-amz-checksum-crc32" in fake.requests[0].headers
@@ -117,24 +120,17 @@ def test_the_users_checksums_win(fake: FakeS3, fake_env: dict[str, str]) -> None
     [({}, 1), ({"AWS_MAX_ATTEMPTS": "2"}, 2), ({"AWS_RETRY_MODE": "standard"}, 3)],
     ids=["default", "max-attempts", "retry-mode"],
 )
-def test_the_users_attempts_win(
-    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], attempts: int
-) -> None:
-    """The SDK tries once, since the loop has its own patience, unless AWS_MAX_ATTEMPTS or
-    AWS_RETRY_MODE is set.
-    """
+def test_the_users_attempts_win(fake: FakeS3, fake_env: Env, choice: Env, attempts: int) -> None:
+    """By default the SDK tries once, since the loop has its own patience."""
     fake.set_default(answers.SLOW_DOWN)
     with use(fake_env | choice) as bucket, pytest.raises(program.TransientError, match="SlowDown"):
         bucket.put(SOME_NAME, channel_backup(1))
     assert len(fake.requests) == attempts
 
 
-def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) -> None:
-    """Endpoint, region, attempts and checksums of a profile in AWS_CONFIG_FILE are used, and its
-    credentials.
-    """
-    config, keys = tmp_path / "config", tmp_path / "credentials"
-    config.write_text(
+def test_a_profile_wins(fake: FakeS3, fake_env: Env, tmp_path: Path) -> None:
+    """Its endpoint, region, attempts, checksums and credentials are used."""
+    (tmp_path / "config").write_text(
         "[profile node]\n"
         f"endpoint_url = {fake.endpoint}\n"
         "region = eu-west-3\n"
@@ -142,15 +138,15 @@ def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) 
         "request_checksum_calculation = when_supported\n"
     )
     secret = f"aws_secret_access_key = {MADE_UP.secret_key}\n"
-    keys.write_text(
+    (tmp_path / "credentials").write_text(
         f"[default]\naws_access_key_id = AKIDDEFAULT\n{secret}"
         f"[node]\naws_access_key_id = AKIDNODE\n{secret}"
     )
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         del fake_env[name]
     profile = {
-        "AWS_CONFIG_FILE": str(config),
-        "AWS_SHARED_CREDENTIALS_FILE": str(keys),
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
         "AWS_PROFILE": "node",
     }
     fake.script(answers.SLOW_DOWN)
@@ -173,143 +169,68 @@ def test_a_profile_wins(fake: FakeS3, fake_env: dict[str, str], tmp_path: Path) 
     ],
     ids=["region", "both", "default-region", "none"],
 )
-def test_regions_are_honoured(
-    fake: FakeS3, fake_env: dict[str, str], choice: dict[str, str], region: str
-) -> None:
+def test_regions_are_honoured(fake: FakeS3, fake_env: Env, choice: Env, region: str) -> None:
     """Requests are signed for AWS_REGION, else AWS_DEFAULT_REGION, else us-east-1."""
     with use(fake_env | choice) as bucket:
         bucket.put(SOME_NAME, channel_backup(1))
     assert f"/{region}/s3/aws4_request" in fake.requests[0].headers["authorization"]
 
 
-# --- The endpoint ---
-
-
-def test_a_path_in_the_endpoint_is_kept(bare_env: dict[str, str]) -> None:
-    """A store below a path of its host is asked there."""
-    with FakeS3() as fake:
-        done = run_script(
-            bare_env | {"AWS_ENDPOINT_URL_S3": f"{fake.endpoint}/storage/v1/s3"}, "once"
-        )
-        assert done.returncode == 0, done.stderr
-        assert fake.requests[0].path.startswith("/storage/v1/s3/some-bucket/alice/")
-
-
-def test_a_host_may_be_called_like_the_bucket(bare_env: dict[str, str]) -> None:
-    """An endpoint whose host bears the bucket's name is right: only a path that ends with it is
-    not.
-    """
-    with FakeS3() as fake:
-        named = {"AWS_ENDPOINT_URL_S3": "http://some-bucket", "HTTP_PROXY": fake.endpoint}
-        done = run_script(bare_env | named, "once")
-        assert len(fake.requests) == 1, done.stderr
-    assert done.returncode == 0, done.stderr
+# --- What answers ---
 
 
 @pytest.mark.parametrize("command", ["once", "list"])
 def test_a_portal_that_redirects_may_be_passed_later(
-    bare_env: dict[str, str], started_by: Callable[[str], None], command: str
+    fake: FakeS3, written_env: Env, started_by: Callable[[str], None], command: str
 ) -> None:
-    """What sends every request elsewhere, and so the SDK in circles, is out of reach, and no fault
-    of the program.
-    """
+    """It sends the SDK in circles, which is no fault of the program."""
     started_by(hurried(20))
-    elsewhere = Answer(
-        302, headers={"Location": "http://portal.example.org/"}, body=b"", etag=False
-    )
-    with FakeS3(defaults=dict.fromkeys(("PUT", "GET", "HEAD"), elsewhere)) as fake:
-        done = run_script(bare_env | {"AWS_ENDPOINT_URL_S3": fake.endpoint}, command)
+    elsewhere = {"Location": "http://portal.example.org/"}
+    for method in ("PUT", "GET", "HEAD"):
+        fake.set_default(Answer(302, headers=elsewhere, body=b"", etag=False), method)
+    done = run_script(written_env, command)
     assert done.returncode == 75, done.stderr
     assert "a fault of this program" not in done.stderr
 
 
-# --- TLS ---
-
-
-class OtherFront(TlsFront):
-    """A front with a certificate of another name or time."""
-
-    def __init__(self, port: int, directory: Path, name: str = "127.0.0.1", days: int = 0) -> None:
-        """Make the certificate: for one day, which began so many days from now."""
-        super().__init__(port, directory)
-        authority, begins = trustme.CA(), datetime.now(UTC) + timedelta(days=days, minutes=-1)
-        self.ca_file.unlink()
-        authority.cert_pem.write_to_path(str(self.ca_file))
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        certificate = authority.issue_cert(
-            name, not_before=begins, not_after=begins + timedelta(days=1)
-        )
-        certificate.configure_cert(self._context)
-
-    def env(self) -> dict[str, str]:
-        """Return the settings that lead here."""
-        return {
-            "AWS_ENDPOINT_URL_S3": f"https://127.0.0.1:{self.port}",
-            "AWS_CA_BUNDLE": str(self.ca_file),
-        }
-
-
-@pytest.mark.parametrize(("days", "words"), [(-2, "has expired"), (2, "not yet valid")])
-def test_a_certificate_of_another_time_is_a_matter_of_the_clock(
-    bare_env: dict[str, str], s3_http: S3Server, tmp_path: Path, days: int, words: str
-) -> None:
-    """A certificate that has expired, or is not valid yet, leads to the clock, and so do the
-    words.
-    """
-    with OtherFront(s3_http.port, tmp_path, days=days) as front:
-        said = failure_of(bare_env | front.env())
-    assert words in said
-    assert "clock" in said.partition("hint: ")[2]
-
-
-def test_a_self_signed_certificate_is_refused(bare_env: dict[str, str], s3_https: S3Server) -> None:
-    """A certificate of an authority that nobody named is an error that names AWS_CA_BUNDLE, and
-    nothing is sent.
-    """
-    said = failure_of(bare_env | {"AWS_ENDPOINT_URL_S3": s3_https.endpoint})
-    assert said.startswith("error: ")
-    assert "certificate verify failed" in said
-    assert "AWS_CA_BUNDLE" in said
-
-
-def test_a_certificate_for_another_name_is_refused(
-    s3_http: S3Server, bare_env: dict[str, str], tmp_path: Path
-) -> None:
-    """A certificate for another name is an error that says so."""
-    with OtherFront(s3_http.port, tmp_path, name="s3.example.org") as front:
-        said = failure_of(bare_env | front.env())
-    assert said.startswith("error: "), said
-    assert "hostname '127.0.0.1' doesn't match 's3.example.org'" in said
-
-
 @pytest.mark.parametrize(
-    "content", [b"", b"no certificate\n", None], ids=["empty", "rubbish", "directory"]
+    ("name", "days", "trusted", "words", "hint"),
+    [
+        ("127.0.0.1", -2, True, "has expired", "clock"),
+        ("127.0.0.1", 2, True, "not yet valid", "clock"),
+        ("127.0.0.1", 0, False, "certificate verify failed", "AWS_CA_BUNDLE"),
+        ("example.org", 0, True, "hostname '127.0.0.1' doesn't match 'example.org'", "name"),
+    ],
+    ids=["expired", "not yet", "unknown authority", "other name"],
 )
-def test_a_ca_bundle_without_a_certificate_is_wrong_configuration(
-    bare_env: dict[str, str], tmp_path: Path, content: bytes | None
+def test_a_certificate_that_is_refused(
+    bare_env: Env,
+    s3_http: S3Server,
+    tmp_path: Path,
+    name: str,
+    days: int,
+    words: str,
+    hint: str,
+    *,
+    trusted: bool,
 ) -> None:
-    """A CA bundle that holds no certificate, or is a directory, is told at the start, with its
-    name.
-    """
-    bundle = tmp_path / "bundle"
-    bundle.mkdir() if content is None else bundle.write_bytes(content)
-    env = bare_env | {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:9", "AWS_CA_BUNDLE": str(bundle)}
-    done = run_script(env, "once")
-    assert done.returncode == 78, done.stderr
-    assert str(bundle) in done.stderr
+    """One of another time leads to the clock, and may be right later."""
+    starts = timedelta(days=days, minutes=-1)
+    with TlsFront(s3_http.port, tmp_path, name=name, starts=starts) as front:
+        bare_env["AWS_ENDPOINT_URL_S3"] = f"https://127.0.0.1:{front.port}"
+        if trusted:
+            bare_env["AWS_CA_BUNDLE"] = str(front.ca_file)
+        said = failure_of(bare_env)
+    assert said.startswith("warning: " if hint == "clock" else "error: ")
+    assert words in said
+    assert hint in said.partition("hint: ")[2]
 
 
-def test_a_bucket_in_another_region_is_found(
-    s3: S3Server, bucket: str, prefix: str, lnd: Lnd, staging: Path
-) -> None:
-    """With a wrong AWS_REGION, or none, and a put-only key the version is stored where S3 says that
-    the bucket is.
-    """
-    env = settings_for(s3, bucket, prefix, lnd, staging)
+def test_a_bucket_in_another_region_is_found(s3: S3Server, bucket: str, env: Env, lnd: Lnd) -> None:
+    """A put-only key is enough, with a wrong AWS_REGION, or none."""
     for region in ("eu-north-1", ""):
         lnd.write()
-        done = run_script(env | {"AWS_REGION": region}, "once")
-        assert done.returncode == 0, done.stderr
+        done_well(env | {"AWS_REGION": region})
     stored = [entry.data for _, entry in sorted(s3.objects(bucket).items())]
     assert stored == [version.data for version in lnd.written]
 
@@ -317,7 +238,7 @@ def test_a_bucket_in_another_region_is_found(
 # --- Endpoints and the bucket's name ---
 
 
-def profile(tmp_path: Path, endpoint: str, how: str) -> dict[str, str]:
+def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
     """Return the settings that lead to an endpoint by the SDK's own ways."""
     config = {
         "profile": f"[profile node]\nendpoint_url = {endpoint}\n",
@@ -342,11 +263,9 @@ def profile(tmp_path: Path, endpoint: str, how: str) -> dict[str, str]:
     ],
 )
 def test_an_endpoint_that_ends_with_the_bucket(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str, path: str, command: str
+    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, path: str, command: str
 ) -> None:
-    """An endpoint whose path ends with the bucket's name is refused, wherever it comes from, and
-    nothing is sent.
-    """
+    """It is refused wherever it comes from, and nothing is sent."""
     at = profile(tmp_path, fake.endpoint + path, how)
     said = refused(written_env | at, "some-bucket", args=(command,))
     assert "endpoint" in said.lower()
@@ -354,54 +273,69 @@ def test_an_endpoint_that_ends_with_the_bucket(
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL", "service"])
+@pytest.mark.parametrize(
+    ("how", "endpoint", "path"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "{}/storage/v1/s3", "/storage/v1/s3/some-bucket/alice/"),
+        ("AWS_ENDPOINT_URL", "{}/not-some-bucket", "/not-some-bucket/some-bucket/alice/"),
+        ("service", "{}/not-some-bucket", "/not-some-bucket/some-bucket/alice/"),
+        ("AWS_ENDPOINT_URL_S3", "http://some-bucket", "http://some-bucket/some-bucket/alice/"),
+    ],
+)
 def test_an_endpoint_that_is_right(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str
+    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, endpoint: str, path: str
 ) -> None:
-    """A path that merely resembles the bucket's name is right, and one that is not in use is not
-    judged.
-    """
-    done = done_well(written_env | profile(tmp_path, f"{fake.endpoint}/not-some-bucket", how))
+    """The path of an endpoint is kept, and may resemble the bucket's name; the host may bear it."""
+    proxy = {"HTTP_PROXY": fake.endpoint, "NO_PROXY": "127.0.0.1"}
+    at = profile(tmp_path, endpoint.format(fake.endpoint), how)
+    done = done_well(written_env | proxy | at)
     assert "warning: " not in done.stderr
+    (request,) = fake.requests
+    assert request.path.startswith(path)
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL", "service"])
+def test_an_endpoint_that_is_not_in_use(
+    fake: FakeS3, written_env: Env, tmp_path: Path, how: str
+) -> None:
+    """It is not judged, as another one overrides it."""
     unused = profile(tmp_path, "http://127.0.0.1:1/some-bucket", how)
-    unused |= {"AWS_ENDPOINT_URL_S3": fake.endpoint}
-    done_well(written_env | unused)
-    assert len(fake.requests) == 2
+    done_well(written_env | unused | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL_S3", "profile"])
 def test_an_endpoint_that_begins_with_the_bucket(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path, how: str
+    written_env: Env, tmp_path: Path, how: str
 ) -> None:
-    """An endpoint whose host begins with the bucket's name, as some providers show it, is warned
-    of.
-    """
-    at = profile(tmp_path, "https://some-bucket.fra1.example.com", how) | {
-        "HTTPS_PROXY": fake.endpoint,
-        "SHUTDOWN_GRACE_SECONDS": "0",
-    }
-    with Script(written_env | at) as script:
-        said = script.wait_for_log(r"(?i)warning: .*some-bucket\.").group()
-        script.wait_for_log("cannot store: ")
-        script.wait_for_log("captured")  # signals are minded from then on
-        assert script.stop() == 0
-    assert "endpoint" in said.lower() or "host" in said.lower()
+    """Some providers show it so: it is warned of."""
+    at = profile(tmp_path, "https://some-bucket.fra1.example.com", how)
+    done = run_script(written_env | at | {"HTTPS_PROXY": NOWHERE}, "list")
+    assert done.returncode == 75, done.stderr
+    assert re.search(r"warning: the endpoint \S*some-bucket\.", done.stderr)
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize(
-    ("line", "name"),
-    [("ca_bundle = /nowhere/ca.pem", "/nowhere/ca.pem"), ("region = eu 1", "eu 1")],
+    ("name", "content", "told"),
+    [
+        ("AWS_CA_BUNDLE", "", "AWS_CA_BUNDLE=/"),
+        ("AWS_CA_BUNDLE", "no certificate\n", "AWS_CA_BUNDLE=/"),
+        ("AWS_CA_BUNDLE", None, "AWS_CA_BUNDLE=/"),
+        ("AWS_CONFIG_FILE", "[default]\nca_bundle = /nowhere/ca.pem\n", "/nowhere/ca.pem"),
+        ("AWS_CONFIG_FILE", "[default]\nregion = eu 1\n", "eu 1"),
+    ],
+    ids=["empty", "rubbish", "directory", "ca_bundle", "region"],
 )
-def test_a_wrong_value_in_the_sdks_file(
-    written_env: dict[str, str], tmp_path: Path, line: str, name: str
+def test_a_file_of_the_sdks_that_is_wrong(
+    written_env: Env, tmp_path: Path, name: str, content: str | None, told: str
 ) -> None:
-    """A CA bundle that is not there, or a region that is none, is found in the SDK's file, too."""
-    (tmp_path / "config").write_text(f"[default]\n{line}\n")
-    at = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_REGION": ""}
-    at |= {"AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
-    refused(written_env | at, name)
+    """A CA bundle without a certificate, or a wrong value in the SDK's own file, is told."""
+    file = tmp_path / "file"
+    file.mkdir() if content is None else file.write_text(content)
+    at = {name: str(file), "AWS_REGION": "", "AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
+    refused(written_env | at, told)
 
 
 # --- Whom it talks to ---
@@ -410,95 +344,62 @@ def test_a_wrong_value_in_the_sdks_file(
 @pytest.mark.unmeasured
 def test_through_a_proxy_only_the_proxy_hears_of_the_program(
     s3_https: S3Server,
-    named_env: dict[str, str],
+    named_env: Env,
     tunnel: ConnectProxy,
     talk: Callable[[], Talk],
     prefix: str,
     lnd: Lnd,
 ) -> None:
-    """With HTTPS_PROXY every command talks to the proxy alone, looks up no name, and the proxy sees
-    one target.
-    """
+    """No command looks up a name; the proxy sees one target, and that of the heartbeat."""
+    beating = {"HEARTBEAT_URL": "http://heartbeat.example.org/ping", "HTTP_PROXY": tunnel.url}
     version = lnd.write()
-    with Daemon(named_env) as daemon:
+    with Daemon(named_env | beating) as daemon:
         daemon.wait_for_stored(version)
         version = lnd.write()
         daemon.wait_for_stored(version)
+        daemon.wait_for_log("cannot reach HEARTBEAT_URL")  # this proxy knows CONNECT alone
         assert daemon.stop() == 0
     bucket = named_env["S3_BUCKET_NAME"]
     reader = named_env | reader_settings(s3_https, bucket, prefix, s3_https.reader_user(bucket))
     reader["AWS_ENDPOINT_URL_S3"] = named_env["AWS_ENDPOINT_URL_S3"]
     output = lnd.directory.parent / "restored"
     for command in (["list"], ["check"], ["restore", "--output", str(output)]):
-        done = run_script(reader, *command)
-        assert done.returncode == 0, done.stderr
+        done_well(reader, *command)
     assert output.read_bytes() == version.data
-    assert {(host, port) for _, host, port in talk()} == {tunnel.address}
-    assert set(tunnel.asked) == {f"CONNECT {TARGET}"}
-    connections = [host for kind, host, _ in talk() if kind == "connection"]
-    # The daemon keeps its connection for what comes at once; each of the others has one.
-    assert len(connections) == len(tunnel.asked) == 4
-
-
-@pytest.mark.unmeasured
-def test_the_heartbeat_goes_through_the_proxy_too(
-    named_env: dict[str, str], tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
-) -> None:
-    """The heartbeat is the only other request, its name is looked up by nobody but the proxy, and
-    it loses nothing.
-    """
-    beating = {"HEARTBEAT_URL": "http://heartbeat.example.org/ping", "HTTP_PROXY": tunnel.url}
-    version = lnd.write()
-    with Daemon(named_env | beating) as daemon:
-        daemon.wait_for_stored(version)
-        daemon.wait_for_log("cannot reach HEARTBEAT_URL")  # this proxy knows CONNECT alone
-        assert daemon.stop() == 0
-    assert {(host, port) for _, host, port in talk()} == {tunnel.address}
+    assert places(talk()) == {tunnel.address}
     assert set(tunnel.asked) == {f"CONNECT {TARGET}", "GET http://heartbeat.example.org/ping"}
+    # The daemon keeps its connection for what comes at once; each of the others has one.
+    assert tunnel.asked.count(f"CONNECT {TARGET}") == 4
 
 
 @pytest.mark.unmeasured
+@pytest.mark.cold  # what the libraries do while they are loaded is recorded as well
 def test_without_a_proxy_only_the_endpoint_is_asked(
-    s3: S3Server, env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
+    s3: S3Server, env: Env, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
-    """Without a proxy a put is one look-up of the endpoint's name and one connection to it, and
-    nothing else.
-    """
+    """A put is one look-up of its name and one connection to it."""
     lnd.write()
-    done = run_script(env | {"AWS_EC2_METADATA_DISABLED": ""}, "once")
-    assert done.returncode == 0, done.stderr
+    done_well(env | {"AWS_EC2_METADATA_DISABLED": ""})
     assert talk() == [("name", s3.host, s3.port), ("connection", s3.host, s3.port)]
 
 
 @pytest.mark.unmeasured
 def test_an_endpoint_in_no_proxy_is_asked_itself(
-    s3_https: S3Server,
-    named_env: dict[str, str],
-    tunnel: ConnectProxy,
-    talk: Callable[[], Talk],
-    lnd: Lnd,
+    s3_https: S3Server, named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
-    """NO_PROXY is honoured: the endpoint that it names is asked without the proxy."""
     lnd.write()
     itself = {"AWS_ENDPOINT_URL_S3": s3_https.endpoint, "NO_PROXY": "127.0.0.1"}
-    assert run_script(named_env | itself, "once").returncode == 0
-    assert {port for _, _, port in talk()} == {s3_https.port}
+    done_well(named_env | itself)
+    assert places(talk()) == {(s3_https.host, s3_https.port)}
     assert tunnel.asked == []
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("there", [True, False], ids=["unknown name", "no proxy"])
 def test_a_proxy_that_fails_is_never_passed_by(
-    named_env: dict[str, str],
-    talk: Callable[[], Talk],
-    lnd: Lnd,
-    staging: Path,
-    *,
-    there: bool,
+    named_env: Env, talk: Callable[[], Talk], lnd: Lnd, staging: Path, *, there: bool
 ) -> None:
-    """When the proxy refuses the name, or is not there, nothing goes out by another way, and the
-    message names it.
-    """
+    """The message names it, and the versions stay staged."""
     versions = [lnd.write()]
     with ConnectProxy({}) as failing:
         if not there:
@@ -513,17 +414,15 @@ def test_a_proxy_that_fails_is_never_passed_by(
                 assert time.monotonic() < deadline, script.log
                 time.sleep(0.02)
             assert script.stop() == 0
-    assert {(host, port) for _, host, port in talk()} == {failing.address}
-    assert [path.read_bytes() for path in sorted(staging.glob("2*"))] == [
-        version.data for version in versions
-    ]
+    assert places(talk()) == {failing.address}
+    assert staged_data(staging) == [version.data for version in versions]
 
 
 @pytest.mark.unmeasured
 def test_the_configured_source_of_credentials_is_asked(
-    named_env: dict[str, str], tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
+    named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
 ) -> None:
-    """Credentials that a container's service gives are fetched from it, and from nowhere else."""
+    """A container's service gives them, and nothing else is asked."""
     given = {
         "AccessKeyId": named_env.pop("AWS_ACCESS_KEY_ID"),
         "SecretAccessKey": named_env.pop("AWS_SECRET_ACCESS_KEY"),
@@ -536,45 +435,30 @@ def test_the_configured_source_of_credentials_is_asked(
             "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{service.endpoint}/role",
             "AWS_EC2_METADATA_DISABLED": "",
         }
-        done = run_script(named_env | source, "once")
-        assert done.returncode == 0, done.stderr
-        assert {(host, port) for _, host, port in talk()} == {
-            tunnel.address,
-            ("127.0.0.1", service.port),
-        }
+        done_well(named_env | source)
+        assert places(talk()) == {tunnel.address, ("127.0.0.1", service.port)}
         assert {request.path for request in service.requests} == {"/role"}
     assert set(tunnel.asked) == {f"CONNECT {TARGET}"}
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize(("choice", "asked"), [("false", {METADATA}), ("true", set())])
+@pytest.mark.parametrize(
+    ("choice", "asked"),
+    [
+        ({"AWS_EC2_METADATA_DISABLED": "false"}, {("169.254.169.254", 80)}),
+        ({"AWS_EC2_METADATA_DISABLED": "true"}, set()),
+        ({"AWS_EC2_METADATA_SERVICE_ENDPOINT": NOWHERE}, {("127.0.0.1", 1)}),
+    ],
+    ids=["false", "true", "own"],
+)
 def test_the_metadata_service_is_asked_only_by_choice(
-    env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd, choice: str, asked: set[str]
+    env: Env, talk: Callable[[], Talk], lnd: Lnd, choice: Env, asked: set[tuple[str, int]]
 ) -> None:
-    """Without credentials the metadata service is asked only where AWS_EC2_METADATA_DISABLED, which
-    the unit sets and the example explains, does not say otherwise.
-    """
+    """The unit makes that choice, and the example explains it."""
     del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
     lnd.write()
-    assert run_script(env | {"AWS_EC2_METADATA_DISABLED": choice}, "once").returncode == 1
-    assert {host for _, host, _ in talk()} == asked
+    assert run_script(env | {"AWS_EC2_METADATA_DISABLED": ""} | choice, "once").returncode == 1
+    assert places(talk()) == asked
     unit = (CHECKOUT / "lnd-backup.service").read_text(encoding="utf-8")
     assert re.search(r"^Environment=.*AWS_EC2_METADATA_DISABLED=true", unit, re.MULTILINE)
     assert "AWS_EC2_METADATA_DISABLED=" in (CHECKOUT / "lnd-backup-env.example").read_text()
-
-
-@pytest.mark.unmeasured
-def test_a_metadata_service_of_ones_own_is_asked(
-    env: dict[str, str], talk: Callable[[], Talk], lnd: Lnd
-) -> None:
-    """Who names a metadata service, as a helper on this machine is, has chosen it: no default
-    stands in its way.
-    """
-    del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
-    lnd.write()
-    own = {
-        "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1",
-        "AWS_EC2_METADATA_DISABLED": "",
-    }
-    assert run_script(env | own, "once").returncode == 1
-    assert ("connection", "127.0.0.1", 1) in talk()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kit import FakeS3, as_nobody, run_script
-from shared import start
+from shared import done_well, env_file, refused, start
 
 import s3_backup_lnd_channels as program
+
+if TYPE_CHECKING:
+    from shared import Env
 
 REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
 
@@ -20,15 +24,15 @@ REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
 # --- What is accepted ---
 
 
-def read(text: str | bytes) -> dict[str, str]:
+def read(text: str) -> Env:
     """Return what an --env-file with this content sets."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "env")
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return program.read_env_file(path)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(text.encode())
+        file.flush()
+        return program.read_env_file(Path(file.name))
 
 
-def simple_reading(text: str) -> dict[str, str]:
+def simple_reading(text: str) -> Env:
     """Read lines of KEY=value as systemd does where it needs none of its special rules."""
     values = {}
     for line in re.split(r"\r\n|\n|\r", text):
@@ -70,7 +74,7 @@ ALIKE = {
 
 @pytest.mark.parametrize(("text", "value"), ALIKE.items(), ids=ascii)
 def test_line_that_systemd_reads_alike_is_accepted(text: str, value: str) -> None:
-    """A line that means the same to systemd is read, and nothing in it is replaced."""
+    """Nothing in it is replaced."""
     assert read(text + "\n") == {"A": value} == simple_reading(text)
     assert read(text) == {"A": value}
 
@@ -114,19 +118,19 @@ OTHERWISE = [
 
 @pytest.mark.parametrize("line", OTHERWISE, ids=ascii)
 def test_line_that_systemd_reads_otherwise_is_refused(line: str) -> None:
-    """A line that systemd reads otherwise, or not at all, is refused, and the fault names the line
-    by its number.
-    """
+    """So is one that systemd does not read at all; the fault names it by its number."""
     with pytest.raises(program.ConfigError, match=r"line 2\b") as caught:
         read(f"# first\n{line}\nB=c\n")
     assert caught.value.exit_code == 78
     assert caught.value.hint
 
 
-def test_every_refused_line_is_named() -> None:
-    """All lines that are refused are named at once."""
-    with pytest.raises(program.ConfigError, match="line 1, 3"):
-        read("export A=b\nB=c\nC=d # comment\n")
+def test_every_refused_line_is_named(good: Env, tmp_path: Path) -> None:
+    """All lines that are refused are named at once, with the path, and it exits 78."""
+    path = tmp_path / "env"
+    path.write_bytes(b"export A=b\nB=c\nC=d # comment\nD=e\0f\n")
+    said = start(good, "--env-file", str(path), "once")
+    assert f"{path}: line 1, 3, 4" in said[0]
 
 
 pieces = st.sampled_from(
@@ -139,9 +143,7 @@ pieces = st.sampled_from(
 @example("A=b\x85#c")
 @example("A=b\u00a0")
 def test_accepted_file_means_what_a_simple_reading_gives(text: str) -> None:
-    """Any file that is accepted sets what a plain reading of its lines sets, to values that a
-    process can have.
-    """
+    """The values are such that a process can have them."""
     try:
         values = read(text)
     except program.ConfigError:
@@ -158,124 +160,68 @@ plain_values = st.text(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.from_regex("[A-Z_][A-Z0-9_]{0,20}", fullmatch=True), plain_values))
-def test_plain_file_is_accepted(values: dict[str, str]) -> None:
-    """Any file of KEY=value without quotes, backslashes and # is accepted as it is."""
+def test_plain_file_is_accepted(values: Env) -> None:
+    """A plain line is KEY=value without quotes, backslashes and #."""
     assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
 
 
 # --- What is read ---
 
 
-def test_no_file_is_read_unasked(good: dict[str, str], tmp_path: Path) -> None:
-    """Without settings the required ones are told, and a .env in the working directory is not
-    read.
-    """
-    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in good.items()))
+def test_no_file_is_read_unasked(good: Env, tmp_path: Path) -> None:
+    """Not even a .env in the working directory."""
+    Path(env_file(tmp_path, good)).rename(tmp_path / ".env")
     done = run_script({}, "run", cwd=tmp_path)
     assert done.returncode == 78
-    assert [name for name in REQUIRED if f"{name}=: is not set" in done.stderr] == list(REQUIRED)
+    assert re.findall(r"(\w+)=: is not set", done.stderr) == list(REQUIRED)
 
 
-def write_env(path: Path, text: str | bytes) -> Path:
-    """Write an --env-file."""
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def test_env_file_is_read_and_the_environment_wins(good: dict[str, str], tmp_path: Path) -> None:
-    """What the file sets counts as it is, without interpolation, unless the environment has it."""
-    text = "RESCAN_SECONDS=-5\nREFRESH_SECONDS=-6\nS3_BUCKET_NAME=${HOME}\n"
-    path = write_env(tmp_path / "env", text)
+def test_env_file_is_read_and_the_environment_wins(good: Env, tmp_path: Path) -> None:
+    """Nothing is interpolated; an empty variable wins as well, and counts as not set."""
+    wrong = {
+        "RESCAN_SECONDS": "-5",
+        "REFRESH_SECONDS": "-6",
+        "S3_BUCKET_NAME": "${HOME}",
+        "S3_BACKUP_PREFIX": "/bob",
+    }
     del good["S3_BUCKET_NAME"]
-    lines = start(good | {"RESCAN_SECONDS": "-7"}, "--env-file", str(path), "run")
-    told = [line.partition("configuration: ")[2] for line in lines if "configuration: " in line]
-    assert sorted(line.rpartition(": ")[0] for line in told) == [
-        "REFRESH_SECONDS=-6",
-        "RESCAN_SECONDS=-7",
-        "S3_BUCKET_NAME=${HOME}",
-    ]
+    env = good | {"RESCAN_SECONDS": "-7", "S3_BACKUP_PREFIX": ""}
+    lines = start(env, "--env-file", env_file(tmp_path, wrong), "run")
+    told = re.findall("configuration: (.*): ", "\n".join(lines))
+    assert sorted(told) == ["REFRESH_SECONDS=-6", "RESCAN_SECONDS=-7", "S3_BUCKET_NAME=${HOME}"]
 
 
-def test_env_file_with_nul_is_wrong_configuration(good: dict[str, str], tmp_path: Path) -> None:
-    """An --env-file with a NUL byte, which no variable can hold, is told with its path and line,
-    and exits 78.
-    """
-    path = write_env(tmp_path / "env", b"A=b\0c\n")
-    assert f"{path}: line 1" in start(good, "--env-file", str(path), "once")[0]
-
-
-@pytest.mark.parametrize("what", ["directory", "not UTF-8", "unreadable"])
+@pytest.mark.parametrize("what", ["directory", "UTF-16", "unreadable"])
 def test_env_file_that_is_no_text_is_wrong_configuration(what: str, public: Path) -> None:
-    """An --env-file that is a directory, not UTF-8 or not readable is wrong configuration, with its
-    path.
-    """
-    path = public / "env"
+    path = Path(env_file(public, {"A": "b"}, "UTF-16"))
     if what == "directory":
+        path.unlink()
         path.mkdir()
-    else:
-        write_env(path, b"A=\xff\n")
-    if what == "unreadable":
+    elif what == "unreadable":
         path.chmod(0)
     with as_nobody(), pytest.raises(program.ConfigError, match=re.escape(str(path))) as caught:
         program.read_env_file(path)
-    assert caught.value.exit_code == 78
+    assert ("not UTF-8" in str(caught.value)) == (what == "UTF-16")
 
 
 @pytest.mark.unmeasured
-def test_a_byte_order_mark(fake: FakeS3, written_env: dict[str, str], tmp_path: Path) -> None:
-    """A file that begins with a byte order mark is taken, or the mark is named."""
-    text = "".join(f"{name}={value}\n" for name, value in written_env.items())
-    (tmp_path / "env").write_text(text, encoding="utf-8-sig")
-    done = run_script({}, "--env-file", str(tmp_path / "env"), "once")
-    if done.returncode:
-        assert done.returncode == 78
-        said = done.stderr.replace(str(tmp_path), "")  # which bears the name of this test
-        assert re.search("(?i)byte.order.mark|BOM", said)
-    else:
-        assert len(fake.objects("some-bucket")) == 1
-
-
-@pytest.mark.unmeasured
-def test_a_file_of_another_encoding(written_env: dict[str, str], tmp_path: Path) -> None:
-    """A file in UTF-16, as an editor of Windows writes it, is refused as that."""
-    text = "".join(f"{name}={value}\n" for name, value in written_env.items())
-    (tmp_path / "env").write_text(text, encoding="utf-16")
-    done = run_script({}, "--env-file", str(tmp_path / "env"), "once")
-    assert done.returncode == 78
-    assert "UTF-8" in done.stderr
+def test_a_byte_order_mark(fake: FakeS3, written_env: Env, tmp_path: Path) -> None:
+    """A file that begins with one is taken."""
+    done_well({}, "--env-file", env_file(tmp_path, written_env, "utf-8-sig"), "once")
+    assert len(fake.objects("some-bucket")) == 1
 
 
 @pytest.mark.unmeasured
 def test_the_env_file_before_and_after_the_command(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path
+    fake: FakeS3, written_env: Env, tmp_path: Path
 ) -> None:
-    """`--env-file` is taken before and after the command; one that is not there is exit 78."""
-    file = str(tmp_path / "env")
-    (tmp_path / "env").write_text(
-        "".join(f"{name}={value}\n" for name, value in written_env.items())
-    )
-    for args in (("--env-file", file, "once"), ("once", "--env-file", file)):
-        done = run_script({}, *args)
-        assert done.returncode == 0, done.stderr
+    """One that is not there is exit 78."""
+    file = env_file(tmp_path, written_env)
+    done_well({}, "--env-file", file, "once")
+    done_well({}, "once", "--env-file", file)
     assert len(fake.requests) == 2
-    for options in (("--env-file", file, "--json"), ("--json", f"--env-file={file}")):
-        assert run_script({}, "check", *options).returncode == 0
-    for args in (("--env-file", "/nowhere", "once"), ("once", "--env-file", "/nowhere")):
-        done = run_script(written_env, *args)
-        assert done.returncode == 78
-        assert "/nowhere: No such file" in done.stderr
-        assert "hint: " in done.stderr
+    done_well({}, "check", "--env-file", file, "--json")
+    done_well({}, "check", "--json", f"--env-file={file}")
+    refused(written_env, "/nowhere: No such file", args=("--env-file", "/nowhere", "once"))
+    refused(written_env, "/nowhere: No such file", args=("once", "--env-file", "/nowhere"))
     assert run_script(written_env, "once", "--env-file").returncode == 2
-
-
-@pytest.mark.unmeasured
-def test_an_empty_variable_hides_the_one_in_the_file(
-    fake: FakeS3, written_env: dict[str, str], tmp_path: Path
-) -> None:
-    """The file never overrides the environment, in which an empty variable counts as not set."""
-    file = tmp_path / "settings"
-    file.write_text("S3_BACKUP_PREFIX=bob/\n")
-    done = run_script(written_env | {"S3_BACKUP_PREFIX": ""}, "--env-file", str(file), "once")
-    assert done.returncode == 0, done.stderr
-    (request,) = fake.requests
-    assert "/bob/" not in request.path

@@ -147,8 +147,9 @@ os.scandir = scandir
 
 
 def hurried(factor: float) -> str:
-    """Return code that runs the program with each `*_SECONDS` so many times shorter, and with two
-    attempts as the most that may hang. LATE_SECONDS stays: operators are told how long it is.
+    """Return code that runs the program with each `*_SECONDS` so many times shorter, with two
+    attempts as the most that may hang, and with 100 pages as the most of a list. LATE_SECONDS
+    stays: operators are told how long it is.
 
     How long a test has to wait for the end of an attempt is then up to the test.
     """
@@ -157,6 +158,7 @@ import re, sys
 text = open(SCRIPT, encoding="utf-8").read()
 text = re.sub(r"(?m)^((?!LATE)[A-Z_]+_SECONDS = [0-9.]+)", r"\\1 / {factor}", text)
 text = re.sub(r"(?m)^([A-Z_]*THREADS[A-Z_]*) = [0-9]+", r"\\1 = 2", text)
+text = re.sub(r"(?m)^PAGES_MAX = [0-9]+", "PAGES_MAX = 100", text)
 sys.argv[0] = SCRIPT
 module = sys.modules["__main__"]
 module.__file__ = SCRIPT

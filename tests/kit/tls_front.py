@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import trustme
@@ -19,9 +20,17 @@ if TYPE_CHECKING:
 class TlsFront(TcpServer):
     """Passes what comes to a port, and back; with TLS, what is in it."""
 
-    def __init__(self, port: int, directory: Path, *, tls: bool = True) -> None:
-        """Prepare to stand before that port; with TLS, under a certificate for 127.0.0.1 of an
-        authority of its own.
+    def __init__(
+        self,
+        port: int,
+        directory: Path,
+        *,
+        tls: bool = True,
+        name: str = "127.0.0.1",
+        starts: timedelta = timedelta(minutes=-1),
+    ) -> None:
+        """Prepare to stand before that port; with TLS, under a certificate for this name of an
+        authority of its own, which is valid for a day.
         """
         self.target, self.ca_file, context = port, directory / "ca.pem", None
         if tls:
@@ -29,7 +38,9 @@ class TlsFront(TcpServer):
             authority.cert_pem.write_to_path(str(self.ca_file))
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.num_tickets = 0  # they come unasked, and would be counted as an answer
-            authority.issue_cert("127.0.0.1").configure_cert(context)
+            begin = datetime.now(UTC) + starts
+            end = begin + timedelta(days=1)
+            authority.issue_cert(name, not_before=begin, not_after=end).configure_cert(context)
         super().__init__(context)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -38,6 +38,7 @@ from kit import (
     settings_for,
     version_name,
 )
+from shared import AWAY, NOON
 
 import s3_backup_lnd_channels as program
 
@@ -61,18 +62,24 @@ signal.pause()
 
 def kilobytes(pid: int, file: str, name: str) -> int:
     """Return a size that the kernel gives for a process."""
-    return int(
-        re.findall(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)[
-            0
-        ]
-    )
+    text = Path(f"/proc/{pid}/{file}").read_text()
+    return int(re.findall(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)[0])
 
 
-def memory(pid: int) -> int:
-    """Return the memory of a process that it shares with no other, and that is in no file: what it
-    has allocated.
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_ratios(one: Script, other: Script) -> list[float]:
+    """Return what one process has of the other's memory that it shares with no other and that is in
+    no file, and of its peak.
     """
-    return kilobytes(pid, "smaps_rollup", "Anonymous")
+    return [
+        kilobytes(one.pid, file, name) / kilobytes(other.pid, file, name)
+        for file, name in (("smaps_rollup", "Anonymous"), ("status", "VmHWM"))
+    ]
 
 
 def modules(script: Script) -> int:
@@ -113,11 +120,6 @@ def settings(
             "S3_BUCKET_NAME": "some-bucket",
         }
     )
-
-
-def wait_until_settled(daemon: Daemon) -> None:
-    """Block until a version is stored, and all that follows is done."""
-    daemon.systemd.wait_for("STATUS=stored .*, 0 staged")
 
 
 # TCP's handshake, TLS 1.3's, and the request; a connection that is open needs the request alone.
@@ -173,9 +175,8 @@ def test_memory(
         Script(twin_settings, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
     ):
         twin.wait_for_log("stored s3://")
-        wait_until_settled(daemon)
-        ratio = memory(daemon.pid) / memory(twin.pid)
-        peak = kilobytes(daemon.pid, "status", "VmHWM") / kilobytes(twin.pid, "status", "VmHWM")
+        daemon.systemd.wait_for("STATUS=stored .*, 0 staged")  # and all that follows is done
+        ratio, peak = memory_ratios(daemon, twin)
     assert not list(staging.glob("2*"))
     print(f"memory {ratio:.3f}, peak {peak:.3f} of the twin's")  # noqa: T201
     assert ratio <= MEMORY * GROWTH_MAX
@@ -220,32 +221,24 @@ def test_bytes_of_an_update(
 def test_memory_with_many_staged(
     settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
-    """Ten thousand staged versions that cannot be sent cost next to no memory, idle or at its
-    peak.
+    """Ten thousand staged versions that cannot be sent cost next to no memory, idle or at its peak,
+    and little time at the start.
     """
     lnd.write()
-    other = tmp_path / "empty"
-    other.mkdir(mode=0o700)
     for number in range(10_000):
         data = channel_backup(0)
-        (
-            staging / f"20260101T000000.{number:06}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
-        ).write_bytes(data)
-    with FaultProxy("127.0.0.1", 9) as line:
-        line.set("refuse")
-        away = settings | {"AWS_ENDPOINT_URL_S3": line.endpoint()}
-        with (
-            Daemon(away, installed.command) as full,
-            Daemon(away | {"BACKUP_DIRECTORY": str(other)}, installed.command) as empty,
-        ):
-            staged = [
-                int(daemon.systemd.wait_for(r"STATUS=.*?(\d+) staged.*cannot store")[1])
-                for daemon in (full, empty)
-            ]
-            ratios = [
-                kilobytes(full.pid, file, name) / kilobytes(empty.pid, file, name)
-                for file, name in (("smaps_rollup", "Anonymous"), ("status", "VmHWM"))
-            ]
+        (staging / version_name(data, NOON + timedelta(seconds=number))).write_bytes(data)
+    away = settings | AWAY
+    with (
+        Daemon(away, installed.command) as full,
+        Daemon(away | {"BACKUP_DIRECTORY": str(tmp_path / "empty")}, installed.command) as empty,
+    ):
+        staged = [
+            int(daemon.systemd.wait_for(r"STATUS=.*?(\d+) staged.*cannot store")[1])
+            for daemon in (full, empty)
+        ]
+        assert cpu_seconds(full.pid) < 3 * cpu_seconds(empty.pid)
+        ratios = memory_ratios(full, empty)
     print(f"{staged[0]} staged: {ratios[0]:.3f}, {ratios[1]:.3f} of the memory without")  # noqa: T201
     assert staged == [10_001, 1]
     assert max(ratios) <= MEMORY_WITH_10_000_STAGED
@@ -398,12 +391,6 @@ def wake_ups(pid: int) -> int:
         int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
         for status in statuses
     )
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.unmeasured

@@ -6,8 +6,8 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FaultProxy, Lnd, Mode, Script, Written, run_script, unlistable_while
-from shared import OFTEN, SELDOM, SteppedS3, staged
+from kit import Daemon, FaultProxy, Lnd, Mode, Script, run_script
+from shared import SELDOM, SteppedS3, staged, write_unseen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,16 +15,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shared import Session
-
-
-def write_unseen(lnd: Lnd) -> Written:
-    """Let LND's file be replaced by a link, of which no event tells that is listened to."""
-    elsewhere = Lnd(lnd.directory / "elsewhere")
-    version = elsewhere.write()
-    lnd.path.unlink(missing_ok=True)
-    lnd.path.hardlink_to(elsewhere.path)
-    lnd.written.append(version)
-    return version
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -63,9 +53,7 @@ def test_an_upload_in_flight_is_finished(
     check_stepped()
 
 
-@pytest.mark.parametrize(
-    ("mode", "grace"), [("blackhole", 0), ("blackhole", 1), ("refuse", 0), ("refuse", 1)]
-)
+@pytest.mark.parametrize(("mode", "grace"), [("blackhole", 0), ("blackhole", 1), ("refuse", 1)])
 def test_the_grace_period_is_kept(
     env: dict[str, str],
     lnd: Lnd,
@@ -148,22 +136,6 @@ def test_once_ends_at_the_first_signal(
         assert script.wait() == 128 + sig
         assert "Traceback" not in script.log
     check_stepped()
-
-
-def test_a_staging_directory_that_cannot_be_listed_spoils_no_stop(
-    env: dict[str, str], lnd: Lnd, staging: Path, tmp_path: Path, started_by: Callable[[str], None]
-) -> None:
-    """A disk that fails before the daemon stops is named, and the stop is an orderly one all the
-    same.
-    """
-    broken = tmp_path / "broken"
-    started_by(unlistable_while(broken))
-    first = lnd.write()
-    with Daemon(OFTEN | env) as daemon:
-        daemon.wait_for_stored(first)
-        broken.touch()
-        daemon.wait_for_log(f"error: cannot use BACKUP_DIRECTORY: {staging}: .*Input/output error")
-        assert daemon.stop() == 0
 
 
 def test_a_thread_that_was_left_behind_cannot_spoil_the_end(

@@ -4,16 +4,13 @@ a bare process with boto3.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
-import functools
 import hashlib
 import io
+import math
 import os
-import queue
 import re
-import signal
 import statistics
 import sys
 import threading
@@ -23,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from inside import use
 from kit import (
-    PATIENCE_SECONDS,
     Daemon,
     FakeS3,
     FaultProxy,
@@ -35,15 +32,12 @@ from kit import (
     channel_backup,
     hurried,
     install,
-    settings_for,
     version_name,
 )
 from shared import AWAY, NOON
 
-import s3_backup_lnd_channels as program
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 GROWTH_MAX = 1.15  # of what is written down here; where it shrinks, the new figure belongs here
 MEMORY = 1.03  # that no other process shares, of the twin's
@@ -126,37 +120,13 @@ def settings(
 COLD = {"http": 2, "https": 3}
 WARM = 1
 IDLE_SECONDS = 1.0
+RESCAN_SECONDS = 5.0
+WATCHED_SECONDS = 10.0
 CHANNELS = 10  # 6,775 bytes
 UPDATES = 100
 WARM_UP = 10
 RATIO_MAX = 2.0
 ROUNDS_MAX = 3
-
-
-@contextlib.contextmanager
-def kept_signal_handlers() -> Iterator[None]:
-    """Put the handlers of signals back, which the daemon replaces."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def put_bare(client: Any, bucket: str, key: str, data: bytes) -> float:  # noqa: ANN401 - botocore is not typed
-    """Put an object with the SDK alone, as the program puts its own, and return the seconds it
-    took.
-    """
-    began = time.monotonic()
-    client.put_object(
-        Bucket=bucket,
-        Key=key,
-        Body=io.BytesIO(data),
-        ContentMD5=base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode(),
-        Metadata={"sha256": hashlib.sha256(data).hexdigest()},
-    )
-    return time.monotonic() - began
 
 
 def test_memory(
@@ -307,81 +277,43 @@ def test_an_idle_connection_is_not_used_again(
         assert script.stop() == 0
 
 
+def put_bare(client: Any, bucket: str, key: str, data: bytes) -> float:  # noqa: ANN401 - botocore is not typed
+    """Put an object with the SDK alone, as the program puts its own, and return the seconds it
+    took.
+    """
+    began = time.monotonic()
+    client.put_object(
+        Bucket=bucket,
+        Key=key,
+        Body=io.BytesIO(data),
+        ContentMD5=base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode(),
+        Metadata={"sha256": hashlib.sha256(data).hexdigest()},
+    )
+    return time.monotonic() - began
+
+
 @pytest.mark.alone
 def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
-    s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path, monkeypatch: pytest.MonkeyPatch
+    env: dict[str, str], bucket: str, prefix: str, lnd: Lnd
 ) -> None:
     """From LND's rename to S3's acknowledgement it takes at most twice as long as a bare put takes,
     by the medians.
     """
-    bucket = s3_http.create_bucket()
-    for name, value in settings_for(s3_http, bucket, prefix, lnd, staging).items():
-        monkeypatch.setenv(name, value)
-    settings = program.load_settings(os.environ, "run")
-    acknowledged: queue.SimpleQueue[float] = queue.SimpleQueue()
-    tidied: queue.SimpleQueue[None] = queue.SimpleQueue()
-    put, tidy = program.Bucket.put, program.Staging.tidy
-
-    @functools.wraps(put)
-    def timed_put(self: program.Bucket, *arguments: Any) -> program.Receipt:  # noqa: ANN401 - passed on
-        receipt = put(self, *arguments)
-        acknowledged.put(time.monotonic())
-        return receipt
-
-    @functools.wraps(tidy)
-    def told_tidy(self: program.Staging) -> None:
-        is_news = bool(self.acknowledged)
-        tidy(self)
-        if is_news:
-            tidied.put(None)
-
-    monkeypatch.setattr(program.Bucket, "put", timed_put)
-    monkeypatch.setattr(program.Staging, "tidy", told_tidy)
-
-    new_bucket = functools.partial(program.Bucket, bucket, prefix, settings.put_arguments)
-
-    def update() -> float:
-        version = lnd.write(CHANNELS)
-        seconds = acknowledged.get(timeout=PATIENCE_SECONDS) - version.renamed_at
-        tidied.get(timeout=PATIENCE_SECONDS)
-        return seconds
-
-    def measure() -> list[float]:
-        client = new_bucket().connect()
-        ratios: list[float] = []
-        try:
-            while len(ratios) < ROUNDS_MAX and min(ratios, default=RATIO_MAX + 1) > RATIO_MAX:
-                updates, bare = [], []
-                for number in range(WARM_UP + UPDATES):
-                    updates.append(update())
-                    bare.append(
-                        put_bare(client, bucket, f"{prefix}bare-{number}", channel_backup(CHANNELS))
-                    )
-                medians = [statistics.median(times[WARM_UP:]) for times in (updates, bare)]
-                ratios.append(medians[0] / medians[1])
-                print(f"update {medians[0] * 1e3:.2f} ms, bare put {medians[1] * 1e3:.2f} ms")  # noqa: T201
-        finally:
-            client.close()
-        return ratios
-
-    async def scenario() -> list[float]:
-        daemon = program.Daemon(settings, new_bucket())
-        running = asyncio.create_task(daemon.run())
-        try:
-            return await asyncio.to_thread(measure)
-        finally:
-            daemon.stop.set()
-            await running
-
-    with kept_signal_handlers():
-        ratios = asyncio.run(scenario())
+    ratios: list[float] = []
+    with Daemon(env) as daemon, use(env) as bare:
+        client = bare.connect()
+        while len(ratios) < ROUNDS_MAX and min(ratios, default=math.inf) > RATIO_MAX:
+            updates, puts = [], []
+            for _ in range(WARM_UP + UPDATES):
+                version = lnd.write(CHANNELS)
+                daemon.wait_for_stored(version)
+                updates.append(time.monotonic() - version.renamed_at)
+                puts.append(put_bare(client, bucket, f"{prefix}bare", channel_backup(CHANNELS)))
+            update, put = (statistics.median(times[WARM_UP:]) for times in (updates, puts))
+            ratios.append(update / put)
+            print(f"update {update * 1e3:.2f} ms, bare put {put * 1e3:.2f} ms")  # noqa: T201
     # Noise can only add to it, and a busy machine has much of it: the best of a few rounds counts.
     assert min(ratios) <= RATIO_MAX, ratios
-
-
-RESCAN_SECONDS = 5.0
-
-WATCHED_SECONDS = 10.0
 
 
 def wake_ups(pid: int) -> int:

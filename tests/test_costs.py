@@ -48,7 +48,8 @@ MEMORY_WITH_10_000_STAGED = 1.1  # at most, of that with none
 # A bare process with a boto3 client, after one put.
 TWIN = """
 import signal, sys, boto3
-boto3.client("s3").put_object(Bucket="some-bucket", Key="key", Body=open(sys.argv[1], "rb").read())
+s3 = boto3.client("s3", region_name="us-east-1")
+s3.put_object(Bucket="some-bucket", Key="key", Body=open(sys.argv[1], "rb").read())
 print("stored s3://", file=sys.stderr, flush=True)
 signal.pause()
 """
@@ -90,30 +91,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installed:
 
 
 @pytest.fixture
-def twin_settings(fake: FakeS3) -> dict[str, str]:
-    """Return what the twin needs, and the daemon too."""
-    return {
-        "AWS_ACCESS_KEY_ID": "AKID",
-        "AWS_SECRET_ACCESS_KEY": "SECRET",
-        "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-
-
-@pytest.fixture
-def settings(
-    twin_settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path
-) -> dict[str, str]:
-    """Return what the daemon needs."""
-    return (
-        twin_settings
-        | installed.environment
-        | {
-            "MONITOR_FILE_PATH": str(lnd.path),
-            "BACKUP_DIRECTORY": str(staging),
-            "S3_BUCKET_NAME": "some-bucket",
-        }
-    )
+def settings(fake_env: dict[str, str], installed: Installed) -> dict[str, str]:
+    """Return what the daemon needs, as the service runs it."""
+    return fake_env | installed.environment
 
 
 # TCP's handshake, TLS 1.3's, and the request; a connection that is open needs the request alone.
@@ -130,8 +110,8 @@ ROUNDS_MAX = 3
 
 
 def test_memory(
+    fake_env: dict[str, str],
     settings: dict[str, str],
-    twin_settings: dict[str, str],
     installed: Installed,
     lnd: Lnd,
     staging: Path,
@@ -142,7 +122,7 @@ def test_memory(
     lnd.write()
     with (
         Daemon(settings, installed.command) as daemon,
-        Script(twin_settings, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
+        Script(fake_env, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
     ):
         twin.wait_for_log("stored s3://")
         daemon.systemd.wait_for("STATUS=stored .*, 0 staged")  # and all that follows is done
@@ -154,7 +134,7 @@ def test_memory(
 
 
 def test_modules(
-    settings: dict[str, str], twin_settings: dict[str, str], installed: Installed, lnd: Lnd
+    fake_env: dict[str, str], settings: dict[str, str], installed: Installed, lnd: Lnd
 ) -> None:
     """Until its first version is stored, the daemon loads as many modules as it did, which is most
     of its start.
@@ -163,7 +143,7 @@ def test_modules(
     told = {"PYTHONPROFILEIMPORTTIME": "1"}
     with (
         Script(settings | told, command=installed.command) as script,
-        Script(twin_settings | told, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
+        Script(fake_env | told, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
     ):
         script.wait_for_log("stored s3://")
         twin.wait_for_log("stored s3://")

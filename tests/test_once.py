@@ -25,14 +25,13 @@ from kit import (
     channel_backup,
     hurried,
     run_script,
-    settings_at,
     version_name,
 )
 from kit.answers import error, framed
 from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, staged, staged_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
     from functools import partial
     from pathlib import Path
 
@@ -97,7 +96,6 @@ def test_once_stores_the_version_and_what_was_staged(
 def test_once_puts_an_unchanged_file_again(
     env: dict[str, str], s3: S3Server, bucket: str, lnd: Lnd, check: partial[None]
 ) -> None:
-    """Each run of the command once puts the version on disk under a new name."""
     lnd.write()
     assert [run_script(env, "once").returncode for _ in range(2)] == [0, 0]
     assert len(s3.objects(bucket)) == 2
@@ -168,7 +166,6 @@ def test_exit_codes_of_once(
 def test_once_outlasts_a_short_fault(
     fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
-    """`once` tries again when S3 was out of reach for a moment, under the same key."""
     started_by("import random\nrandom.uniform = lambda *_: 0.002")  # the pauses
     lnd.write()
     fake.script(answers.SLOW_DOWN, answers.DROPPED)
@@ -178,9 +175,6 @@ def test_once_outlasts_a_short_fault(
 
 
 def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: Path) -> None:
-    """`once` as users run it exits 75 within a minute, whether connections are refused or nobody
-    answers them.
-    """
     # Takes some 40 s: the one test with the real limits, both cases at the same time.
     version = lnd.write()
     with socket.socket() as refusing, socket.socket() as silent:
@@ -207,19 +201,25 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
 # --- How long it goes on ---
 
 
+def taking(seconds: float) -> Callable[[Request], Iterator[bytes | float]]:
+    """Return what answers each put well, after so long."""
+
+    def reply(_: Request) -> Iterator[bytes | float]:
+        yield seconds
+        yield from framed([], headers={"ETag": '"x"'})
+
+    return reply
+
+
 @pytest.mark.unmeasured
 def test_once_while_the_file_is_written_all_the_time(
-    lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+    fake_env: dict[str, str], lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
     """When the file is rewritten every 50 ms and a put takes 200 ms, `once` ends within a minute
     all the same.
     """
     started_by(hurried(HURRY))
     ended = threading.Event()
-
-    def slow(_: Request) -> Iterable[bytes | float]:
-        yield 0.2
-        yield from framed([], headers={"ETag": '"x"'})
 
     def write() -> None:
         while not ended.wait(0.05):
@@ -229,8 +229,8 @@ def test_once_while_the_file_is_written_all_the_time(
     writing = threading.Thread(target=write)
     writing.start()
     try:
-        with RawS3(slow) as raw:
-            done = run_script(settings_at(raw.endpoint, lnd, staging), "once", timeout=20)
+        with RawS3(taking(0.2)) as raw:
+            done = run_script(fake_env | {"AWS_ENDPOINT_URL_S3": raw.endpoint}, "once", timeout=20)
             assert time.monotonic() - raw.asked_at < A_MINUTE + 2
     finally:
         ended.set()
@@ -241,24 +241,17 @@ def test_once_while_the_file_is_written_all_the_time(
 
 @pytest.mark.unmeasured
 def test_once_sends_a_backlog_however_long_it_takes(
-    lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+    fake_env: dict[str, str], staging: Path, started_by: Callable[[str], None]
 ) -> None:
     """As long as S3 acknowledges version after version, `once` goes on beyond its minute, until all
     of them are sent.
     """
     started_by(hurried(4 * HURRY))
-    sent = []
-
-    def slow(request: Request) -> Iterable[bytes | float]:
-        sent.append(request.body)
-        yield 0.1
-        yield from framed([], headers={"ETag": '"x"'})
-
     left = [channel_backup(1) for _ in range(25)]
     for minute, data in enumerate(left):
         (staging / version_name(data, NOON + timedelta(minutes=minute))).write_bytes(data)
-    with RawS3(slow) as raw:
-        done = run_script(settings_at(raw.endpoint, lnd, staging), "once", timeout=60)
+    with RawS3(taking(0.1)) as raw:
+        done = run_script(fake_env | {"AWS_ENDPOINT_URL_S3": raw.endpoint}, "once")
         assert time.monotonic() - raw.asked_at > A_MINUTE / 4
-    assert set(sent) == set(left)
+    assert {request.body for request in raw.requests} == set(left)
     assert "waiting, and not sent" not in done.stderr

@@ -220,9 +220,6 @@ def test_a_fault_is_told_survived_and_over(
 def test_it_never_gives_up(
     fake: FakeS3, fake_env: dict[str, str], lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
-    """A version that S3 refuses seven times is sent an eighth time, under the same key, and that
-    was all.
-    """
     started_by("import random\nrandom.uniform = lambda *_: 0.002")  # the pauses
     fake.script(*[answers.SLOW_DOWN] * 7)
     version = lnd.write()
@@ -318,9 +315,6 @@ def test_the_pause_after_a_failure_has_an_end(
 def test_no_thread_can_be_started(
     fake_env: dict[str, str], fake: FakeS3, lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
-    """When the system grants no thread, versions are captured, the log says why they are not sent,
-    and they are sent once it grants one.
-    """
     started_by("""
 import threading
 start = threading.Thread.start

@@ -102,7 +102,6 @@ def test_only_a_regular_file_is_read(name: str, words: str, public: Path) -> Non
     ],
 )
 def test_link_to_what_must_never_be_copied_is_refused(name: str, lnd: Lnd) -> None:
-    """A link that was switched to one of LND's other files is refused, and names it."""
     (lnd.directory / name).write_bytes(os.urandom(1000))
     lnd.path.symlink_to(name)
     assert name in str(refusal(lnd.path))
@@ -112,9 +111,6 @@ def test_link_to_what_must_never_be_copied_is_refused(name: str, lnd: Lnd) -> No
 def test_file_that_is_exchanged_before_it_is_opened_is_refused(
     what: str, lnd: Lnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What takes the file's place between the look at it and its opening is neither waited for nor
-    followed.
-    """
     lnd.write()
     os.mkfifo(lnd.directory / "fifo")
     (lnd.directory / "link").symlink_to("wallet.db")
@@ -157,7 +153,6 @@ def during_the_read(lnd: Lnd, act: Callable[[], object], monkeypatch: pytest.Mon
 def test_file_that_is_written_while_it_is_read_is_read_again(
     change: Callable[[Path], None], lnd: Lnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that changed during the read is no version, and is soon looked at again."""
     lnd.write()
     os.utime(lnd.path, (1, 1))
     during_the_read(lnd, lambda: change(lnd.path), monkeypatch)
@@ -170,9 +165,6 @@ def test_file_that_is_written_while_it_is_read_is_read_again(
 def test_file_that_is_replaced_while_it_is_read_is_read_whole(
     lnd: Lnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rename during the read leaves the old version whole, and the next read finds the new
-    one.
-    """
     old = lnd.write(3).data
     during_the_read(lnd, lambda: lnd.write(30), monkeypatch)
     assert program.read_channel_backup(lnd.path) == old
@@ -219,7 +211,6 @@ def test_a_file_that_is_doubtful_is_stored_with_a_warning(
 
 
 def test_a_pipe_at_the_path_does_not_hang_the_daemon(session: Session, lnd: Lnd) -> None:
-    """A named pipe is an error that is not read from, and LND's next file is stored."""
     with session(OFTEN) as daemon:
         daemon.wait_for_log("No such file")
         os.mkfifo(lnd.directory / "pipe")

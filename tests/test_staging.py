@@ -199,7 +199,6 @@ def test_leftover_that_is_no_file_does_not_hold_up_the_start(
 def test_planted_link_is_not_written_through(
     queue: program.Staging, staging: Path, tmp_path: Path
 ) -> None:
-    """A link under the name of a file of the program's own never makes it write elsewhere."""
     outside = tmp_path / "outside"
     outside.write_bytes(b"theirs")
     for own in (".receipt", "..receipt.partial", f".{true_name(GOOD)}.partial", true_name(GOOD)):
@@ -309,7 +308,6 @@ def test_damaged_receipt_holds_nobody_up(
 def test_staged_bytes_count_only_as_the_newest(
     number: int, count: int, lnd: Lnd, staging: Path, look: Callable[[], None]
 ) -> None:
-    """Of the staged versions only the newest one counts as the one on disk."""
     versions = [channel_backup(1) for _ in range(3)]
     for data, day in zip(versions[:2], ("01", "02"), strict=True):
         (staging / true_name(data, f"202001{day}T000000.000000Z-")).write_bytes(data)
@@ -320,12 +318,11 @@ def test_staged_bytes_count_only_as_the_newest(
 
 
 def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> None:
-    """A link, and a file, in the directory's place are refused as wrong configuration."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "file").write_bytes(b"")
     for name in ("link", "file"):
-        with pytest.raises(program.ConfigError) as caught:
+        with pytest.raises(program.ConfigError, match="Not a directory") as caught:
             program.Staging(tmp_path / name)
         assert caught.value.exit_code == 78
         assert caught.value.hint

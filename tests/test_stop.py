@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 def test_a_signal_ends_an_idle_daemon(
     env: dict[str, str], lnd: Lnd, check: partial[None], sig: signal.Signals
 ) -> None:
-    """An idle daemon ends with success at the first signal."""
     version = lnd.write()
     with Daemon(SELDOM | env) as daemon:
         daemon.wait_for_stored(version)
@@ -83,9 +82,6 @@ def test_the_grace_period_is_kept(
 def test_it_looks_after_the_signal_and_before_it_leaves(
     env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, check: partial[None], staging: Path
 ) -> None:
-    """What no event told is found by a look right after the signal, and what comes later by another
-    before the end.
-    """
     first = lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
@@ -108,9 +104,6 @@ def test_a_second_signal_ends_it_at_once(
     check_stepped: partial[None],
     second: signal.Signals,
 ) -> None:
-    """While the daemon is still sending, a second signal ends it without waiting for the grace
-    period.
-    """
     lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "300"}) as daemon:
         stepped.wait_for_requests(1)

@@ -199,25 +199,31 @@ def test_false_receipts_are_refused(
         assert bucket.put(SOME_NAME, channel_backup(1))
 
 
-@pytest.mark.parametrize("status", ["101 Switching Protocols", "200 OK"])
-def test_an_answer_that_is_no_end_is_no_receipt(fake_env: dict[str, str], status: str) -> None:
-    """An answer that only announces something, or breaks off before its body, proves nothing."""
-    headers = {"ETag": '"x"', "Content-Length": "5" if status == "200 OK" else "0"}
-    with (
-        RawS3(lambda _: [answers.head(status, headers)]) as raw,
-        use(fake_env | {"AWS_ENDPOINT_URL_S3": raw.endpoint}) as bucket,
-        pytest.raises(program.TransientError, match="cut short"),
-    ):
-        bucket.put(SOME_NAME, channel_backup(1))
+ONLY_ANNOUNCED = answers.head("101 Switching Protocols", {"ETag": '"x"', "Content-Length": "0"})
+BROKEN_OFF = answers.head("200 OK", {"ETag": '"x"', "Content-Length": "5"})
+ELSEWHERE = answers.head("307 Temporary Redirect", {"Content-Length": "0"})
 
 
-def test_a_redirect_that_names_no_region_costs_one_request(fake_env: dict[str, str]) -> None:
-    """What redirects everything, as a captive portal does, is not asked where the bucket is."""
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (ONLY_ANNOUNCED, "cut short"),
+        (BROKEN_OFF, "cut short"),
+        (ELSEWHERE, "names no region"),
+    ],
+    ids=["announced", "broken-off", "redirected"],
+)
+def test_an_answer_that_is_no_end_is_no_receipt(
+    fake_env: dict[str, str], answer: bytes, why: str
+) -> None:
+    """An answer that only announces something, or breaks off before its body, proves nothing; and
+    what redirects everything, as a captive portal does, is not asked where the bucket is.
+    """
     with (
-        RawS3(lambda _: answers.framed([b""], status="307 Temporary Redirect")) as raw,
+        RawS3(lambda _: [answer]) as raw,
         use(fake_env | {"AWS_ENDPOINT_URL_S3": raw.endpoint}) as bucket,
     ):
-        with pytest.raises(program.TransientError, match="names no region"):
+        with pytest.raises(program.TransientError, match=why):
             bucket.put(SOME_NAME, channel_backup(1))
         assert len(raw.requests) == 1
 
@@ -276,9 +282,6 @@ def test_flipped_bits_are_never_stored(
     staging: Path,
     check: partial[None],
 ) -> None:
-    """Bytes that change on the way are refused by S3, stay staged, and are stored once the line is
-    sound.
-    """
     version = lnd.write()
     s3_line.set("corrupt")
     with Script(env) as script:
@@ -297,7 +300,6 @@ def test_flipped_bits_are_never_stored(
 def test_a_silent_server_is_given_up(
     fake: FakeS3, fake_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attempt without progress is given up, and the next one, over a new connection, stores."""
     monkeypatch.setattr(program, "SILENCE_SECONDS", 0.5)
     data = channel_backup(10)
     with (

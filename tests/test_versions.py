@@ -104,7 +104,6 @@ def test_names_increase_whatever_the_clock_says(captures: list[tuple[datetime, s
     ],
 )
 def test_what_only_resembles_a_name_is_none(text: str) -> None:
-    """What differs from a name in the least is no version."""
     assert program.captured_at(text) is None
 
 
@@ -120,9 +119,6 @@ def test_year_9999_is_no_time_of_capture() -> None:
 def test_every_start_puts_the_version_once(
     env: dict[str, str], lnd: Lnd, check: partial[None]
 ) -> None:
-    """The version on disk gets a new name at each start, and only then, even if it did not
-    change.
-    """
     version = lnd.write()
     for _ in range(2):
         with Daemon(SELDOM | env | OFTEN) as daemon:
@@ -136,9 +132,6 @@ def test_every_start_puts_the_version_once(
 def test_a_staged_version_counts_as_the_put_of_a_start(
     env: dict[str, str], lnd: Lnd, session: Session, staging: Path
 ) -> None:
-    """A version that is still staged with the bytes on disk gets no second name at the next
-    start.
-    """
     version = lnd.write()
     for _ in range(2):
         with Daemon(SELDOM | env | AWAY) as daemon:
@@ -167,7 +160,6 @@ def test_an_unchanged_file_is_put_again(
 def test_a_refresh_does_not_pile_up(
     env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, check: partial[None], staging: Path
 ) -> None:
-    """While S3 is away an unchanged file is staged once, however often a refresh is due."""
     lnd.write()
     s3_line.set("refuse")
     with Daemon(SELDOM | env | OFTEN | {"REFRESH_SECONDS": "0.05"}) as daemon:
@@ -181,7 +173,6 @@ def test_a_refresh_does_not_pile_up(
 
 
 def test_a_refresh_can_be_turned_off(session: Session, lnd: Lnd) -> None:
-    """With REFRESH_SECONDS=0 an unchanged file is never put again."""
     version = lnd.write()
     with session({"RESCAN_SECONDS": "0.02", "REFRESH_SECONDS": "0"}) as daemon:
         daemon.wait_for_stored(version)

@@ -48,14 +48,6 @@ def expect_watched(daemon: Daemon, lnd: Lnd) -> None:
     daemon.assert_watches_only(lnd.directory)
 
 
-def rebuild(lnd: Lnd) -> int:
-    """Remove LND's directory, make it anew, and return its former inode number."""
-    inode = lnd.directory.stat().st_ino
-    shutil.rmtree(lnd.directory)
-    lnd.directory.mkdir(mode=0o700)
-    return inode
-
-
 # --- Writers ---
 
 
@@ -67,7 +59,6 @@ def test_a_rename_over_the_file_is_seen(backed_up: Session, lnd: Lnd) -> None:
 
 
 def test_a_file_first_created_later_is_seen(session: Session, lnd: Lnd) -> None:
-    """The first file of a new node is stored although there was none at the start."""
     with session() as daemon:
         daemon.wait_for_log("No such file")
         daemon.wait_for_stored(lnd.write(channels=0))
@@ -75,7 +66,6 @@ def test_a_file_first_created_later_is_seen(session: Session, lnd: Lnd) -> None:
 
 
 def test_a_writer_in_place_is_seen(backed_up: Session, lnd: Lnd) -> None:
-    """A file that is truncated, written and closed is stored without waiting for a rescan."""
     with backed_up() as daemon:
         daemon.wait_for_stored(lnd.write_in_place())
         daemon.wait_for_stored(lnd.write_in_place(channels=3))
@@ -136,7 +126,6 @@ def test_a_file_that_grows_slowly_is_stored_in_the_end(session: Session, lnd: Ln
 
 
 def test_a_directory_made_later_is_watched(session: Session, lnd: Lnd) -> None:
-    """A directory that is missing at the start is a warning, and is watched when it is there."""
     lnd.directory.rmdir()
     with session() as daemon:
         daemon.wait_for_log("warning: .*: No such file")
@@ -154,7 +143,9 @@ def test_a_directory_removed_and_made_again_is_watched(
     """
     with backed_up() as daemon:
         daemon.signal(signal.SIGSTOP)
-        inode, fillers = rebuild(lnd), 0
+        inode, fillers = lnd.directory.stat().st_ino, 0
+        shutil.rmtree(lnd.directory)
+        lnd.directory.mkdir(mode=0o700)
         while (lnd.directory.stat().st_ino == inode) is not same_inode:
             fillers += 1
             if fillers > 200:
@@ -188,9 +179,6 @@ def test_a_directory_put_in_the_place_of_another_is_watched(backed_up: Session, 
 
 
 def test_a_directory_renamed_away_and_back_is_watched(backed_up: Session, lnd: Lnd) -> None:
-    """A directory that comes back under its name is watched, and what was written meanwhile is
-    stored.
-    """
     home, away = lnd.directory, lnd.directory.with_name("away")
     with backed_up() as daemon:
         home.rename(away)
@@ -207,9 +195,6 @@ def test_a_directory_renamed_away_and_back_is_watched(backed_up: Session, lnd: L
 def test_a_replaced_ancestor_is_found_by_the_rescan(
     backed_up: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
-    """When a directory further up is replaced, of which no event tells, the new path is watched
-    after the next look.
-    """
     move(lnd, tmp_path / "above" / "lnd")
     with backed_up(OFTEN | {"MONITOR_FILE_PATH": str(lnd.path)}) as daemon:
         (tmp_path / "above").rename(tmp_path / "former")
@@ -221,9 +206,6 @@ def test_a_replaced_ancestor_is_found_by_the_rescan(
 def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
     backed_up: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
-    """When a link to the directory is switched, of which no event tells, the other directory is
-    watched.
-    """
     link = tmp_path / "link"
     link.symlink_to(lnd.directory)
     with backed_up(OFTEN | {"MONITOR_FILE_PATH": str(link / lnd.path.name)}) as daemon:
@@ -254,9 +236,6 @@ def test_a_link_in_place_of_the_file_is_followed(
 def test_a_mount_over_the_directory_is_found_by_the_rescan(
     backed_up: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
-    """When another directory is mounted over LND's, of which no event tells, that one is watched,
-    and LND's again.
-    """
     home = lnd.directory
     with backed_up(OFTEN) as daemon:
         move(lnd, tmp_path / "mounted")
@@ -291,9 +270,6 @@ def test_an_unmounted_file_system_is_no_end(session: Session, lnd: Lnd) -> None:
 
 
 def test_an_overflow_of_events_loses_nothing(backed_up: Session, lnd: Lnd) -> None:
-    """The version whose event did not fit into the kernel's queue any more is stored all the
-    same.
-    """
     here, there = lnd.directory / "here", lnd.directory / "there"
     here.touch()
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
@@ -340,9 +316,6 @@ def test_a_failing_reader_ends_the_daemon(
     started_by: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """When events cannot be read for an unknown reason, the daemon ends with a failure, and does
-    not spin.
-    """
     program = script_module.SCRIPT
     started_by("""
 import asyncinotify
@@ -362,7 +335,6 @@ asyncinotify.Inotify._get = fail
 
 
 def test_the_event_loop_has_nothing_to_complain_about(backed_up: Session, lnd: Lnd) -> None:
-    """In asyncio's debug mode a session with switches of the directory brings up no complaint."""
     with backed_up({"PYTHONASYNCIODEBUG": "1", "PYTHONDEVMODE": "1"}) as daemon:
         lnd.directory.rename(lnd.directory.with_name("old"))
         lnd.directory.mkdir(mode=0o700)
@@ -416,7 +388,7 @@ def test_the_gap_between_read_and_rename_does_not_matter(
     """With 30 ms between LND's read and its rename and a slow upload, the newest version is stored
     20 of 20 times.
     """
-    s3_line.set("latency", up=0.15, down=0.15)
+    s3_line.set("latency", up=0.05, down=0.05)
     lnd.read_gap_seconds = 0.03
     lnd.write()
     with session(replaced_ok=[0]) as daemon:

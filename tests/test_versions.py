@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -42,13 +42,8 @@ clocks = st.datetimes(datetime(1970, 1, 1), datetime(9000, 1, 1), timezones=st.j
 
 def name_at(moment: datetime, sha256: str, newest: str = "") -> str:
     """Return the name that a version gets when the clock says this."""
-
-    class Clock(datetime):
-        @classmethod
-        def now(cls, _: tzinfo | None = None) -> datetime:  # type: ignore[override]
-            return moment
-
-    with mock.patch.object(program, "datetime", Clock):
+    with mock.patch.object(program, "datetime", wraps=datetime) as clock:
+        clock.now.return_value = moment
         return program.new_name(sha256, newest)
 
 

@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from functools import partial
 
-MADE_AFTER = "29990101T000000.000000Z-"
-
-
 pytestmark = pytest.mark.usefixtures("_log_level")
 
 
@@ -92,20 +89,20 @@ def things(draw: st.DrawFn) -> list[Thing]:
 
 def lay(directory: Path, thing: Thing) -> None:
     """Let a thing lie in the directory."""
-    path = os.fsencode(directory / os.fsdecode(thing.name))
+    path = directory / os.fsdecode(thing.name)
     match thing.kind:
         case "directory":
-            os.mkdir(path)
+            path.mkdir()
         case "link":
-            os.symlink(b"../target", path)
+            path.symlink_to("../target")
         case "dangling link":
-            os.symlink(b"nothing", path)
+            path.symlink_to("nothing")
         case "link to a device":
-            os.symlink(b"/dev/zero", path)
+            path.symlink_to("/dev/zero")
         case "fifo":
             os.mkfifo(path)
         case _:
-            Path(os.fsdecode(path)).write_bytes(thing.data)
+            path.write_bytes(thing.data)
 
 
 def identities(directory: Path) -> dict[str, tuple[int, ...]]:

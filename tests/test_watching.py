@@ -361,18 +361,18 @@ def test_a_permission_that_is_granted_later_is_noticed(
     session: Session, lnd: Lnd, started_by: Callable[[str], None], what: str
 ) -> None:
     """A denied directory or file is an error that names what is needed, and once granted the
-    version is stored.
+    version is stored within seconds, and not at the next rescan.
     """
     started_by(WITHOUT_PRIVILEGE)
     first = lnd.write()
     denied = lnd.directory if what == "directory" else lnd.path
     mode = denied.stat().st_mode
     denied.chmod(0)
-    with session(OFTEN) as daemon:
+    with session() as daemon:
         daemon.wait_for_log(
             "error: cannot read channel.backup: .*Permission denied\n.*hint: .*needs r on the file"
         )
-        daemon.wait_for_looks()
+        daemon.wait_for_looks(1)
         denied.chmod(mode)
         daemon.wait_for_stored(first)
         expect_watched(daemon, lnd)

@@ -142,7 +142,7 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
     log says so and names what is given up, and it recovers.
     """
     started_by("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))")
-    with Daemon(SELDOM | env | OFTEN) as daemon:
+    with Daemon(env | OFTEN | {"SHUTDOWN_GRACE_SECONDS": "0"}) as daemon:
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_log("error: cannot use BACKUP_DIRECTORY: .*\n.*hint: .*sent from memory")
         daemon.wait_for_log("staging works again")
@@ -158,8 +158,7 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
         daemon.wait_for_log("staging works again", count=2)
         daemon.wait_for_looks()
         assert daemon.log.count("cannot use BACKUP_DIRECTORY") == 2, "each trouble once"
-        daemon.signal(signal.SIGKILL)
-        daemon.wait()
+        assert daemon.stop() == 0
     assert list(files(staging).values()) == [lnd.written[3].data]
     check(replaced_ok=[1, 2])
 

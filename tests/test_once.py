@@ -124,8 +124,8 @@ def test_a_second_copy_does_not_start(
 
 
 EXITS = {
-    "clock": (answers.CLOCK_SKEW, 75, "clock"),
     "bucket": (answers.NO_SUCH_BUCKET, 1, "NoSuchBucket"),
+    "clock": (answers.CLOCK_SKEW, 75, "clock"),
     "key": (answers.UNKNOWN_KEY, 1, "InvalidAccessKeyId"),
     "expired": (answers.EXPIRED_TOKEN, 1, "ExpiredToken"),
     "denied": (answers.ACCESS_DENIED, 1, "s3:PutObject"),

@@ -193,7 +193,7 @@ def test_a_file_of_an_impossible_size_is_never_staged(
 
 @pytest.mark.parametrize(
     ("size", "odd"),
-    [(45, "no channels"), (46, "no known LND writes"), (415, "no known LND writes"), (416, "")],
+    [(46, "no known LND writes"), (415, "no known LND writes"), (45, "no channels"), (416, "")],
 )
 def test_a_file_that_is_doubtful_is_stored_with_a_warning(
     session: Session, lnd: Lnd, size: int, odd: str

@@ -9,6 +9,8 @@ import contextlib
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -186,6 +188,20 @@ def session(env: dict[str, str], check: partial[None]) -> Session:
 
 
 @pytest.fixture
+def backed_up(session: Session, lnd: Lnd) -> Session:
+    """Return what runs the daemon as `session` does, with LND's first version stored."""
+
+    @contextlib.contextmanager
+    def run(*args: Any, **allowed: Any) -> Iterator[Daemon]:  # noqa: ANN401 - passed on
+        first = lnd.write()
+        with session(*args, **allowed) as daemon:
+            daemon.wait_for_stored(first)
+            yield daemon
+
+    return run
+
+
+@pytest.fixture
 def fake() -> Iterator[FakeS3]:
     """Return a scripted S3 that stores everything unless it is told otherwise."""
     with FakeS3() as server:
@@ -225,6 +241,20 @@ def started_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
             monkeypatch.setattr(script_module, "warm_server", None)
         launcher = write_launcher(tmp_path / "launcher.py", code)
         monkeypatch.setattr(script_module, "SCRIPT", launcher)
+
+    return prepare
+
+
+@pytest.fixture
+def unshared(started_by: Callable[[str], None]) -> Callable[..., None]:
+    """Return what starts the program in namespaces of its own, after a command of the shell."""
+
+    def prepare(*options: str, command: str = ":") -> None:
+        unshare = ["unshare", *options, "sh", "-c", f'{command} && exec "$@"', "sh"]
+        if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+            pytest.skip(f"there is no unshare {' '.join(options)} for this user")
+        program = [*unshare, sys.executable]
+        started_by(f"import os, sys\nos.execvp('unshare', [*{program!r}, SCRIPT, *sys.argv[1:]])")
 
     return prepare
 

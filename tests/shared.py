@@ -26,6 +26,7 @@ from kit import (
     VERSION_NAME,
     Answer,
     FakeS3,
+    Lnd,
     Script,
     run_script,
     version_name,
@@ -105,6 +106,21 @@ def leave(directory: Path) -> None:
             target = str(descriptor.readlink())
             if target == str(directory) or target.startswith(f"{directory}/"):
                 os.close(int(descriptor.name))
+
+
+# --- What LND writes ---
+
+
+def write_unseen(lnd: Lnd) -> Written:
+    """Let another file be linked into the place of LND's, of which no event tells that is listened
+    to.
+    """
+    elsewhere = Lnd(lnd.directory / "elsewhere")
+    version = elsewhere.write()
+    lnd.path.unlink(missing_ok=True)
+    lnd.path.hardlink_to(elsewhere.path)
+    lnd.written.append(version)
+    return version
 
 
 # --- What is stored ---

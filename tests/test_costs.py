@@ -4,16 +4,13 @@ a bare process with boto3.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
-import functools
 import hashlib
 import io
+import math
 import os
-import queue
 import re
-import signal
 import statistics
 import sys
 import threading
@@ -23,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from inside import use
 from kit import (
-    PATIENCE_SECONDS,
     Daemon,
     FakeS3,
     FaultProxy,
@@ -35,14 +32,12 @@ from kit import (
     channel_backup,
     hurried,
     install,
-    settings_for,
     version_name,
 )
-
-import s3_backup_lnd_channels as program
+from shared import AWAY, NOON
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 GROWTH_MAX = 1.15  # of what is written down here; where it shrinks, the new figure belongs here
 MEMORY = 1.03  # that no other process shares, of the twin's
@@ -53,7 +48,8 @@ MEMORY_WITH_10_000_STAGED = 1.1  # at most, of that with none
 # A bare process with a boto3 client, after one put.
 TWIN = """
 import signal, sys, boto3
-boto3.client("s3").put_object(Bucket="some-bucket", Key="key", Body=open(sys.argv[1], "rb").read())
+s3 = boto3.client("s3", region_name="us-east-1")
+s3.put_object(Bucket="some-bucket", Key="key", Body=open(sys.argv[1], "rb").read())
 print("stored s3://", file=sys.stderr, flush=True)
 signal.pause()
 """
@@ -61,18 +57,24 @@ signal.pause()
 
 def kilobytes(pid: int, file: str, name: str) -> int:
     """Return a size that the kernel gives for a process."""
-    return int(
-        re.findall(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)[
-            0
-        ]
-    )
+    text = Path(f"/proc/{pid}/{file}").read_text()
+    return int(re.findall(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)[0])
 
 
-def memory(pid: int) -> int:
-    """Return the memory of a process that it shares with no other, and that is in no file: what it
-    has allocated.
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_ratios(one: Script, other: Script) -> list[float]:
+    """Return what one process has of the other's memory that it shares with no other and that is in
+    no file, and of its peak.
     """
-    return kilobytes(pid, "smaps_rollup", "Anonymous")
+    return [
+        kilobytes(one.pid, file, name) / kilobytes(other.pid, file, name)
+        for file, name in (("smaps_rollup", "Anonymous"), ("status", "VmHWM"))
+    ]
 
 
 def modules(script: Script) -> int:
@@ -89,41 +91,17 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installed:
 
 
 @pytest.fixture
-def twin_settings(fake: FakeS3) -> dict[str, str]:
-    """Return what the twin needs, and the daemon too."""
-    return {
-        "AWS_ACCESS_KEY_ID": "AKID",
-        "AWS_SECRET_ACCESS_KEY": "SECRET",
-        "AWS_ENDPOINT_URL_S3": fake.endpoint,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-
-
-@pytest.fixture
-def settings(
-    twin_settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path
-) -> dict[str, str]:
-    """Return what the daemon needs."""
-    return (
-        twin_settings
-        | installed.environment
-        | {
-            "MONITOR_FILE_PATH": str(lnd.path),
-            "BACKUP_DIRECTORY": str(staging),
-            "S3_BUCKET_NAME": "some-bucket",
-        }
-    )
-
-
-def wait_until_settled(daemon: Daemon) -> None:
-    """Block until a version is stored, and all that follows is done."""
-    daemon.systemd.wait_for("STATUS=stored .*, 0 staged")
+def settings(fake_env: dict[str, str], installed: Installed) -> dict[str, str]:
+    """Return what the daemon needs, as the service runs it."""
+    return fake_env | installed.environment
 
 
 # TCP's handshake, TLS 1.3's, and the request; a connection that is open needs the request alone.
 COLD = {"http": 2, "https": 3}
 WARM = 1
 IDLE_SECONDS = 1.0
+RESCAN_SECONDS = 5.0
+WATCHED_SECONDS = 10.0
 CHANNELS = 10  # 6,775 bytes
 UPDATES = 100
 WARM_UP = 10
@@ -131,35 +109,9 @@ RATIO_MAX = 2.0
 ROUNDS_MAX = 3
 
 
-@contextlib.contextmanager
-def kept_signal_handlers() -> Iterator[None]:
-    """Put the handlers of signals back, which the daemon replaces."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def put_bare(client: Any, bucket: str, key: str, data: bytes) -> float:  # noqa: ANN401 - botocore is not typed
-    """Put an object with the SDK alone, as the program puts its own, and return the seconds it
-    took.
-    """
-    began = time.monotonic()
-    client.put_object(
-        Bucket=bucket,
-        Key=key,
-        Body=io.BytesIO(data),
-        ContentMD5=base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode(),
-        Metadata={"sha256": hashlib.sha256(data).hexdigest()},
-    )
-    return time.monotonic() - began
-
-
 def test_memory(
+    fake_env: dict[str, str],
     settings: dict[str, str],
-    twin_settings: dict[str, str],
     installed: Installed,
     lnd: Lnd,
     staging: Path,
@@ -170,12 +122,11 @@ def test_memory(
     lnd.write()
     with (
         Daemon(settings, installed.command) as daemon,
-        Script(twin_settings, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
+        Script(fake_env, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
     ):
         twin.wait_for_log("stored s3://")
-        wait_until_settled(daemon)
-        ratio = memory(daemon.pid) / memory(twin.pid)
-        peak = kilobytes(daemon.pid, "status", "VmHWM") / kilobytes(twin.pid, "status", "VmHWM")
+        daemon.systemd.wait_for("STATUS=stored .*, 0 staged")  # and all that follows is done
+        ratio, peak = memory_ratios(daemon, twin)
     assert not list(staging.glob("2*"))
     print(f"memory {ratio:.3f}, peak {peak:.3f} of the twin's")  # noqa: T201
     assert ratio <= MEMORY * GROWTH_MAX
@@ -183,7 +134,7 @@ def test_memory(
 
 
 def test_modules(
-    settings: dict[str, str], twin_settings: dict[str, str], installed: Installed, lnd: Lnd
+    fake_env: dict[str, str], settings: dict[str, str], installed: Installed, lnd: Lnd
 ) -> None:
     """Until its first version is stored, the daemon loads as many modules as it did, which is most
     of its start.
@@ -192,7 +143,7 @@ def test_modules(
     told = {"PYTHONPROFILEIMPORTTIME": "1"}
     with (
         Script(settings | told, command=installed.command) as script,
-        Script(twin_settings | told, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
+        Script(fake_env | told, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
     ):
         script.wait_for_log("stored s3://")
         twin.wait_for_log("stored s3://")
@@ -220,32 +171,24 @@ def test_bytes_of_an_update(
 def test_memory_with_many_staged(
     settings: dict[str, str], installed: Installed, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
-    """Ten thousand staged versions that cannot be sent cost next to no memory, idle or at its
-    peak.
+    """Ten thousand staged versions that cannot be sent cost next to no memory, idle or at its peak,
+    and little time at the start.
     """
     lnd.write()
-    other = tmp_path / "empty"
-    other.mkdir(mode=0o700)
     for number in range(10_000):
         data = channel_backup(0)
-        (
-            staging / f"20260101T000000.{number:06}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
-        ).write_bytes(data)
-    with FaultProxy("127.0.0.1", 9) as line:
-        line.set("refuse")
-        away = settings | {"AWS_ENDPOINT_URL_S3": line.endpoint()}
-        with (
-            Daemon(away, installed.command) as full,
-            Daemon(away | {"BACKUP_DIRECTORY": str(other)}, installed.command) as empty,
-        ):
-            staged = [
-                int(daemon.systemd.wait_for(r"STATUS=.*?(\d+) staged.*cannot store")[1])
-                for daemon in (full, empty)
-            ]
-            ratios = [
-                kilobytes(full.pid, file, name) / kilobytes(empty.pid, file, name)
-                for file, name in (("smaps_rollup", "Anonymous"), ("status", "VmHWM"))
-            ]
+        (staging / version_name(data, NOON + timedelta(seconds=number))).write_bytes(data)
+    away = settings | AWAY
+    with (
+        Daemon(away, installed.command) as full,
+        Daemon(away | {"BACKUP_DIRECTORY": str(tmp_path / "empty")}, installed.command) as empty,
+    ):
+        staged = [
+            int(daemon.systemd.wait_for(r"STATUS=.*?(\d+) staged.*cannot store")[1])
+            for daemon in (full, empty)
+        ]
+        assert cpu_seconds(full.pid) < 3 * cpu_seconds(empty.pid)
+        ratios = memory_ratios(full, empty)
     print(f"{staged[0]} staged: {ratios[0]:.3f}, {ratios[1]:.3f} of the memory without")  # noqa: T201
     assert staged == [10_001, 1]
     assert max(ratios) <= MEMORY_WITH_10_000_STAGED
@@ -314,81 +257,43 @@ def test_an_idle_connection_is_not_used_again(
         assert script.stop() == 0
 
 
+def put_bare(client: Any, bucket: str, key: str, data: bytes) -> float:  # noqa: ANN401 - botocore is not typed
+    """Put an object with the SDK alone, as the program puts its own, and return the seconds it
+    took.
+    """
+    began = time.monotonic()
+    client.put_object(
+        Bucket=bucket,
+        Key=key,
+        Body=io.BytesIO(data),
+        ContentMD5=base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode(),
+        Metadata={"sha256": hashlib.sha256(data).hexdigest()},
+    )
+    return time.monotonic() - began
+
+
 @pytest.mark.alone
 def test_an_update_is_acknowledged_in_twice_the_time_of_a_put(
-    s3_http: S3Server, prefix: str, lnd: Lnd, staging: Path, monkeypatch: pytest.MonkeyPatch
+    env: dict[str, str], bucket: str, prefix: str, lnd: Lnd
 ) -> None:
     """From LND's rename to S3's acknowledgement it takes at most twice as long as a bare put takes,
     by the medians.
     """
-    bucket = s3_http.create_bucket()
-    for name, value in settings_for(s3_http, bucket, prefix, lnd, staging).items():
-        monkeypatch.setenv(name, value)
-    settings = program.load_settings(os.environ, "run")
-    acknowledged: queue.SimpleQueue[float] = queue.SimpleQueue()
-    tidied: queue.SimpleQueue[None] = queue.SimpleQueue()
-    put, tidy = program.Bucket.put, program.Staging.tidy
-
-    @functools.wraps(put)
-    def timed_put(self: program.Bucket, *arguments: Any) -> program.Receipt:  # noqa: ANN401 - passed on
-        receipt = put(self, *arguments)
-        acknowledged.put(time.monotonic())
-        return receipt
-
-    @functools.wraps(tidy)
-    def told_tidy(self: program.Staging) -> None:
-        is_news = bool(self.acknowledged)
-        tidy(self)
-        if is_news:
-            tidied.put(None)
-
-    monkeypatch.setattr(program.Bucket, "put", timed_put)
-    monkeypatch.setattr(program.Staging, "tidy", told_tidy)
-
-    new_bucket = functools.partial(program.Bucket, bucket, prefix, settings.put_arguments)
-
-    def update() -> float:
-        version = lnd.write(CHANNELS)
-        seconds = acknowledged.get(timeout=PATIENCE_SECONDS) - version.renamed_at
-        tidied.get(timeout=PATIENCE_SECONDS)
-        return seconds
-
-    def measure() -> list[float]:
-        client = new_bucket().connect()
-        ratios: list[float] = []
-        try:
-            while len(ratios) < ROUNDS_MAX and min(ratios, default=RATIO_MAX + 1) > RATIO_MAX:
-                updates, bare = [], []
-                for number in range(WARM_UP + UPDATES):
-                    updates.append(update())
-                    bare.append(
-                        put_bare(client, bucket, f"{prefix}bare-{number}", channel_backup(CHANNELS))
-                    )
-                medians = [statistics.median(times[WARM_UP:]) for times in (updates, bare)]
-                ratios.append(medians[0] / medians[1])
-                print(f"update {medians[0] * 1e3:.2f} ms, bare put {medians[1] * 1e3:.2f} ms")  # noqa: T201
-        finally:
-            client.close()
-        return ratios
-
-    async def scenario() -> list[float]:
-        daemon = program.Daemon(settings, new_bucket())
-        running = asyncio.create_task(daemon.run())
-        try:
-            return await asyncio.to_thread(measure)
-        finally:
-            daemon.stop.set()
-            await running
-
-    with kept_signal_handlers():
-        ratios = asyncio.run(scenario())
+    ratios: list[float] = []
+    with Daemon(env) as daemon, use(env) as bare:
+        client = bare.connect()
+        while len(ratios) < ROUNDS_MAX and min(ratios, default=math.inf) > RATIO_MAX:
+            updates, puts = [], []
+            for _ in range(WARM_UP + UPDATES):
+                version = lnd.write(CHANNELS)
+                daemon.wait_for_stored(version)
+                updates.append(time.monotonic() - version.renamed_at)
+                puts.append(put_bare(client, bucket, f"{prefix}bare", channel_backup(CHANNELS)))
+            update, put = (statistics.median(times[WARM_UP:]) for times in (updates, puts))
+            ratios.append(update / put)
+            print(f"update {update * 1e3:.2f} ms, bare put {put * 1e3:.2f} ms")  # noqa: T201
     # Noise can only add to it, and a busy machine has much of it: the best of a few rounds counts.
     assert min(ratios) <= RATIO_MAX, ratios
-
-
-RESCAN_SECONDS = 5.0
-
-WATCHED_SECONDS = 10.0
 
 
 def wake_ups(pid: int) -> int:
@@ -398,12 +303,6 @@ def wake_ups(pid: int) -> int:
         int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
         for status in statuses
     )
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.unmeasured

@@ -30,7 +30,8 @@ from kit.script import warm_starts, write_launcher
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from kit import Allowed, Problems, Written
+    from kit import Allowed, Written
+    from kit.invariant import Problems
 
 WORKERS = 3  # some of their time is waiting
 ERRORS = ("EIO", "ENOSPC", "EACCES", "EMFILE", "EINTR")

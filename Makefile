@@ -28,7 +28,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test lint format pins dist clean install uninstall purge test-systemd test-container test-stores faults soak bench
+.PHONY: help demo picture test lint format pins dist clean install uninstall purge test-systemd test-on-bookworm test-on-trixie test-container test-stores faults soak bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -62,8 +62,14 @@ test-systemd: $(VENV) $(VENV_S3) ## as root: test the service on systemd 252 and
 	@tests/systemd/box.sh build trixie $(BOXES)/trixie
 	@$(BIN) -m pip download --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
 		--dest $(BOXES)/wheels -r requirements.txt
-	$(BIN) -m pytest --numprocesses 2 --dist loadgroup --timeout 150 tests/systemd/on_systemd.py
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync test-on-bookworm test-on-trixie
 	@cat $(BOXES)/figures-*
+
+# The tests of one box run one after another. What needs no box runs beside bookworm.
+test-on-bookworm: WHICH = not trixie
+test-on-trixie: WHICH = trixie
+test-on-bookworm test-on-trixie:
+	$(BIN) -m pytest --timeout 150 tests/systemd/on_systemd.py -k "$(WHICH)"
 
 # Podman wants control groups of version 2 alone, in a view of its own; the machine's stay as they are.
 SUITE ?= trixie

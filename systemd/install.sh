@@ -608,22 +608,19 @@ use() { # NUMBER
     step mv -T "$DESTDIR$home/.current" "$DESTDIR$home/current"
 }
 
+# shellcheck disable=SC2086 # $services is a list
 restart() {
     services=$(running)
     [ -n "$services" ] || return 0
     # Restarts by hand count towards the start limit, and would make this one fail.
-    # shellcheck disable=SC2086 # $services is a list
     step systemctl reset-failed $services || :
     # A start waits for nothing, so a minute is long even on a small board.
-    # shellcheck disable=SC2086 # $services is a list
     if step timeout 60 systemctl restart $services; then
         return
     fi
     if [ -n "$before" ] && [ "$before" != "$number" ] && [ -d "$home/$before" ]; then
         use "$before"
-        # shellcheck disable=SC2086 # $services is a list
         step systemctl reset-failed $services
-        # shellcheck disable=SC2086 # $services is a list
         step systemctl restart $services || :
     fi
     journalctl --unit=lnd-backup --unit='lnd-backup@*' --lines=20 --no-pager >&2 || :

@@ -12,11 +12,11 @@ import re
 import resource
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import pytest
 from container.prepare import CACHE, IMAGE, PODMAN
-from kit import Lnd, S3Server, StoredObject
+from kit import Lnd, S3Server, Written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,9 +85,9 @@ class Sidecar:
         """Return the host's path of the named volume."""
         return CACHE / "store" / "volumes" / self.volume / "_data"
 
-    def objects(self) -> dict[str, StoredObject]:
-        """Return what the bucket holds."""
-        return self.server.objects(self.bucket)
+    def stored(self) -> list[bytes]:
+        """Return the versions in the bucket."""
+        return [entry.data for entry in self.server.objects(self.bucket).values()]
 
 
 class Running:
@@ -109,6 +109,10 @@ class Running:
     def log(self) -> str:
         """Return what it said until now."""
         return podman("logs", self.name).stderr
+
+    def wait_until(self, verb: str, version: Written) -> None:
+        """Block until the log tells of this version: stored or captured."""
+        self.wait_for_log(rf"{verb} \S+-{version.sha256[-6:]}\b")
 
     def wait_for_log(self, pattern: str) -> None:
         """Block until the pattern is in the log."""
@@ -145,15 +149,9 @@ def sidecar(server: S3Server, tmp_path: Path) -> Iterator[Sidecar]:
     podman("volume", "rm", "--force", made.volume)
 
 
-def config() -> dict[str, Any]:
-    """Return the image's configuration."""
-    shown: list[dict[str, Any]] = json.loads(podman("image", "inspect", IMAGE).stdout)
-    return shown[0]
-
-
 def test_the_image_runs_as_nobody_and_checks_its_health_seldom() -> None:
     """The user is a number other than 0, and the health check comes every five minutes at most."""
-    image = config()
+    [image] = json.loads(podman("image", "inspect", IMAGE).stdout)
     assert image["Config"]["User"] == "10001:10001"
     assert image["Config"]["Entrypoint"] == ["lnd-backup"]
     assert image["Healthcheck"]["Interval"] >= 300 * 10**9
@@ -180,7 +178,7 @@ def test_a_new_volume_works_for_every_user(sidecar: Sidecar, user: str) -> None:
     before = sidecar.lnd.fingerprint()
     done = sidecar.command("once")
     assert done.returncode == 0, done.stderr
-    assert [entry.data for entry in sidecar.objects().values()] == [written.data]
+    assert sidecar.stored() == [written.data]
     staging = (sidecar.staged_below() / "lnd-backup").stat()
     assert f"{staging.st_uid}:{staging.st_gid}" == user
     assert staging.st_mode & 0o777 == 0o700
@@ -214,43 +212,43 @@ def test_it_stops_after_lnd_in_order(sidecar: Sidecar) -> None:
     with Running(sidecar) as daemon:
         for channels in (1, 2, 3):
             version = sidecar.lnd.write(channels)
-            daemon.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b")
+            daemon.wait_until("stored", version)
         sidecar.lnd.write(4)
         began = time.monotonic()
         podman("stop", "--time=30", daemon.name)
         assert time.monotonic() - began < 12
         assert daemon.exit_code() == 0
-    assert {entry.data for entry in sidecar.objects().values()} == {
-        version.data for version in sidecar.lnd.written
-    }
+    assert set(sidecar.stored()) == {version.data for version in sidecar.lnd.written}
 
 
 def test_a_second_signal_ends_process_1_at_once(sidecar: Sidecar) -> None:
     """The kernel spares process 1 what it does not handle; a second signal ends it all the same."""
     with Running(sidecar) as daemon:
         version = sidecar.lnd.write(1)
-        daemon.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b")
-        with suspended(sidecar.server):
-            sidecar.lnd.write(2)
-            daemon.wait_for_log(r"captured[^\n]*\n(.*\n)*.*captured")
+        daemon.wait_until("stored", version)
+        sidecar.server.suspend()
+        try:
+            daemon.wait_until("captured", sidecar.lnd.write(2))
             podman("kill", "--signal=TERM", daemon.name)
             daemon.wait_for_log(r"(?i)stop")
             podman("kill", "--signal=TERM", daemon.name)
             assert daemon.exit_code() == 143
+        finally:
+            sidecar.server.resume()
 
 
 def test_what_waits_outlives_the_container(sidecar: Sidecar) -> None:
     """Versions captured while S3 is away lie on the volume, and the next container sends them."""
     with Running(sidecar) as daemon:
         first = sidecar.lnd.write(1)
-        daemon.wait_for_log(rf"stored s3://\S+-{first.sha256[-6:]}\b")
+        daemon.wait_until("stored", first)
         with gone(sidecar.server):
             last = sidecar.lnd.write(2)
-            daemon.wait_for_log(rf"captured \S+-{last.sha256[-6:]}\b")
+            daemon.wait_until("captured", last)
             podman("kill", "--signal=KILL", daemon.name)
-    assert last.data not in {entry.data for entry in sidecar.objects().values()}
+    assert last.data not in sidecar.stored()
     assert sidecar.command("once").returncode == 0
-    assert last.data in {entry.data for entry in sidecar.objects().values()}
+    assert last.data in sidecar.stored()
 
 
 def test_the_health_check_tells_a_refused_backup_from_an_absent_s3(sidecar: Sidecar) -> None:
@@ -258,16 +256,14 @@ def test_the_health_check_tells_a_refused_backup_from_an_absent_s3(sidecar: Side
     with Running(sidecar) as daemon:
         assert daemon.health() == UNHEALTHY  # LND has written nothing yet
         version = sidecar.lnd.write(1)
-        daemon.wait_for_log(rf"stored s3://\S+-{version.sha256[-6:]}\b")
+        daemon.wait_until("stored", version)
         assert daemon.health() == HEALTHY
         with gone(sidecar.server):
             assert podman("exec", daemon.name, "lnd-backup", "check", check=False).returncode == 75
             assert daemon.health() == HEALTHY
-        sidecar.server.admin.put_bucket_policy(
-            Bucket=sidecar.bucket, Policy=json.dumps(denying(sidecar.bucket))
-        )
+        refuse_puts(sidecar.server, sidecar.bucket)
         refused = sidecar.lnd.write(2)
-        daemon.wait_for_log(rf"captured \S+-{refused.sha256[-6:]}\b")
+        daemon.wait_until("captured", refused)
         assert daemon.health() == HEALTHY  # it was written just now
         long_ago = time.time() - 11 * 60
         os.utime(sidecar.lnd.path, (long_ago, long_ago))
@@ -340,16 +336,6 @@ def own_volume(sidecar: Sidecar, directory: Path, owner: tuple[int, int], mode: 
 
 
 @contextlib.contextmanager
-def suspended(server: S3Server) -> Iterator[None]:
-    """Let the server answer nobody for a while."""
-    server.suspend()
-    try:
-        yield
-    finally:
-        server.resume()
-
-
-@contextlib.contextmanager
 def gone(server: S3Server) -> Iterator[None]:
     """Take the server away for a while."""
     server.stop()
@@ -359,16 +345,9 @@ def gone(server: S3Server) -> Iterator[None]:
         server.start()
 
 
-def denying(bucket: str) -> dict[str, Any]:
-    """Return a bucket policy that refuses every put."""
-    return {
-        "Version": "2012-10-17",
-        "Statement": [
-            {
-                "Effect": "Deny",
-                "Principal": "*",
-                "Action": "s3:PutObject",
-                "Resource": f"arn:aws:s3:::{bucket}/*",
-            }
-        ],
-    }
+def refuse_puts(server: S3Server, bucket: str) -> None:
+    """Give the bucket a policy that refuses every put."""
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
+    statement = deny | {"Resource": f"arn:aws:s3:::{bucket}/*"}
+    policy = {"Version": "2012-10-17", "Statement": [statement]}
+    server.admin.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))

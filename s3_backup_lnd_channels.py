@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import bisect
 import contextlib
 import ctypes
 import difflib
@@ -74,7 +73,6 @@ except ImportError as missing:  # --help and --version work all the same
 
 __version__ = "1.0.0"
 Result = TypeVar("Result")
-
 FOREVER = float("inf")
 EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_CONFIG = 0, 1, 75, 78  # 2, wrong usage, is argparse's
 EMPTY_BYTES = 45  # no channels: nonce 24, version 1, count 4, tag 16 (LND 0.21 chanbackup/multi.go)
@@ -290,7 +288,7 @@ class Staging:
             lock = os.open(".lock", access | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in os.listdir(self.fd):
-                if fnmatch(name, ".*.partial"):
+                if fnmatch(name, ".[.0-9]*.partial"):  # of a version or of .receipt
                     with contextlib.suppress(OSError):
                         os.unlink(name, dir_fd=self.fd)
         except BlockingIOError:
@@ -313,8 +311,7 @@ class Staging:
     def newest(self, held: Version | None = None) -> Version | None:
         """Return the newest version that waits; `held` is in memory, and is not read from disk.
 
-        One that the disk does not give waits for the next listing, so that others can go. A damaged
-        one is put aside.
+        One that the disk does not give waits for the next listing. A damaged one is put aside.
         """
         while self.pending:
             name = self.pending.pop()
@@ -338,9 +335,8 @@ class Staging:
 
     def acknowledge(self, receipt: Receipt) -> None:
         """Take a version off the queue; `tidy` deletes it, while the next one is on its way."""
-        at = bisect.bisect_left(self.pending, receipt.name)  # ten thousand may wait
-        if self.pending[at : at + 1] == [receipt.name]:
-            del self.pending[at]
+        with contextlib.suppress(ValueError):  # it was sent from memory
+            self.pending.remove(receipt.name)
         self.acknowledged.add(receipt.name)
         self.receipt = receipt
 
@@ -391,9 +387,9 @@ class Bucket:
             source = f"profile {session.profile_name}: {', '.join(scoped_config(session))}"
         with explained(f"cannot get credentials ({source})", CREDENTIALS):
             credentials = session.get_credentials()
-            if credentials is None:
+            keys = credentials and credentials.get_frozen_credentials()
+            if not keys or None in keys[:2]:  # a program may print a key of null
                 raise sdk.NoCredentialsError
-            keys = credentials.get_frozen_credentials()
             keep_secret(keys.secret_key, keys.token)
         if self.client is None:
             with explained("cannot use the AWS settings", CHECK_SDK):
@@ -550,7 +546,10 @@ class Daemon:
     def is_finished(self) -> bool:
         """Tell whether nothing is left to send, or nothing that trying again soon would help."""
         is_hopeless = self.storing.error and not isinstance(self.storing.error, TransientError)
-        return self.is_settled() or bool(is_hopeless and not self.upload)
+        is_changing = isinstance(self.reading.error, TransientError)  # read again in a moment
+        if self.is_settled():
+            return not is_changing
+        return bool(is_hopeless and not self.upload)
 
     def watch_directory(self) -> None:
         """Watch the directory that the path names now: one system call if nothing changed.
@@ -712,8 +711,7 @@ class Daemon:
             self.copy.run((self.on_disk.name, period), period, *copy)
         if settings.metrics_file:
             text = metrics_text(receipt, self.newest, waiting, problems)
-            write = (write_metrics, settings.metrics_file, text)
-            self.metrics.run((text, period), period, *write)
+            self.metrics.run((text, period), period, write_metrics, settings.metrics_file, text)
         is_good = self.newest_receipt and not wrong and not waiting
         if settings.heartbeat_url and (lasting or is_good):
             beat = "" if lasting else self.newest
@@ -995,10 +993,9 @@ def request_heartbeat(url: str, why: str) -> None:
 
 
 def copy_version(copy_directory: str, file: Path, version: Version) -> None:
-    """Keep a version in COPY_DIRECTORY too, unless the newest file there holds it.
+    """Keep a version in COPY_DIRECTORY too, unless the newest there holds it; overwrite nothing.
 
-    Nothing there is overwritten or deleted. The directory is not made, so that a stick that is not
-    mounted is noticed. Raises BackupError. May hang as long as the mount does.
+    It makes no directory: a stick that is not mounted is noticed. Raises BackupError. May hang.
     """
     try:
         if is_lnds(Path(copy_directory), file) or os.path.lexists(f"{copy_directory}/.lock"):
@@ -1070,7 +1067,7 @@ def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
     if unusable:
         log.warning("left out: versions with an impossible size or time: %d", unusable)
     ordered = [version for _, version in sorted(versions, reverse=True)]
-    pairs = zip(ordered, [*ordered[1:], None], strict=False)
+    pairs = itertools.zip_longest(ordered, ordered[1:])
     return [version.marked(older) for version, older in pairs], others + len(folders), folders
 
 
@@ -1101,14 +1098,16 @@ def get_version(bucket: Bucket, key: str, seconds: float = ONE_SHOT_SECONDS) -> 
     with alarm(seconds), explained(what):
         answer = bucket.connect().get_object(Bucket=bucket.name, Key=key)
         data: bytes = answer["Body"].read()
-    metadata = {name.lower(): value for name, value in answer.get("Metadata", {}).items()}
-    sha256, wanted = sha256_of(data), metadata.get("sha256")  # some stores write Sha256
+    metadata = answer.get("Metadata", {})
+    metadata = {name.lower(): value for name, value in metadata.items()}  # some write Sha256
+    wanted = metadata.get("sha256", "").lower()
+    sha256 = sha256_of(data)
     is_whole = len(data) >= EMPTY_BYTES and key.endswith(sha256[-6:])
-    if not is_whole or wanted not in (None, sha256):
+    if not is_whole or wanted not in ("", sha256):
         if not answer.get("ETag"):
             raise TransientError(f"{what}: the answer is not S3's", SOMETHING_BETWEEN)
         raise DamagedError(f"{what}: damaged: its bytes are not those of its name and metadata")
-    if wanted is None:
+    if not wanted:
         log.warning("no SHA-256 in the metadata, only the six digits were checked: %s", key)
     return data
 
@@ -1123,14 +1122,13 @@ def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> in
         os.set_blocking(2, os.isatty(2))  # by number: Python knows no stderr that was closed
     file = settings.file
     log.info("watching %s, staging in %s", file, settings.staging)
-    if os.path.islink(file):
-        log.warning("%s is a link: no event comes from its target, only rescans see changes", file)
-    for name in ("admin.macaroon", "wallet.db"):
-        if os.access(file.parent / name, os.R_OK):
-            told = "this user can read %s: docs/access.md shows how to avoid this"
-            log.warning(told, file.parent / name)
     if settings.heartbeat_url and not settings.refresh_seconds:
         log.warning("REFRESH_SECONDS=0: there is no heartbeat while no channel changes")
+    if os.path.islink(file):
+        log.warning("%s is a link: no event comes from its target, only rescans see changes", file)
+    for path in (file.parent / "admin.macaroon", file.parent / "wallet.db"):
+        if os.access(path, os.R_OK):
+            log.warning("this user can read %s: docs/access.md shows how to avoid this", path)
     daemon = Daemon(settings, bucket)
     asyncio.run(daemon.run())
     log.info("stopped; staged for the next start: %d", len(daemon.staging.pending))
@@ -1147,8 +1145,9 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
         error = error or daemon.disk.error
     if daemon.is_waiting():
         error = daemon.storing.error or TransientError("S3 is too slow")
+        why = "" if daemon.storing.error else ": S3 or the source of credentials does not answer"
         count = len(daemon.staging.pending) + (daemon.unstaged is not None)
-        log.error("waiting, and not sent in time: %d", count)
+        log.error("waiting, and not sent in time: %d%s", count, why)
     return error.exit_code if error else EXIT_DONE
 
 
@@ -1158,17 +1157,15 @@ class TimeIsUpError(BaseException):
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Give up with TransientError after so many seconds; it rings each second until it is heard."""
+    """Interrupt what is `explained` after so many seconds; it rings each second until heard."""
 
     def on_alarm(*_: object) -> None:
-        raise TimeIsUpError
+        raise TimeIsUpError("no answer in time")
 
     signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
-    except TimeIsUpError:
-        raise TransientError(f"no answer from S3 in {seconds:.0f} s", NETWORK) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -1200,6 +1197,8 @@ def check_bucket(bucket: Bucket, data: bytes) -> Verdict:
 
 def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     """Judge by the last receipt, and by how long LND's file has been waiting."""
+    if os.path.exists(settings.staging) and not os.access(settings.staging, os.R_OK | os.X_OK):
+        return Verdict(None, "receipt", None, "this user can read no receipt in BACKUP_DIRECTORY")
     receipt = read_receipt(settings.staging)
     limit = 2 * settings.refresh_seconds
     written = datetime.fromtimestamp(min(os.path.getmtime(settings.file), time.time()), UTC)
@@ -1253,7 +1252,8 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
         print(json.dumps(answer, default=datetime.isoformat))
     else:
         word = {True: "BACKED UP", False: "NOT BACKED UP", None: "UNKNOWN"}[verdict.current]
-        print(printable(f"{word}: {verdict.reason}; newest known version: {key or 'none'}"))
+        known = f"newest known version, by the {verdict.proof}: {key or 'none'}"
+        print(printable(f"{word}: {verdict.reason}; {known}"))
     return code
 
 
@@ -1338,7 +1338,7 @@ if LND refuses the first file, get the version before it:
 never start an old channel.db, never run two nodes of one seed, and never use chantools
 scbforceclose with a version that is not the latest: each can cost the money in the channels.
 More: docs/recovery.md"""
-ELSEWHERE = "name a new file, in a directory that is there, with --output"
+ELSEWHERE = "name a new file with --output, in a directory that is there, and on a disk with room"
 
 
 def command_restore(options: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
@@ -1348,9 +1348,9 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     if is_lnds(output.parent, settings.file):
         hint = "write it elsewhere: a wrong file there keeps LND from starting"
         raise BackupError(f"cannot restore: {output}: it is in a directory of LND's", hint)
-    for path in filter(os.path.lexists, paths):
+    if os.path.lexists(output):
         why = "it is there already, and nothing is overwritten"
-        raise BackupError(f"cannot restore: {path}: {why}", ELSEWHERE)
+        raise BackupError(f"cannot restore: {output}: {why}", ELSEWHERE)
     if not output.parent.is_dir():
         raise BackupError(f"cannot restore: {output}: its directory is not there", ELSEWHERE)
     chosen = choose_versions(bucket, options)
@@ -1386,9 +1386,7 @@ def restore_one(bucket: Bucket, key: str, path: Path, seconds: float, older: str
     except BackupError as error:
         if line:
             line = f"{older} is the version before it: {line} --output {shlex.quote(str(path))}"
-            if error.hint:
-                line = f"{error.hint}; {line}"
-            error.hint = line
+            error.hint = f"{error.hint}; {line}".removeprefix("; ")
         raise
     if len(data) == EMPTY_BYTES:
         log.warning("no channels in this version: restoring it brings nothing back from channels")
@@ -1474,7 +1472,7 @@ CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_PROFILE, and the file, program, role
 SET_CLOCK = "set the clock, for example by NTP: S3 compares it with its own"
 READER = "the node's own key is not meant to read: use the reader's key, or check bucket and prefix"
 HINTS = {  # what to do about S3's codes and statuses; for any other, S3's own words have to do
-    "the bucket is full: free space or raise the quota": "QuotaExceeded XMinioStorageFull",
+    "clean up or raise the quota": "QuotaExceeded XMinioStorageFull XMinioAdminBucketQuotaExceeded",
     SET_CLOCK: "RequestTimeTooSkewed RequestExpired",
     NETWORK: """RequestTimeout BadDigest XAmzContentSHA256Mismatch Throttling ThrottlingException
         408 409 429 500 502 503 504 507 509""",
@@ -1494,25 +1492,27 @@ def explained(what: str, denied: str = READER) -> Iterator[None]:
         yield
     except BackupError:
         raise
-    except Exception as error:
+    except (Exception, TimeIsUpError) as error:
         raise classify_s3_error(what, error, denied) from None
 
 
-def classify_s3_error(what: str, error: Exception, denied: str = "") -> BackupError:
+def classify_s3_error(what: str, error: BaseException, denied: str = "") -> BackupError:
     """Return an error of the SDK as the kind that says whether trying again helps, with a hint."""
     message = f"{what}: {reason(error)}"
     if "CERTIFICATE_VERIFY_FAILED" in message or "hostname '" in message:
         if "not yet valid" in message or "expired" in message:
-            return TransientError(message, SET_CLOCK)
+            return TransientError(message, f"renew the certificate; or {SET_CLOCK}")
         return BackupError(message, "check AWS_CA_BUNDLE, and the name in the endpoint")
     is_network = type(error).__module__.startswith("urllib3")  # while an answer was read
-    kinds = (sdk.ConnectionError, sdk.HTTPClientError, sdk.IncompleteReadError)
+    kinds = (sdk.ConnectionError, sdk.HTTPClientError, sdk.IncompleteReadError, TimeIsUpError)
     if is_network or isinstance(error, kinds):
         return TransientError(message, NETWORK)
+    if isinstance(error, sdk.ClientError):
+        answered = classify_answer(what, error.response, denied)
+        if denied != CREDENTIALS or isinstance(answered, TransientError):
+            return answered
     if denied in (CREDENTIALS, CHECK_SDK):
         return BackupError(message, denied)
-    if isinstance(error, sdk.ClientError):
-        return classify_answer(what, error.response, denied)
     if isinstance(error, sdk.BotoCoreError):
         return BackupError(message, CHECK_SDK)
     return TransientError(message, SOMETHING_BETWEEN)
@@ -1529,10 +1529,10 @@ def classify_answer(what: str, response: Mapping[str, Any], denied: str) -> Back
     if code == "AccessDenied":
         named = re.search(r"not authorized to perform: ([\w:]+)", text)
         hint = f"if key, bucket and prefix are right, add to the key's policy: {denied}"
-        if "explicit deny" in text:
-            hint = "a policy denies it explicitly, against which no Allow helps: find that Deny"
-        elif denied == READER:
+        if denied == READER:
             hint = READER
+        elif "explicit deny" in text:
+            hint = "a policy denies it explicitly, against which no Allow helps: find that Deny"
         elif named and named[1] not in denied:
             hint = f"S3 names the action that is missing: allow {named[1]}"
         return AccessDeniedError(message, hint)
@@ -1554,14 +1554,14 @@ def node_error(what: str, error: OSError) -> BackupError:
         errno.ENOSPC: "raise the limit: sysctl fs.inotify.max_user_watches",
         errno.EMFILE: "raise the limit: sysctl fs.inotify.max_user_instances, or of open files",
     }
-    is_soon = error.errno in (errno.ENOENT, errno.EAGAIN)
-    hint = hints.get(error.errno or 0, "check the path")
-    found = BackupError(f"{what}: {error.strerror}", hint)
-    found.level = logging.WARNING if is_soon else logging.ERROR
+    kind = TransientError if error.errno == errno.EAGAIN else BackupError
+    found = kind(f"{what}: {error.strerror}", hints.get(error.errno or 0, "check the path"))
+    if error.errno == errno.ENOENT:
+        found.level = logging.WARNING
     return found
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return what an error says, in one line, with the cause that botocore may keep to itself."""
     text = " ".join(str(error)[:1000].split()) or type(error).__name__
     cause = str(getattr(error, "kwargs", {}).get("error", "")).rpartition(": ")[2]
@@ -1574,7 +1574,8 @@ SECRETS: set[str] = set()
 
 def keep_secret(*secrets: str | None) -> None:
     """Let these never appear in a log line, a status or a table; a short one would mask words."""
-    SECRETS.update(secret for secret in secrets if secret and len(secret) >= len("password"))
+    parts = "\n".join(filter(None, secrets)).splitlines()  # a line break is told as an escape
+    SECRETS.update(part for part in parts if len(part) >= len("password"))
 
 
 def printable(text: object) -> str:
@@ -1584,7 +1585,7 @@ def printable(text: object) -> str:
         line += letter if letter.isprintable() else letter.encode("unicode_escape").decode()
     for secret in tuple(SECRETS):  # another thread may learn one
         line = line.replace(secret, "***")
-    return re.sub(r"(https?:|socks\w*:|proxy )//\S*@", r"\1//***@", line)  # a URL's user
+    return re.sub(r"(?i)(https?:|socks\w*:|proxy |\*:)//\S*@", r"\1//***@", line)  # a URL's user
 
 
 class LineFormatter(logging.Formatter):
@@ -1627,15 +1628,13 @@ class Settings(NamedTuple):
     put_arguments: dict[str, str]
 
 
-PATH, SECONDS, URL = (
-    "/.+",
-    r"[0-9]{1,9}(\.[0-9]{1,6})?",
-    r"https?://(\[[^]\s]+\]|[^\s/@:]+)(:[0-9]{1,5})?([/?][!-~]*)?",
-)
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # or no text at all
+PATH, SECONDS = "/.+", r"[0-9]{1,9}(\.[0-9]{1,6})?"
+URL = r"https?://(\[[^]\s]+\]|[^\s/@:]+)(:[0-9]{1,5})?([/?][!-~]*)?"
 SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required), pattern, advice
     "MONITOR_FILE_PATH": (None, PATH, "write the absolute path of LND's channel.backup"),
     "BACKUP_DIRECTORY": (None, PATH, "write an absolute path, such as /var/lib/lnd-backup"),
-    "S3_BUCKET_NAME": (None, r"[A-Za-z0-9_.-]{3,255}|arn:(?!.*:::).+/.+", "write the name alone"),
+    "S3_BUCKET_NAME": (None, r"[A-Za-z0-9_.-]{3,255}|arn:(?!.*:::).+:s3.+", "write the name alone"),
     "S3_BACKUP_PREFIX": ("", "[^/].{0,240}", "write it like node1/ or a/b/, 240 letters at most"),
     "RESCAN_SECONDS": ("60", f"(?=.*[1-9]){SECONDS}", "write a number of seconds above 0"),
     "REFRESH_SECONDS": ("86400", SECONDS, "write a number of seconds; 0 turns it off"),
@@ -1646,8 +1645,8 @@ SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required)
     "S3_PUT_EXTRA_ARGS": ("", r"(\w+=[^,]+(,|$))+", "write it like NAME=VALUE,NAME=VALUE"),
 }
 PLAIN_LINE = re.compile(
-    r"""( \#[^\\]* | (?!export)[A-Za-z_][A-Za-z_0-9]*\ *=\ *  # a comment; or a name, and a value:
-    ( "[^"\\]*" | '[^'\\]*' | (?!.*\ \#)[^\s"'\\#][^"'\\]* )? )?""",
+    r"""( \#(.*[^\\])? | (?!export)[A-Za-z_][A-Za-z_0-9]*\ *=\ *  # a comment; a name, a value:
+    ( "[^"\\]*" | '[^'\\]*' | (?!.*\s\#)[^\s"'\\#][^"'\\]*(?<!\s) )? )?""",
     re.VERBOSE,
 )
 SDK_NAMES = """AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION AWS_ROLE_ARN
@@ -1655,7 +1654,8 @@ SDK_NAMES = """AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REG
     AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_EC2_METADATA_DISABLED
     AWS_CONTAINER_CREDENTIALS_RELATIVE_URI SSL_CERT_FILE TZ AWS_CONTAINER_AUTHORIZATION_TOKEN
     AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy
-    no_proxy REQUESTS_CA_BUNDLE STATE_DIRECTORY"""
+    no_proxy REQUESTS_CA_BUNDLE STATE_DIRECTORY AWS_ENDPOINT_URL_STS AWS_ENDPOINT_URL_SSO
+    AWS_ENDPOINT_URL_SSO_OIDC AWS_S3_USE_ARN_REGION AWS_ACCOUNT_ID AWS_CREDENTIAL_EXPIRATION"""
 
 
 def load_settings(environ: Mapping[str, str], command: str) -> Settings:
@@ -1694,7 +1694,7 @@ def setting_fault(name: str, values: Mapping[str, str]) -> ConfigError | None:
         return config_error(name, value, "is not set", advice) if default is None else None
     if ":::" in value:  # an ARN, as policies name buckets
         advice = f"{advice}: {value.rpartition(':')[2].partition('/')[0]}"
-    if not value.isprintable() or not re.fullmatch(pattern, value):
+    if CONTROL.search(value) or not re.fullmatch(pattern, value):
         return config_error(name, value, "cannot be used", advice)
     if pattern == PATH and (fault := path_fault(name, Path(value), values)):
         return config_error(name, value, *fault)
@@ -1708,8 +1708,7 @@ def warn_of_misspelt(names: Collection[str]) -> None:
         known |= set(variables if isinstance(variables, list) else [str(variables)])
     for name in sorted({*names, *os.environ} - known):
         is_near = difflib.get_close_matches(name.upper(), SETTINGS, 1, 0.8)
-        is_sdks = name.startswith("AWS_ENDPOINT_URL_")
-        if not is_sdks and (name in names or name.startswith("S3_") or is_near):
+        if name in names or name.startswith("S3_") or is_near:
             close = difflib.get_close_matches(name.upper(), known, 1, 0.6)
             meant = f": did you mean {close[0]}?" if close else ""
             log.warning("%s is not a known setting%s", name, meant)
@@ -1733,21 +1732,21 @@ def is_lnds(directory: Path, file: Path) -> bool:
     if os.path.isabs(file):
         homes = {os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))} - {"/"}
     parents = (whole, *whole.parents)
-    is_home = ".lnd" in whole.parts or any(str(each) in homes for each in parents)
+    is_home = ".lnd" in whole.parts or not homes.isdisjoint(map(str, parents))
     return is_home or any(os.path.lexists(each / "lnd.conf") for each in parents)
 
 
 def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, str] | None:
     """Return what is wrong with a path, which may be made later, and what to do."""
     file = Path(values["MONITOR_FILE_PATH"])
-    whole = Path(os.path.realpath(path))
     place = path.parent if name == "METRICS_FILE" else path
-    make = f"run: sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(place))}"
+    run = f"sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(place))}"
+    make = f"if nothing else uses it, run: {run}"
     if name == "MONITOR_FILE_PATH":
-        if is_forbidden(str(path)) or is_forbidden(str(whole)):
+        if is_forbidden(str(path)) or is_forbidden(os.path.realpath(path)):
             return "must never be copied", "name channel.backup: a stale database loses money"
         inside = f"name the file in it: {path / 'channel.backup'}"
-        return ("is a directory", inside) if os.path.isdir(whole) else None
+        return ("is a directory", inside) if os.path.isdir(path) else None
     if name == "COPY_DIRECTORY":  # a mount may hang: only its path is judged here
         is_taken = path == Path(values["BACKUP_DIRECTORY"]) or path.is_relative_to(file.parent)
         return ("is LND's, or the staging directory", "name another one") if is_taken else None
@@ -1758,12 +1757,12 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
         return None if can_make else ("cannot be made", make)
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode):
-        return "is a link or no directory", f"name another, or move it away and {make}"
+        return "is a link or no directory", f"name another, or move it away; {make}"
     if status.st_uid != os.geteuid():
         inside = f"name a directory inside it, which is made then: {path / 'lnd-backup'}"
         return f"belongs to user {status.st_uid}, not to {os.geteuid()}", inside
     if status.st_mode & 0o022 or ~status.st_mode & 0o700:
-        return "must be writable by its owner and nobody else", f"if nothing else uses it, {make}"
+        return "must be writable by its owner and nobody else", make
     return None
 
 
@@ -1772,8 +1771,8 @@ def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[
     faults = []
     for name, value in environ.items():
         is_sdks = name.startswith("AWS_") or name.lower().endswith("_proxy")
-        is_key = name.endswith(("KEY", "KEY_ID", "TOKEN"))
-        if is_sdks and (not value.isprintable() or (is_key and " " in value)):
+        is_key = name.endswith(("ACCESS_KEY", "KEY_ID", "SESSION_TOKEN"))
+        if is_sdks and (CONTROL.search(value) or (is_key and " " in value)):
             faults.append(config_error(name, value, "has a blank or a line break", "remove it"))
     if faults:
         return faults
@@ -1797,8 +1796,8 @@ def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[
     for name in set(re.findall(r"(?:^|,)(\w+)=", arguments)) - known:
         what = f"configuration: S3_PUT_EXTRA_ARGS: {name}: cannot be used"
         faults.append(ConfigError(what, "write text arguments of put_object, with their case"))
-    if url.path.rstrip("/").endswith(f"/{bucket}"):
-        what = f"configuration: endpoint {url.geturl()}: ends with the bucket's name"
+    if f"/{bucket}/" in f"{url.path.rstrip('/')}/":
+        what = f"configuration: endpoint {url.geturl()}: its path has the bucket's name"
         faults.append(ConfigError(what, "leave the bucket's name out"))
     if str(url.hostname).startswith(f"{bucket}."):
         log.warning("the endpoint %s begins with the bucket's name: leave it out", url.geturl())
@@ -1813,7 +1812,7 @@ def read_env_file(path: Path) -> dict[str, str]:
         why = getattr(error, "strerror", "not UTF-8")
         raise ConfigError(f"cannot read --env-file: {path}: {why}", "check it") from None
     lines = [line.replace("\t", " ").strip(" ") for line in text.replace("\r\n", "\n").split("\n")]
-    plain = [PLAIN_LINE.fullmatch(line) and line.isprintable() for line in lines]
+    plain = [PLAIN_LINE.fullmatch(line) and not CONTROL.search(line) for line in lines]
     if wrong := [str(n) for n, is_plain in enumerate(plain, 1) if not is_plain]:
         hint = "write KEY=value: systemd reads export, quotes, \\ and # behind a value differently"
         raise ConfigError(f"cannot read --env-file: {path}: line {', '.join(wrong)}", hint)
@@ -1880,7 +1879,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings(os.environ, command)
         bucket = Bucket(settings.bucket, settings.prefix, settings.put_arguments)
         code = COMMANDS[command][0](options, settings, bucket)
-        print(end="", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads, but the verdict stands
+            print(end="", flush=True)
     except BackupError as error:
         error.log()
         return error.exit_code

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shared import Session
 
 
-def refusal(path: Path) -> program.BackupError:
+def refusal(path: Path, code: int = 1) -> program.BackupError:
     """Return why this path is not read; it names the path, says what to do, and leaves no
     descriptor open.
     """
@@ -35,7 +35,7 @@ def refusal(path: Path) -> program.BackupError:
     assert len(os.listdir("/proc/self/fd")) == len(before)
     assert str(path) in str(caught.value)
     assert caught.value.hint
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == code
     return caught.value
 
 
@@ -156,7 +156,7 @@ def test_file_that_is_written_while_it_is_read_is_read_again(
     lnd.write()
     os.utime(lnd.path, (1, 1))
     during_the_read(lnd, lambda: change(lnd.path), monkeypatch)
-    failure = refusal(lnd.path)
+    failure = refusal(lnd.path, 75)
     assert "changed" in str(failure)
     assert failure.level == logging.WARNING
     assert program.read_channel_backup(lnd.path) == lnd.path.read_bytes()

@@ -70,7 +70,6 @@ try:
     MISSING = ""
 except ImportError as missing:  # --help and --version work all the same
     MISSING = str(missing)
-
 __version__ = "1.0.0"
 Result = TypeVar("Result")
 FOREVER = float("inf")
@@ -1015,7 +1014,6 @@ def copy_version(copy_directory: str, file: Path, version: Version) -> None:
 # --- 7. Reading the bucket: list and get ----------------------------------------------------------
 # For `check`, `list` and `restore`, with a key that may read. The newest is decided by the earlier
 # of the time in the name and S3's own, so that neither a clock that ran ahead nor a thief decides.
-
 DROP = "smaller than the one below: restore that, too"
 
 
@@ -1312,7 +1310,7 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tu
         hint = "`list` shows which versions and which folders there are"
         raise BackupError(f"{what}: there is no version{earlier}", hint)
     if not full:
-        line = restore_line(options, "--key", versions[0].key)
+        line = restore_line(options, "--key", versions[0].name)
         hint = f"to restore it all the same: {line} --output {shlex.quote(options.output)}"
         raise BackupError(f"{what}: no version{earlier} holds channels", hint)
     while versions[0] != full[0]:
@@ -1354,7 +1352,8 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     if not output.parent.is_dir():
         raise BackupError(f"cannot restore: {output}: its directory is not there", ELSEWHERE)
     chosen = choose_versions(bucket, options)
-    told, faults, seconds = {}, [], ONE_SHOT_SECONDS
+    told, faults = {}, []
+    seconds = ONE_SHOT_SECONDS
     for path, (key, before) in zip(paths, chosen.items(), strict=False):
         try:
             told[path] = restore_one(bucket, key, path, seconds, *before)
@@ -1723,7 +1722,8 @@ def config_error(name: str, value: str, why: str, hint: str) -> ConfigError:
 
 def is_lnds(directory: Path, file: Path) -> bool:
     """Tell whether LND keeps its data or the monitored file here, or in a directory above."""
-    whole, homes = Path(os.path.realpath(directory)), set()
+    whole = Path(os.path.realpath(directory))
+    homes: set[str] = set()
     names = [name for name in LND_FILES if os.path.lexists(whole / name)]  # if it cannot be listed
     with contextlib.suppress(OSError):
         names = os.listdir(whole)
@@ -1772,7 +1772,7 @@ def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[
     for name, value in environ.items():
         is_sdks = name.startswith("AWS_") or name.lower().endswith("_proxy")
         is_key = name.endswith(("ACCESS_KEY", "KEY_ID", "SESSION_TOKEN"))
-        if is_sdks and (CONTROL.search(value) or (is_key and " " in value)):
+        if is_sdks and (CONTROL.search(value) or (is_key and not re.fullmatch("[!-~]+", value))):
             faults.append(config_error(name, value, "has a blank or a line break", "remove it"))
     if faults:
         return faults
@@ -1796,8 +1796,8 @@ def sdk_faults(environ: Mapping[str, str], bucket: str, arguments: str) -> list[
     for name in set(re.findall(r"(?:^|,)(\w+)=", arguments)) - known:
         what = f"configuration: S3_PUT_EXTRA_ARGS: {name}: cannot be used"
         faults.append(ConfigError(what, "write text arguments of put_object, with their case"))
-    if f"/{bucket}/" in f"{url.path.rstrip('/')}/":
-        what = f"configuration: endpoint {url.geturl()}: its path has the bucket's name"
+    if bucket and Path(url.path).name == bucket:
+        what = f"configuration: endpoint {url.geturl()}: ends with the bucket's name"
         faults.append(ConfigError(what, "leave the bucket's name out"))
     if str(url.hostname).startswith(f"{bucket}."):
         log.warning("the endpoint %s begins with the bucket's name: leave it out", url.geturl())

@@ -536,6 +536,33 @@ def test_a_secret_in_an_answer_is_not_shown(
     assert not any(secret in done.stderr + done.stdout for secret in SECRETS.values())
 
 
+@pytest.mark.parametrize("source", ["credentials", "process"])
+def test_a_secret_that_is_broken_over_lines_is_not_shown(
+    fake: FakeS3, written_env: Env, tmp_path: Path, source: str
+) -> None:
+    """No request can bear it, and what is told of that has none of its lines."""
+    written_env |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    first, second = "geheim-and-long", "geheim-and-longer"
+    if source == "credentials":
+        lines = "aws_access_key_id = A\naws_secret_access_key = made-up-secret\n"
+        (tmp_path / "file").write_text(
+            f"[default]\n{lines}aws_session_token = {first}\n  {second}\n"
+        )
+        written_env["AWS_SHARED_CREDENTIALS_FILE"] = str(tmp_path / "file")
+    else:
+        key = {"AccessKeyId": "A", "SecretAccessKey": "made-up-secret"}
+        printed = {"Version": 1, "SessionToken": f"{first}\n{second}\n"} | key
+        (tmp_path / "printed.json").write_text(json.dumps(printed))
+        (tmp_path / "file").write_text(
+            f"[default]\ncredential_process = cat {tmp_path}/printed.json\n"
+        )
+        written_env["AWS_CONFIG_FILE"] = str(tmp_path / "file")
+    done = run(written_env, "list")
+    assert "Invalid header value" in done.stderr
+    assert "geheim" not in done.stderr
+    assert fake.requests == []
+
+
 # --- Errors ---
 
 

@@ -27,7 +27,14 @@ from kit import (
     settings_at,
 )
 from kit.answers import error
-from shared import expect_newest_last, say, staged_data, statements, wait_until_staged
+from shared import (
+    TRY_AGAIN,
+    expect_newest_last,
+    say,
+    staged_data,
+    statements,
+    wait_until_staged,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,6 +135,7 @@ MFA = f"{ASSUME}mfa_serial = arn:aws:iam::123456789012:mfa/me\n"
 BASE = "[profile base]\naws_access_key_id = AKIDBASE\naws_secret_access_key = base-secret\n"
 PROGRAM = "[default]\ncredential_process ="
 NAMED = "credential_process|custom-process"
+NULLS = """'{"Version": 1, "AccessKeyId": null, "SecretAccessKey": null}'"""
 HALF_A_KEY = """'{"Version": 1, "AccessKeyId": "x"}'"""
 TOKEN = {"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere/token", "AWS_ROLE_ARN": ROLE}
 CONTAINER = {
@@ -143,6 +151,7 @@ SOURCES: dict[str, tuple[Env, str, str]] = {  # environment, config file, what i
     "program fails": ({}, f"{PROGRAM} false\n", NAMED),
     "program babbles": ({}, f"{PROGRAM} echo rubbish\n", NAMED),
     "program forgets": ({}, f"{PROGRAM} echo {HALF_A_KEY}\n", NAMED),
+    "program has none": ({}, f"{PROGRAM} echo {NULLS}\n", NAMED),
     "mfa": ({}, MFA + BASE, "mfa"),
     "role": ({}, ASSUME + BASE, "sts:AssumeRole"),
     "no profile": ({}, ASSUME, "base"),
@@ -181,6 +190,24 @@ def test_a_source_of_credentials_that_fails(
     assert "getpass" not in done.stderr.lower()
     assert "base-secret" not in done.stderr
     assert not any(request.method == "PUT" for request in fake.requests)
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(503, "ServiceUnavailable"), (400, "Throttling"), (400, "RequestExpired")],
+)
+def test_a_role_that_is_not_given_now(
+    fake: FakeS3, written_env: Env, tmp_path: Path, status: int, code: str
+) -> None:
+    """It may be given later."""
+    (tmp_path / "config").write_text(ASSUME + BASE)
+    say(fake, status, f"<ErrorResponse>{error(code).decode()}</ErrorResponse>".encode())
+    at = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_ENDPOINT_URL_STS": fake.endpoint}
+    done = run_script(written_env | NO_KEY | at | {"AWS_MAX_ATTEMPTS": "1"}, "list")
+    assert done.returncode == TRY_AGAIN, done.stderr
+    assert re.search(f"error: cannot get credentials .*{code}", done.stderr)
+    assert {request.method for request in fake.requests} == {"POST"}
 
 
 @pytest.mark.unmeasured

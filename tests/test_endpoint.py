@@ -196,7 +196,7 @@ def test_a_portal_that_redirects_may_be_passed_later(
 @pytest.mark.parametrize(
     ("name", "days", "trusted", "words", "hint"),
     [
-        ("127.0.0.1", -2, True, "has expired", "clock"),
+        ("127.0.0.1", -2, True, "has expired", "renew the certificate; or set the clock"),
         ("127.0.0.1", 2, True, "not yet valid", "clock"),
         ("127.0.0.1", 0, False, "certificate verify failed", "AWS_CA_BUNDLE"),
         ("example.org", 0, True, "hostname '127.0.0.1' doesn't match 'example.org'", "name"),
@@ -214,14 +214,14 @@ def test_a_certificate_that_is_refused(
     *,
     trusted: bool,
 ) -> None:
-    """One of another time leads to the clock, and may be right later."""
+    """One of another time may be right later."""
     starts = timedelta(days=days, minutes=-1)
     with TlsFront(s3_http.port, tmp_path, name=name, starts=starts) as front:
         bare_env["AWS_ENDPOINT_URL_S3"] = f"https://127.0.0.1:{front.port}"
         if trusted:
             bare_env["AWS_CA_BUNDLE"] = str(front.ca_file)
         said = failure_of(bare_env)
-    assert said.startswith("warning: " if hint == "clock" else "error: ")
+    assert said.startswith("warning: " if days else "error: ")
     assert words in said
     assert hint in said.partition("hint: ")[2]
 
@@ -260,9 +260,10 @@ def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
         ("AWS_ENDPOINT_URL", "/some-bucket", "once"),
         ("profile", "/some-bucket/", "once"),
         ("service", "/some-bucket", "list"),
+        ("AWS_ENDPOINT_URL_S3", "/some-bucket/node1", "once"),
     ],
 )
-def test_an_endpoint_that_ends_with_the_bucket(
+def test_an_endpoint_whose_path_has_the_bucket(
     fake: FakeS3, written_env: Env, tmp_path: Path, how: str, path: str, command: str
 ) -> None:
     """It is refused wherever it comes from, and nothing is sent."""
@@ -278,6 +279,7 @@ def test_an_endpoint_that_ends_with_the_bucket(
     [
         ("AWS_ENDPOINT_URL_S3", "{}/storage/v1/s3", "/storage/v1/s3/some-bucket/alice/"),
         ("AWS_ENDPOINT_URL", "{}/not-some-bucket", "/not-some-bucket/some-bucket/alice/"),
+        ("profile", "{}/some-bucket2/s3", "/some-bucket2/s3/some-bucket/alice/"),
         ("service", "{}/not-some-bucket", "/not-some-bucket/some-bucket/alice/"),
         ("AWS_ENDPOINT_URL_S3", "http://some-bucket", "http://some-bucket/some-bucket/alice/"),
     ],
@@ -433,11 +435,13 @@ def test_the_configured_source_of_credentials_is_asked(
     with FakeS3(defaults={"GET": Answer(body=json.dumps(given).encode())}) as service:
         source = {
             "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{service.endpoint}/role",
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN": "Basic abcd",
             "AWS_EC2_METADATA_DISABLED": "",
         }
         done_well(named_env | source)
         assert places(talk()) == {tunnel.address, ("127.0.0.1", service.port)}
-        assert {request.path for request in service.requests} == {"/role"}
+        (request,) = service.requests
+        assert (request.path, request.headers["authorization"]) == ("/role", "Basic abcd")
     assert set(tunnel.asked) == {f"CONNECT {TARGET}"}
 
 

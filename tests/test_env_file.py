@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kit import FakeS3, as_nobody, run_script
-from shared import done_well, env_file, refused, start
+from shared import UNPRINTABLE, done_well, env_file, refused, start
 
 import s3_backup_lnd_channels as program
 
@@ -67,7 +67,9 @@ ALIKE = {
     'A=""': "",
     "A=b\r\n": "b",
     "A=\u00fcber": "\u00fcber",
+    f"A=b{UNPRINTABLE}": f"b{UNPRINTABLE}",
     "\n\n# comment\n  # another\nA=b": "b",
+    "# a \\ b\nA=b": "b",
     "A=first\nA=b": "b",
 }
 

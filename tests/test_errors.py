@@ -67,6 +67,7 @@ CODES = [  # kind, hint, status, codes
     (FAILED, "bucket", 404, "NoSuchBucket"),
     (FAILED, "quota", 403, "QuotaExceeded"),
     (FAILED, "quota", 507, "QuotaExceeded"),
+    (FAILED, "quota", 400, "XMinioAdminBucketQuotaExceeded"),
     (FAILED, "AWS_REGION", 301, "PermanentRedirect"),
     (FAILED, "AWS_REGION", 400, "AuthorizationHeaderMalformed"),
     (FAILED, "provider", 400, "InvalidRequest InvalidArgument EntityTooLarge"),

@@ -143,12 +143,13 @@ def test_the_secrets_of_the_environment_never_reach_the_log() -> None:
     assert "geheim" not in done.stderr
 
 
+@pytest.mark.parametrize("scheme", ["http", "HTTP"])
 @pytest.mark.parametrize(
     "password", ["geheim", "ge@heim", "ge:heim", "ge%2Fheim", "ge/heim", "ge?heim", "ge#heim"]
 )
-def test_a_password_in_a_url_is_masked(password: str) -> None:
+def test_a_password_in_a_url_is_masked(scheme: str, password: str) -> None:
     """User and password in a URL never reach a line, and the host does."""
-    text = logged(f'cannot reach "http://alice:{password}@s3.example.org/bucket"')
+    text = logged(f'cannot reach "{scheme}://alice:{password}@s3.example.org/bucket"')
     assert "alice" not in text
     assert "heim" not in text
     assert "s3.example.org/bucket" in text
@@ -305,6 +306,16 @@ def test_password_in_a_url_is_never_told(
         output = script.log + script.stdout
     assert "alice" not in output
     assert "heim" not in output
+
+
+def test_a_password_that_the_sdk_has_masked_in_part(good: dict[str, str]) -> None:
+    """It masks the first `p`, which is that of http, and the rest is masked all the same."""
+    through = {"HTTP_PROXY": "http://bo:p@127.0.0.1:1/x@127.0.0.1:1"}
+    at = {"AWS_ENDPOINT_URL_S3": "http://s3.example.org"}
+    done = run_script(good | at | through, "list")
+    assert done.returncode == 75, done.stderr
+    assert "proxy URL" in done.stderr
+    assert not re.search("bo:|p@|/x", done.stderr)
 
 
 # --- What stdout cannot encode ---

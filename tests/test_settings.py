@@ -26,7 +26,7 @@ from kit import (
     run_script,
     settings_at,
 )
-from shared import done_well, env_file, refused, run_command, start
+from shared import UNPRINTABLE, done_well, env_file, refused, run_command, start
 
 import s3_backup_lnd_channels as program
 
@@ -91,7 +91,17 @@ def test_optional_variable_that_is_empty_counts_as_absent(name: str, good: Env) 
 
 
 WRONG = {
-    "S3_BUCKET_NAME": ["bucket/", "bucket/a", "ab", "my bucket", "bucket ", "${B}", '"b"', "b#c"],
+    "S3_BUCKET_NAME": [
+        "bucket/",
+        "bucket/a",
+        "arn:foo/bar",
+        "ab",
+        "my bucket",
+        "bucket ",
+        "${B}",
+        '"b"',
+        "b#c",
+    ],
     "S3_BACKUP_PREFIX": ["/", "x" * 242, "ü" * 513],
     "RESCAN_SECONDS": ["0.0", "-1", "1e3", "60s", " 60", "60 ", "nan", "\u0663", "1,5", "9" * 400],
     "REFRESH_SECONDS": ["-0", "daily", "inf", "1_000"],
@@ -115,11 +125,13 @@ RIGHT: list[tuple[str, str, str, object]] = [
     ("S3_BUCKET_NAME", "my.bucket-1", "bucket", "my.bucket-1"),
     ("S3_BUCKET_NAME", "My_Old_Bucket", "bucket", "My_Old_Bucket"),
     ("S3_BUCKET_NAME", ARN, "bucket", ARN),
+    ("S3_BUCKET_NAME", ARN.replace("/", ":"), "bucket", ARN.replace("/", ":")),
     ("S3_BACKUP_PREFIX", "node1", "prefix", "node1/"),
     ("S3_BACKUP_PREFIX", "node1/", "prefix", "node1/"),
     ("S3_BACKUP_PREFIX", "a/b/c", "prefix", "a/b/c/"),
     ("S3_BACKUP_PREFIX", ".hidden/a..b", "prefix", ".hidden/a..b/"),
     ("S3_BACKUP_PREFIX", """a b#${A}"'\\ü""", "prefix", """a b#${A}"'\\ü/"""),
+    ("S3_BACKUP_PREFIX", UNPRINTABLE, "prefix", f"{UNPRINTABLE}/"),
     ("S3_BACKUP_PREFIX", "ü" * 240, "prefix", "ü" * 240 + "/"),
     ("RESCAN_SECONDS", "0.5", "rescan_seconds", 0.5),
     ("RESCAN_SECONDS", "3600", "rescan_seconds", 3600.0),
@@ -471,6 +483,7 @@ MISSPELT = {
 
 MISSPELT_IN_A_FILE = {
     "AWS_REGOIN": "AWS_REGION",
+    "AWS_ENDPOINT_URL_S33": "AWS_ENDPOINT_URL_S3",
     "AWS_SECRET_ACESS_KEY": "AWS_SECRET_ACCESS_KEY",
     "ENDPOINT": "",
     "PREFIX": "",
@@ -509,6 +522,9 @@ def test_right_names_are_not_warned_of(written_env: Env, tmp_path: Path) -> None
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_METADATA_SERVICE_TIMEOUT": "1",
         "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
+        "AWS_S3_USE_ARN_REGION": "true",
+        "AWS_ACCOUNT_ID": "123456789012",
+        "AWS_CREDENTIAL_EXPIRATION": "2099-01-01T00:00:00Z",
         "AWS_ENDPOINT_URL_STS": "http://127.0.0.1:1",
         "NO_PROXY": "127.0.0.1",
         "HTTPS_PROXY": "http://127.0.0.1:1",
@@ -551,6 +567,8 @@ CONTROL = {
     "AWS_PROFILE": "default\n",
     "AWS_CA_BUNDLE": "/etc/ssl/certs/ca-certificates.crt\n",
     "HTTPS_PROXY": "http://bob:s3cret@127.0.0.1:1\n",
+    "HTTP_PROXY": "http://bob:s3cret@127.0.0.1:1\x85",
+    "NO_PROXY": "a\udc80",
 }
 
 
@@ -578,7 +596,7 @@ def test_a_prefix_of_any_characters(
     s3: S3Server, bucket: str, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
     """Every command takes whatever S3 takes."""
-    prefix = 'it\'s "ノード" ä/#%20&b+c=d;e:f/$x{y}'
+    prefix = 'it\'s "ノード" ä/#%20&b+c=d;e:f/$x{y}/' + UNPRINTABLE
     version = lnd.write()
     user = s3.read_write_user(bucket)
     env = settings_at(s3.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user)

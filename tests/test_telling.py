@@ -348,7 +348,9 @@ def test_the_hint_for_a_missing_directory_of_metrics_mends_it(
     lnd.write()
     missing = tmp_path / "no such" / "lnd.prom"
     telling_env["METRICS_FILE"] = str(missing)
-    hint = re.search(r"hint: .*run: (?:sudo )?(.*)", refused(telling_env, "METRICS_FILE"))
+    hint = re.search(
+        r"hint: if nothing else uses it, run: (?:sudo )?(.*)", refused(telling_env, "METRICS_FILE")
+    )
     assert hint
     subprocess.run(shlex.split(hint[1]), check=True)
     assert "cannot" not in done_well(telling_env).stderr

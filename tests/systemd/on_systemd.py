@@ -756,7 +756,7 @@ def test_a_full_quota_is_told(alerts: Alerts, node: Node) -> None:
         node.box.run("touch", "--date=11 minutes ago", f"{SCB}/channel.backup")
         told = "lnd-backup: NOT BACKED UP: the version on disk has been waiting since"
         assert told in alerts.wait_for(1)
-        assert "hint: the bucket is full" in alerts.mails()[0].get_content()
+        assert "hint: clean up or raise the quota" in alerts.mails()[0].get_content()
         until("S3 takes it again", lambda: len(s3.objects(node.bucket)) == 2, 90)
         assert "BACKED UP again" in alerts.wait_for(2)
 

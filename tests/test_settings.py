@@ -562,7 +562,7 @@ CONTROL = {
     "AWS_DEFAULT_REGION": "eu-central-1\n",
     "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1\n",
     "AWS_ACCESS_KEY_ID": "AKID\n",
-    "AWS_SECRET_ACCESS_KEY": "s3cret\n",
+    "AWS_SECRET_ACCESS_KEY": "s3cret\u00a0",
     "AWS_SESSION_TOKEN": "s3cret\r",
     "AWS_PROFILE": "default\n",
     "AWS_CA_BUNDLE": "/etc/ssl/certs/ca-certificates.crt\n",

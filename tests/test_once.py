@@ -28,6 +28,7 @@ from kit import (
     version_name,
 )
 from kit.answers import error, framed
+from kit.script import LATE_ENOUGH
 from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, staged, staged_data
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def test_a_second_copy_does_not_start(
     """While one copy holds the staging directory another ends with 75 and says so, and leaves alone
     what is being written there; the first goes on.
     """
-    partial = staging / ".x.partial"
+    partial = staging / f".{version_name(b'', NOON)}.partial"
     with backed_up() as daemon:
         partial.touch()
         done = run_script(env, command)
@@ -196,6 +197,40 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
     assert [code for code, _ in results] == [75, 75]
     assert max(seconds for _, seconds in results) < ONE_MINUTE
     assert [staged_data(own) for own in staging.parent.glob("staging-*")] == [[version.data]] * 2
+
+
+CHANGING = f"""{LATE_ENOUGH}
+import os
+looked, left = os.fstat, {{times}}
+def fstat(descriptor):
+    global left
+    status = looked(descriptor)
+    path = os.environ["MONITOR_FILE_PATH"]
+    if left and os.path.samestat(status, os.stat(path)):
+        left -= 1
+        os.utime(path, ns=(1, left))
+    return status
+os.fstat = fstat
+"""
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(("times", "code"), [(1, 0), (1_000_000, 75)], ids=["rests", "never"])
+def test_once_while_the_file_changes(
+    fake: FakeS3,
+    fake_env: dict[str, str],
+    lnd: Lnd,
+    started_by: Callable[[str], None],
+    times: int,
+    code: int,
+) -> None:
+    """A file that changes while it is read is read again, within the minute."""
+    started_by(CHANGING.format(times=times) + hurried(HURRY))
+    version = lnd.write()
+    done = run_script(fake_env, "once")
+    assert done.returncode == code, done.stderr
+    assert "it changed while it was read" in done.stderr
+    assert [request.body for request in fake.requests] == [version.data] * (code == 0)
 
 
 # --- How long it goes on ---

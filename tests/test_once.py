@@ -28,8 +28,7 @@ from kit import (
     version_name,
 )
 from kit.answers import error, framed
-from kit.script import LATE_ENOUGH
-from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, staged, staged_data
+from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, changing, staged, staged_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -199,21 +198,6 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
     assert [staged_data(own) for own in staging.parent.glob("staging-*")] == [[version.data]] * 2
 
 
-CHANGING = f"""{LATE_ENOUGH}
-import os
-looked, left = os.fstat, {{times}}
-def fstat(descriptor):
-    global left
-    status = looked(descriptor)
-    path = os.environ["MONITOR_FILE_PATH"]
-    if left and os.path.samestat(status, os.stat(path)):
-        left -= 1
-        os.utime(path, ns=(1, left))
-    return status
-os.fstat = fstat
-"""
-
-
 @pytest.mark.unmeasured
 @pytest.mark.parametrize(("times", "code"), [(1, 0), (1_000_000, 75)], ids=["rests", "never"])
 def test_once_while_the_file_changes(
@@ -221,11 +205,13 @@ def test_once_while_the_file_changes(
     fake_env: dict[str, str],
     lnd: Lnd,
     started_by: Callable[[str], None],
+    tmp_path: Path,
     times: int,
     code: int,
 ) -> None:
     """A file that changes while it is read is read again, within the minute."""
-    started_by(CHANGING.format(times=times) + hurried(HURRY))
+    (tmp_path / "changes").write_bytes(bytes(times))
+    started_by(changing(tmp_path / "changes") + hurried(HURRY))
     version = lnd.write()
     done = run_script(fake_env, "once")
     assert done.returncode == code, done.stderr

@@ -1630,7 +1630,7 @@ class Settings(NamedTuple):
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # or no text at all
 PATH, SECONDS = "/.+", r"[0-9]{1,9}(\.[0-9]{1,6})?"
 URL = r"https?://(\[[^]\s]+\]|[^\s/@:]+)(:[0-9]{1,5})?([/?][!-~]*)?"
-SETTINGS: dict[str, tuple[str | None, str, str]] = {  # default (None: required), pattern, advice
+SETTINGS = {  # default (None: required), pattern, advice
     "MONITOR_FILE_PATH": (None, PATH, "write the absolute path of LND's channel.backup"),
     "BACKUP_DIRECTORY": (None, PATH, "write an absolute path, such as /var/lib/lnd-backup"),
     "S3_BUCKET_NAME": (None, r"[A-Za-z0-9_.-]{3,255}|arn:(?!.*:::).+:s3.+", "write the name alone"),
@@ -1908,7 +1908,7 @@ def prepare_output() -> None:
     logging.root.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to encode a path
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", write_through=False)
     logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
     for name in ("botocore", "urllib3"):  # their errors are all explained here
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -367,14 +367,15 @@ def test_a_list_that_never_ends(raw: RawS3, raw_env: Env, tokens: str) -> None:
     assert "warning: " in done.stderr
 
 
-@pytest.mark.parametrize("lacking", ["x-amz-meta-sha256", "all", "a date"])
+@pytest.mark.parametrize("lacking", ["x-amz-meta-sha256", "a digest", "all", "a date"])
 def test_a_version_without_a_header(raw: RawS3, raw_env: Env, home: Path, lacking: str) -> None:
     """It is written if its bytes can be verified, and refused in words otherwise."""
     headers = {name: value for name, value in FACTS.items() if lacking not in (name, "all")}
     headers |= {"Last-Modified": "yesterday"} if lacking == "a date" else {}
+    headers |= {"x-amz-meta-sha256": ""} if lacking == "a digest" else {}
     raw.reply = store(ONE, lambda _: framed([DATA], headers=headers))
     done = run(raw_env, "restore", cwd=home)
-    if lacking == "x-amz-meta-sha256":
+    if lacking in ("x-amz-meta-sha256", "a digest"):
         assert done.returncode == 0, done.stderr
         assert re.search(f"warning: .*{KEY}", done.stderr)
     assert [path.read_bytes() for path in home.iterdir()] == [DATA] * (done.returncode == 0)
@@ -440,10 +441,10 @@ HANGING: dict[str, Callable[[], Iterable[bytes | float]]] = {
 @pytest.mark.usefixtures("_hurried")
 @pytest.mark.parametrize("how", HANGING)
 def test_one_shots_end_within_a_minute(lnd: Lnd, tmp_path: Path, home: Path, how: str) -> None:
-    """However an answer hangs, it may be tried again."""
+    """However an answer hangs, it is told, and may be tried again."""
     lnd.write(data=DATA)
 
-    def timed(command: str) -> tuple[int, float]:
+    def timed(command: str) -> tuple[Done, float]:
         def page(request: Request) -> Iterable[bytes | float]:
             if is_list(request) and how == "body" and command != "list":
                 return framed([ONE])
@@ -453,11 +454,15 @@ def test_one_shots_end_within_a_minute(lnd: Lnd, tmp_path: Path, home: Path, how
             env = settings_at(raw.endpoint, lnd, tmp_path / command)
             output = ("--output", str(home / "restored")) if command == "restore" else ()
             done = run(env, command, *output)
-            return done.returncode, time.monotonic() - raw.asked_at
+            return done, time.monotonic() - raw.asked_at
 
     with ThreadPoolExecutor(4) as pool:
         ends = list(pool.map(timed, ("once", "list", "check", "restore")))
-    assert [code for code, _ in ends] == [75] * 4
+    assert [done.returncode for done, _ in ends] == [75] * 4
+    once, *others = (done.stderr for done, _ in ends)
+    assert "sent in time: 1: S3 or the source of credentials does not answer" in once
+    for said in others:
+        assert re.search("error: .*: no answer in time\n.*hint: check the network", said)
     assert max(took for _, took in ends) < A_MINUTE + 2
     assert not (home / "restored").exists()
 

@@ -276,17 +276,36 @@ def test_a_receipt_with_a_wrong_field(env: dict[str, str], staging: Path, field:
     check(env, 75)
 
 
+@pytest.mark.parametrize(
+    ("proof", "code", "reason"),
+    [("bucket", 0, "holds"), ("receipt", 75, "this user can read no receipt in BACKUP_DIRECTORY")],
+)
 @pytest.mark.usefixtures("key")
-def test_a_staging_directory_of_somebody_else(node_reader: dict[str, str], staging: Path) -> None:
-    """Where the staging directory may not be read, the number staged is unknown."""
+def test_a_staging_directory_of_somebody_else(
+    env: dict[str, str],
+    reader: dict[str, str],
+    staging: Path,
+    lnd: Lnd,
+    proof: str,
+    code: int,
+    reason: str,
+) -> None:
+    """Where the staging directory may not be read, the number staged is unknown; and where the
+    receipt would decide, so is the verdict, however old the file is.
+    """
+    if proof == "bucket":
+        env |= reader
+    age(lnd, FIVE_HOURS)
     staging.chmod(0)
     try:
         command = [*ordinary(), sys.executable, str(SCRIPT)]
-        done = run_script(node_reader, "check", "--json", command=command)
+        done = run_script(env, "check", "--json", command=command)
     finally:
         staging.chmod(0o700)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["staged"] is None
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["current"]) == (code, VERDICTS[code]), done.stderr
+    assert (answer["proof"], answer["staged"]) == (proof, None)
+    assert reason in answer["reason"]
 
 
 # --- What is staged, and the daemon beside it ---
@@ -389,12 +408,26 @@ def test_backed_up(
     """
     if proof == "bucket":
         env |= reader
-    assert key in expect_verdict(env, "BACKED UP", 0)
+    known = f"newest known version, by the {proof}: {key}"
+    assert known in expect_verdict(env, "BACKED UP", 0)
     lnd.write()
     if proof == "receipt":
         age(lnd, TEN_MINUTES + 60)
     check(env, 1, proof=proof, key=key)
-    assert key in expect_verdict(env, "NOT BACKED UP", 1)
+    assert known in expect_verdict(env, "NOT BACKED UP", 1)
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_verdict_that_nobody_reads(node_reader: dict[str, str], lnd: Lnd, options: str) -> None:
+    """`check | true` keeps its exit code."""
+    lnd.write()
+    ends = os.pipe()
+    os.close(ends[0])
+    with os.fdopen(ends[1], "w") as unread:
+        env = node_reader | {"PYTHONUNBUFFERED": "1"}
+        done = run_script(env, "check", *options.split(), stdout=unread)
+    assert done.returncode == 1, done.stderr
+    assert not re.search("Traceback|BrokenPipe|fault of this program", done.stderr)
 
 
 @pytest.mark.unmeasured

@@ -211,6 +211,33 @@ def test_a_role_that_is_not_given_now(
 
 
 @pytest.mark.unmeasured
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("list", r"cannot get credentials \(profile default: .*\): no answer in time"),
+        ("once", "in time: 1: S3 or the source of credentials does not answer"),
+    ],
+)
+def test_a_source_of_credentials_that_hangs(
+    fake: FakeS3,
+    written_env: Env,
+    tmp_path: Path,
+    started_by: Callable[[str], None],
+    command: str,
+    words: str,
+) -> None:
+    """It is named, and may be tried again."""
+    started_by(hurried(10))
+    fake.hold()
+    (tmp_path / "config").write_text(ASSUME + BASE)
+    at = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_ENDPOINT_URL_STS": fake.endpoint}
+    done = run_script(written_env | NO_KEY | at, command)
+    assert done.returncode == 75, done.stderr
+    assert re.search(f"error: .*{words}", done.stderr)
+    assert {request.method for request in fake.requests} == {"POST"}
+
+
+@pytest.mark.unmeasured
 def test_nobody_is_asked_on_the_terminal(written_env: Env, tmp_path: Path) -> None:
     """A role that wants a one-time code fails at once."""
     (tmp_path / "config").write_text(MFA + BASE)

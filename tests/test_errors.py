@@ -223,23 +223,32 @@ def test_an_answer_that_is_not_of_s3(
 # --- Permissions ---
 
 
+NOT_ALLOWED = "because no policy allows the action"
+DENIED_BY_BUCKET = "with an explicit deny in a resource-based policy"
+NOT_TO_READ = "the node's own key is not meant to read"
+
+
 @pytest.mark.unmeasured
 @pytest.mark.parametrize(
-    ("action", "why", "hint"),
+    ("command", "action", "why", "hint"),
     [
-        ("kms:GenerateDataKey", "because no policy allows the action", "kms:GenerateDataKey"),
-        ("s3:PutObjectTagging", "because no policy allows the action", "s3:PutObjectTagging"),
-        ("s3:PutObject", "with an explicit deny in a resource-based policy", "Deny"),
-        ("s3:PutObject", "with an explicit deny in a service control policy", "Deny"),
+        ("once", "kms:GenerateDataKey", NOT_ALLOWED, "kms:GenerateDataKey"),
+        ("once", "s3:PutObjectTagging", NOT_ALLOWED, "s3:PutObjectTagging"),
+        ("once", "s3:PutObject", DENIED_BY_BUCKET, "Deny"),
+        ("once", "s3:PutObject", "with an explicit deny in a service control policy", "Deny"),
+        ("list", "s3:ListBucket", DENIED_BY_BUCKET, NOT_TO_READ),
+        ("restore --key x", "s3:GetObject", DENIED_BY_BUCKET, NOT_TO_READ),
     ],
 )
 def test_what_s3_says_of_a_denial_decides(
-    fake: FakeS3, written_env: Env, action: str, why: str, hint: str
+    fake: FakeS3, written_env: Env, command: str, action: str, why: str, hint: str
 ) -> None:
-    """It names the action that is missing, or a Deny, against which no Allow helps."""
+    """It names the action that is missing, or a Deny, against which no Allow helps; to read, the
+    node's key is denied for good reason.
+    """
     message = f"User: x is not authorized to perform: {action} on resource: arn:aws:x {why}"
     say(fake, 403, error("AccessDenied", message))
-    said = run(written_env, "once", code=1).stderr
+    said = run(written_env, *command.split(), code=1).stderr
     hints = "\n".join(re.findall("hint: .*", said))
     assert hint in hints
     assert not re.search(r"s3:PutObject\b", hints)

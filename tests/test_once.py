@@ -28,7 +28,7 @@ from kit import (
     version_name,
 )
 from kit.answers import error, framed
-from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, staged, staged_data
+from shared import AWAY, LARGEST, NOON, SELDOM, TRY_AGAIN, changing, staged, staged_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,7 +109,7 @@ def test_a_second_copy_does_not_start(
     """While one copy holds the staging directory another ends with 75 and says so, and leaves alone
     what is being written there; the first goes on.
     """
-    partial = staging / ".x.partial"
+    partial = staging / f".{version_name(b'', NOON)}.partial"
     with backed_up() as daemon:
         partial.touch()
         done = run_script(env, command)
@@ -196,6 +196,27 @@ def test_once_ends_within_a_minute(fake_env: dict[str, str], lnd: Lnd, staging: 
     assert [code for code, _ in results] == [75, 75]
     assert max(seconds for _, seconds in results) < ONE_MINUTE
     assert [staged_data(own) for own in staging.parent.glob("staging-*")] == [[version.data]] * 2
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(("times", "code"), [(1, 0), (1_000_000, 75)], ids=["rests", "never"])
+def test_once_while_the_file_changes(
+    fake: FakeS3,
+    fake_env: dict[str, str],
+    lnd: Lnd,
+    started_by: Callable[[str], None],
+    tmp_path: Path,
+    times: int,
+    code: int,
+) -> None:
+    """A file that changes while it is read is read again, within the minute."""
+    (tmp_path / "changes").write_bytes(bytes(times))
+    started_by(changing(tmp_path / "changes") + hurried(HURRY))
+    version = lnd.write()
+    done = run_script(fake_env, "once")
+    assert done.returncode == code, done.stderr
+    assert "it changed while it was read" in done.stderr
+    assert [request.body for request in fake.requests] == [version.data] * (code == 0)
 
 
 # --- How long it goes on ---

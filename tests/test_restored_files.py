@@ -285,6 +285,26 @@ def test_which_drops_count(put: partial[str], reader: dict[str, str], home: Path
 
 
 @pytest.mark.unmeasured
+@pytest.mark.parametrize("by_key", [False, True], ids=["newest", "key"])
+def test_a_file_for_a_version_before_a_drop_is_there(
+    put: partial[str], reader: dict[str, str], home: Path, *, by_key: bool
+) -> None:
+    """It is left as it is, the others are written, and a warning names it; one that is not needed
+    is no matter.
+    """
+    data, keys = history(put, 5000, 4000, 3000)
+    (home / "channel.backup.2").write_bytes(b"mine")
+    done = run_script(reader, "restore", *(("--key", keys[2]) if by_key else ()), cwd=home)
+    assert done.returncode == 0, done.stderr
+    others = {} if by_key else {".3": data[0]}
+    assert restored(home) == {"": data[2], ".2": b"mine"} | others
+    told = re.findall(r"warning: left out: (.*)", done.stderr)
+    path = home / "channel.backup.2"
+    assert told == ([] if by_key else [f"{path}: cannot restore: {path}: File exists"])
+    assert lncli(done) == [str(home / f"channel.backup{end}") for end in ("", *others)]
+
+
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("fault", ["damaged", "too short", "unreadable"])
 def test_a_version_before_a_drop_that_cannot_be_had(
     put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str], home: Path, fault: str

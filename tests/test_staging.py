@@ -41,6 +41,8 @@ pytestmark = pytest.mark.usefixtures("_log_level")
 EARLIER, LATER = "20260101T000000.000000Z-", "20290101T000000.000000Z-"
 IMPOSSIBLE = "20260230T250000.000000Z-"  # no such day, no such hour
 THEIRS = b"theirs" * 100
+HALF_WRITTEN = f".{true_name(THEIRS)}.partial"
+OWN = [b".receipt", b"..receipt.partial", HALF_WRITTEN.encode()]
 KINDS = ["directory", "link", "dangling link", "link to a device", "fifo"]
 
 
@@ -59,6 +61,7 @@ odd_names |= st.sampled_from(
     [b"\n", b"-rf", b" ", b"*", b"\xff\xfe", b"channel.backup", b"x" * 255, b"\x1b[2J"]
 )
 odd_names |= st.sampled_from([b".receipt~", b".lock.1", b".damaged-", b"notes.txt", b"..."])
+odd_names |= st.just(b".mine.partial")
 contents = (
     st.binary(max_size=100)
     | st.just(b"{}")
@@ -80,9 +83,7 @@ def things(draw: st.DrawFn) -> list[Thing]:
             | st.just(true_name(data + b"?", moment).encode())
         )
         found[name] = Thing(name, kind, data)
-    for own in draw(
-        st.lists(st.sampled_from([b".receipt", b".x.partial", b"..receipt.partial"]), unique=True)
-    ):
+    for own in draw(st.lists(st.sampled_from(OWN), unique=True)):
         found[own] = Thing(own, "file", draw(contents))
     return [thing for name, thing in found.items() if name not in (b".", b"..", b".lock")]
 
@@ -163,7 +164,7 @@ def test_nobody_else_may_read_what_is_staged(umask: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", true_name(THEIRS), ".receipt~"])
+@pytest.mark.parametrize("name", ["notes.txt", ".mine.partial", true_name(THEIRS), ".receipt~"])
 def test_things_of_others_are_left_alone(name: str, kind: str, staging: Path) -> None:
     """Directories, links and FIFOs are neither offered nor waited for nor changed, even under a
     version's name.
@@ -180,15 +181,17 @@ def test_things_of_others_are_left_alone(name: str, kind: str, staging: Path) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [".x.partial", "..receipt.partial", ".receipt"])
+@pytest.mark.parametrize("name", [HALF_WRITTEN, "..receipt.partial", ".receipt"])
 def test_leftover_that_is_no_file_does_not_hold_up_the_start(
     name: str, kind: str, staging: Path
 ) -> None:
     """Something of another kind that bears the name of a file of the program's own keeps nobody
-    from staging.
+    from staging; under the name of a half-written file it is removed.
     """
     lay(staging, Thing(name.encode(), kind))
     queue = restart(staging)
+    is_removed = name.endswith(".partial") and kind != "directory"
+    assert os.path.lexists(staging / name) != is_removed
     own = stage(queue, GOOD)
     assert offered(queue) == [(own, GOOD)]
 
@@ -410,8 +413,7 @@ def test_once_is_not_bothered(lying: list[Thing]) -> None:
         assert "\x1b" not in done.stderr
         versions = {thing.name: thing.data for thing in lying if is_version(thing)}
         for thing in lying:
-            own = thing.name.startswith(b".receipt") or thing.name.endswith(b".partial")
-            if thing.name not in versions and not own:
+            if thing.name not in versions and thing.name not in OWN:
                 assert before[os.fsdecode(thing.name)] in after, f"{thing} is not as it was"
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
         sent = {key: entry.data for key, entry in fake.objects("bucket").items()}

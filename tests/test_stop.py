@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from kit import Daemon, FaultProxy, Lnd, Mode, Script, run_script
-from shared import SELDOM, SteppedS3, staged, write_unseen
+from shared import SELDOM, SteppedS3, changing, staged, write_unseen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,6 +94,21 @@ def test_it_looks_after_the_signal_and_before_it_leaves(
         daemon.wait_for_captured(third)
         assert [name[-6:] for name in staged(staging)] == [second.sha256[-6:], third.sha256[-6:]]
     check()
+
+
+@pytest.mark.unmeasured
+def test_a_file_that_changes_at_the_stop_is_read_again(
+    backed_up: Session, lnd: Lnd, tmp_path: Path, started_by: Callable[[str], None]
+) -> None:
+    left = tmp_path / "changes"
+    left.touch()
+    started_by(changing(left))
+    with backed_up() as daemon:
+        last = write_unseen(lnd)
+        left.write_bytes(b"x")
+        assert daemon.stop() == 0
+        assert "it changed while it was read" in daemon.log
+        daemon.wait_for_stored(last)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

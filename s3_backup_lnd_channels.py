@@ -1310,7 +1310,7 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tu
         hint = "`list` shows which versions and which folders there are"
         raise BackupError(f"{what}: there is no version{earlier}", hint)
     if not full:
-        line = restore_line(options, "--key", versions[0].name)
+        line = restore_line(options, "--key", versions[0].key)
         hint = f"to restore it all the same: {line} --output {shlex.quote(options.output)}"
         raise BackupError(f"{what}: no version{earlier} holds channels", hint)
     while versions[0] != full[0]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import ctypes
 import difflib
@@ -334,8 +335,8 @@ class Staging:
 
     def acknowledge(self, receipt: Receipt) -> None:
         """Take a version off the queue; `tidy` deletes it, while the next one is on its way."""
-        with contextlib.suppress(ValueError):  # it was sent from memory
-            self.pending.remove(receipt.name)
+        at = bisect.bisect_left(self.pending, receipt.name)  # ten thousand may wait
+        del self.pending[at : bisect.bisect_right(self.pending, receipt.name)]
         self.acknowledged.add(receipt.name)
         self.receipt = receipt
 
@@ -1075,7 +1076,7 @@ def list_pages(bucket: Bucket) -> Iterator[dict[str, Any]]:
     request = {"Bucket": bucket.name, "Prefix": bucket.prefix, "Delimiter": "/"}
     tokens = {""}
     for _ in range(PAGES_MAX):
-        with alarm(ONE_SHOT_SECONDS), explained(what):
+        with explained(what), alarm(ONE_SHOT_SECONDS):
             page = bucket.connect().list_objects_v2(**request)
         if page.keys().isdisjoint(("IsTruncated", "Contents", "CommonPrefixes")):
             raise TransientError(f"{what}: the answer is not S3's", SOMETHING_BETWEEN)
@@ -1093,7 +1094,7 @@ def list_pages(bucket: Bucket) -> Iterator[dict[str, Any]]:
 def get_version(bucket: Bucket, key: str, seconds: float = ONE_SHOT_SECONDS) -> bytes:
     """Return the bytes of a version; raises BackupError, DamagedError if they are others."""
     what = f"cannot use s3://{bucket.name}/{key}"
-    with alarm(seconds), explained(what):
+    with explained(what), alarm(seconds):
         answer = bucket.connect().get_object(Bucket=bucket.name, Key=key)
         data: bytes = answer["Body"].read()
     metadata = answer.get("Metadata", {})
@@ -1155,7 +1156,7 @@ class TimeIsUpError(BaseException):
 
 @contextlib.contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Interrupt what is `explained` after so many seconds; it rings each second until heard."""
+    """Interrupt what is `explained` around it after so many seconds; it rings until it is heard."""
 
     def on_alarm(*_: object) -> None:
         raise TimeIsUpError("no answer in time")
@@ -1250,7 +1251,7 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
         print(json.dumps(answer, default=datetime.isoformat))
     else:
         word = {True: "BACKED UP", False: "NOT BACKED UP", None: "UNKNOWN"}[verdict.current]
-        known = f"newest known version, by the {verdict.proof}: {key or 'none'}"
+        known = f"newest version, by the {verdict.proof}: {key or 'none known'}"
         print(printable(f"{word}: {verdict.reason}; {known}"))
     return code
 
@@ -1259,7 +1260,7 @@ def command_list(options: argparse.Namespace, _: Settings, bucket: Bucket) -> in
     """Print the versions in the bucket, newest first: as a table, or as JSON."""
     versions, others, folders = list_versions(bucket)
     if not versions and bucket.prefix:  # is the prefix the wrong one?
-        with contextlib.suppress(BackupError), alarm(TELLING_SECONDS), explained("cannot list"):
+        with contextlib.suppress(BackupError), explained("cannot list"), alarm(TELLING_SECONDS):
             page = bucket.connect().list_objects_v2(Bucket=bucket.name, Delimiter="/")
             folders += [str(each.get("Prefix")) for each in page.get("CommonPrefixes", [])]
     if options.json:
@@ -1287,9 +1288,8 @@ def restore_line(options: argparse.Namespace, *which: str) -> str:
 def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Return the key asked for; or the newest version with channels and the last before each drop.
 
-    With each key come the version before it and the command line for that, if there is one. A
-    channel leaves the file when its closing confirms, possibly before its money is swept. Then the
-    version before has it, and LND skips what it knows. Raises BackupError.
+    Each comes with the version before it and the command line for that, if there is one. A channel
+    leaves the file when its closing confirms, maybe before its money is swept. Raises BackupError.
     """
     if options.key is not None:
         name = options.key.rpartition("/")[2]
@@ -1627,7 +1627,7 @@ class Settings(NamedTuple):
     put_arguments: dict[str, str]
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # or no text at all
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # lone surrogates are no text
 PATH, SECONDS = "/.+", r"[0-9]{1,9}(\.[0-9]{1,6})?"
 URL = r"https?://(\[[^]\s]+\]|[^\s/@:]+)(:[0-9]{1,5})?([/?][!-~]*)?"
 SETTINGS = {  # default (None: required), pattern, advice

@@ -408,7 +408,7 @@ def test_backed_up(
     """
     if proof == "bucket":
         env |= reader
-    known = f"newest known version, by the {proof}: {key}"
+    known = f"newest version, by the {proof}: {key}"
     assert known in expect_verdict(env, "BACKED UP", 0)
     lnd.write()
     if proof == "receipt":

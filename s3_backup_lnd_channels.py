@@ -25,7 +25,6 @@ import argparse
 import asyncio
 import base64
 import bisect
-import contextlib
 import ctypes
 import difflib
 import errno
@@ -52,6 +51,7 @@ import urllib.request
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -118,7 +118,7 @@ def sha256_of(data: bytes) -> str:
 def captured_at(name: str) -> datetime | None:
     """Return the UTC time in a version's name; None if it is none, or of 9999: no name follows."""
     if re.fullmatch(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{6}", name) and name < "9999":
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             return datetime.fromisoformat(name[:23])
     return None
 
@@ -200,10 +200,10 @@ def write_file(
     partial = f".{name}.partial"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(partial, dir_fd=directory)  # cut short by a crash, or planted by somebody
         with open(os.open(partial, flags, mode, dir_fd=directory), "wb") as file:
-            with contextlib.suppress(OSError):  # exFAT and SMB have no modes
+            with suppress(OSError):  # exFAT and SMB have no modes
                 os.fchmod(file.fileno(), mode)  # whatever the umask
             file.write(data)
             file.flush()
@@ -224,7 +224,7 @@ def write_file(
             if not is_optional:
                 raise
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(partial, dir_fd=directory)
 
 
@@ -289,7 +289,7 @@ class Staging:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in os.listdir(self.fd):
                 if fnmatch(name, ".[.0-9]*.partial"):  # of a version or of .receipt
-                    with contextlib.suppress(OSError):
+                    with suppress(OSError):
                         os.unlink(name, dir_fd=self.fd)
         except BlockingIOError:
             message = f"cannot start: {directory}: another copy holds it"
@@ -342,10 +342,10 @@ class Staging:
 
     def tidy(self) -> None:
         """Write the last receipt down, then delete what is acknowledged."""
-        with contextlib.suppress(OSError):  # on a full disk it is written after the deletion
+        with suppress(OSError):  # on a full disk it is written after the deletion
             self.write_receipt()
         for name in sorted(self.acknowledged):
-            with contextlib.suppress(FileNotFoundError):  # it was sent from memory
+            with suppress(FileNotFoundError):  # it was sent from memory
                 os.unlink(name, dir_fd=self.fd)
         self.write_receipt()
         self.acknowledged.clear()
@@ -565,7 +565,7 @@ class Daemon:
                 self.inotify = Inotify(InitFlags(os.O_CLOEXEC | os.O_NONBLOCK))
             old, self.watch = self.watch, self.inotify.add_watch(file.parent, mask)
             if old and old is not self.watch:
-                with contextlib.suppress(OSError):  # the kernel removed it with its directory
+                with suppress(OSError):  # the kernel removed it with its directory
                     self.inotify.rm_watch(old)
             self.watching.resolve()
         except OSError as error:
@@ -577,7 +577,7 @@ class Daemon:
         if self.inotify and not self.event:
             self.event = asyncio.create_task(next_event(self.inotify, file.name))
 
-    @contextlib.contextmanager
+    @contextmanager
     def using_disk(self) -> Iterator[None]:
         """Report what the staging disk refuses; the loop goes on."""
         try:
@@ -739,8 +739,8 @@ class Errand:
         self.done: object = self
         self.task: asyncio.Task[None] | None = None
 
-    def run(self, news: object, period: float, call: Callable[..., None], *args: Any) -> None:
-        """Make a call, unless it was made for this news, or an earlier one is still at work.
+    def run(self, about: object, period: float, call: Callable[..., None], *args: Any) -> None:
+        """Make a call, unless the last one was about the same, or is still at work.
 
         What failed is tried again in the next period.
         """
@@ -752,11 +752,11 @@ class Errand:
                 self.problem.resolve()
             except BackupError as error:
                 self.problem.report(error)
-                self.done = (news, period)
+                self.done = (about, period)
 
         is_busy = self.task and not self.task.done()
-        if not is_busy and self.done not in (news, (news, period)):
-            self.done, self.task = news, asyncio.create_task(make())
+        if not is_busy and self.done not in (about, (about, period)):
+            self.done, self.task = about, asyncio.create_task(make())
 
 
 async def in_daemon_thread(
@@ -835,7 +835,8 @@ def new_client(session: Any, **credentials: str) -> Any:
     """Return an S3 client with limits; what the user chose is left alone. Raises what the SDK does.
 
     Beyond boto3's interface it uses these of botocore's (1.44): `_session`, to see what the user
-    chose in a profile, `_endpoint`, to read no answer further than it can be good, and the parser.
+    chose in a profile; `_endpoint`, `_content` and `raw`, to read no answer further than it can be
+    good; and the parser.
     """
     chosen = {name[4:].lower() for name in os.environ if name.startswith("AWS_")}
     chosen.update(scoped_config(session))
@@ -865,7 +866,7 @@ def new_client(session: Any, **credentials: str) -> Any:
             answer.headers["Content-Length"] = str(len(data))
         elif answer.raw.length_remaining or answer.status_code // 100 == 1:
             raise sdk.HTTPClientError(error="the answer is cut short")
-        answer.raw = AnswerBody(data)
+        answer._content, answer.raw = data, io.BytesIO(data)  # botocore reads one of them
         return answer
 
     def keep_body(http_response: Any, parsed: dict[str, Any], **_: object) -> None:
@@ -877,20 +878,10 @@ def new_client(session: Any, **credentials: str) -> Any:
     return client
 
 
-class AnswerBody(io.BytesIO):
-    """An answer that has been read, as botocore reads it once more."""
-
-    def stream(self, **_: object) -> Iterator[bytes]:
-        """Return all of it."""
-        yield self.read()
-
-
-class CredentialProgram(subprocess.Popen):  # type: ignore[type-arg]
-    """The SDK's credential_process, without a terminal, and ended if it hangs (by coreutils)."""
-
-    def __init__(self, command: list[str], **options: Any) -> None:
-        limit = ["timeout", "--kill-after=1", f"{SILENCE_SECONDS}"]
-        super().__init__([*limit, *command], stdin=subprocess.DEVNULL, **options)
+def start_program(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start the SDK's credential_process, without a terminal; coreutils end it if it hangs."""
+    limit = ["timeout", "--kill-after=1", f"{SILENCE_SECONDS}"]
+    return subprocess.Popen([*limit, *command], stdin=subprocess.DEVNULL, **options)  # noqa: S603
 
 
 def no_prompt(_: str) -> str:
@@ -908,7 +899,7 @@ def notify_systemd(state: str) -> None:
     """Tell systemd (sd_notify(3)). It neither fails nor waits if nobody reads."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as notify:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as notify:
             notify.sendto(state.encode(), re.sub("^@", "\0", address))  # @: an abstract address
 
 
@@ -945,7 +936,7 @@ def metrics_text(
 def write_metrics(file: str, text: str) -> None:
     """Write METRICS_FILE, readable by others, unless it says so already; raises BackupError."""
     path = Path(file)
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if read_file(path)[0] == text.encode():
             return
     try:
@@ -956,7 +947,7 @@ def write_metrics(file: str, text: str) -> None:
         raise BackupError(f"cannot write METRICS_FILE: {path}: {error.strerror}", hint) from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def opened(directory: Path) -> Iterator[int]:
     """Open a directory for `write_file`; raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -1003,7 +994,7 @@ def copy_version(copy_directory: str, file: Path, version: Version) -> None:
         with opened(Path(copy_directory)) as directory:
             names = sorted(filter(captured_at, os.listdir(directory)))
             for name in {version.name, *names[-1:]}.intersection(names):
-                with contextlib.suppress(OSError):  # one that cannot be read is no copy
+                with suppress(OSError):  # one that cannot be read is no copy
                     if read_file(name, directory)[0] == version.data:
                         return  # it is the newest, or stands below one with a later name
             write_file(directory, *version, mode=0o640, new=True)
@@ -1056,7 +1047,7 @@ def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
             if captured is None or key != bucket.prefix + name:
                 others += 1
                 continue
-            with contextlib.suppress(KeyError, ValueError, OverflowError):  # no field, no such time
+            with suppress(KeyError, ValueError, OverflowError):  # no field, no such time
                 at = datetime.fromisoformat(entry["LastModified"]).astimezone(UTC)
                 version = StoredVersion(name, key, int(entry["Size"]), captured, at)
                 if version.size_bytes >= EMPTY_BYTES:
@@ -1117,7 +1108,7 @@ def get_version(bucket: Bucket, key: str, seconds: float = ONE_SHOT_SECONDS) -> 
 
 def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
     """Watch and back up until stopped."""
-    with contextlib.suppress(OSError):  # a log that nobody reads must not hold up a backup
+    with suppress(OSError):  # a log that nobody reads must not hold up a backup
         os.set_blocking(2, os.isatty(2))  # by number: Python knows no stderr that was closed
     file = settings.file
     log.info("watching %s, staging in %s", file, settings.staging)
@@ -1154,7 +1145,7 @@ class TimeIsUpError(BaseException):
     """The alarm of a one-shot: no Exception, so that no library takes it for one of its own."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def alarm(seconds: float) -> Iterator[None]:
     """Interrupt what is `explained` around it after so many seconds; it rings until it is heard."""
 
@@ -1239,7 +1230,7 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
         verdict = Verdict(None, "receipt", None, str(error))
         code = error.exit_code
     staged = key = captured = stored = None
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         staged = len(list(filter(captured_at, os.listdir(settings.staging))))
     if version := verdict.version:
         key, stored = version.key, version.stored_at
@@ -1260,7 +1251,7 @@ def command_list(options: argparse.Namespace, _: Settings, bucket: Bucket) -> in
     """Print the versions in the bucket, newest first: as a table, or as JSON."""
     versions, others, folders = list_versions(bucket)
     if not versions and bucket.prefix:  # is the prefix the wrong one?
-        with contextlib.suppress(BackupError), explained("cannot list"), alarm(TELLING_SECONDS):
+        with suppress(BackupError), explained("cannot list"), alarm(TELLING_SECONDS):
             page = bucket.connect().list_objects_v2(Bucket=bucket.name, Delimiter="/")
             folders += [str(each.get("Prefix")) for each in page.get("CommonPrefixes", [])]
     if options.json:
@@ -1484,7 +1475,7 @@ HINTS = {  # what to do about S3's codes and statuses; for any other, S3's own w
 }
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(what: str, denied: str = READER) -> Iterator[None]:
     """Turn whatever the SDK raises into a BackupError; `denied`: what to do if denied."""
     try:
@@ -1677,13 +1668,12 @@ def load_settings(environ: Mapping[str, str], command: str) -> Settings:
     faults += sdk_faults(environ, values["S3_BUCKET_NAME"], values["S3_PUT_EXTRA_ARGS"])
     if faults:
         raise ExceptionGroup("configuration", faults)
-    path, staging, bucket, prefix, rescan, refresh, grace, *texts, more = values.values()
+    scb, staging, bucket, prefix, rescan, refresh, grace, metrics, url, copy, more = values.values()
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""
     times = float(rescan), float(refresh), float(grace)
-    metrics, heartbeat, copies = texts
     arguments = dict(pair.split("=", 1) for pair in more.split(",") if pair)
-    paths = Path(path), Path(staging or os.devnull)
-    return Settings(*paths, bucket, prefix, *times, metrics, heartbeat, copies, arguments)
+    paths = Path(scb), Path(staging or os.devnull)
+    return Settings(*paths, bucket, prefix, *times, metrics, url, copy, arguments)
 
 
 def setting_fault(name: str, values: Mapping[str, str]) -> ConfigError | None:
@@ -1725,7 +1715,7 @@ def is_lnds(directory: Path, file: Path) -> bool:
     whole = Path(os.path.realpath(directory))
     homes: set[str] = set()
     names = [name for name in LND_FILES if os.path.lexists(whole / name)]  # if it cannot be listed
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         names = os.listdir(whole)
     if any(fnmatch(name, pattern) for name in names for pattern in LND_FILES):
         return True
@@ -1879,7 +1869,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_settings(os.environ, command)
         bucket = Bucket(settings.bucket, settings.prefix, settings.put_arguments)
         code = COMMANDS[command][0](options, settings, bucket)
-        with contextlib.suppress(BrokenPipeError):  # nobody reads, but the verdict stands
+        with suppress(BrokenPipeError):  # nobody reads, but the verdict stands
             print(end="", flush=True)
     except BackupError as error:
         error.log()
@@ -1928,7 +1918,7 @@ def prepare_environment(more: Mapping[str, str]) -> None:
     for codec in ("idna", "unicode_escape"):  # loaded now: a lookup that fails once fails for ever
         "a".encode(codec)
     warn_of_misspelt(more)
-    sources.ProcessProvider = functools.partial(sources.ProcessProvider, popen=CredentialProgram)
+    sources.ProcessProvider = functools.partial(sources.ProcessProvider, popen=start_program)
     sources.AssumeRoleProvider = functools.partial(sources.AssumeRoleProvider, prompter=no_prompt)
 
 

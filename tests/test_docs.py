@@ -27,7 +27,7 @@ REFERENCE = (CHECKOUT / "docs/reference.md").read_text(encoding="utf-8")
 EXAMPLE = (CHECKOUT / "lnd-backup-env.example").read_text(encoding="utf-8")
 COLUMNS = 100
 # These may be lowered, and never raised: a limit that gives way to a change only counts.
-LINES_MAX = 1937
+LINES_MAX = 1927
 HEART_MAX = 621
 TOKENS_MAX = 9.5  # in a line of code
 FUNCTION_MAX = 45  # lines

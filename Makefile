@@ -107,10 +107,12 @@ lint: $(VENV) ## check format, style and types
 		echo "NOT CHECKED: $(SHELL_PROGRAMS): there is no shellcheck (Debian, Ubuntu: apt install shellcheck)" >&2; fi
 
 # The names of the variables on make's command line; their values reach the script in its environment.
-GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command%line,$(subst $() ,%,$(origin $(name)))),$(name)))
+GIVEN := $(strip $(foreach name,$(.VARIABLES),$(if $(filter command%line,$(subst $() ,%,$(origin $(name)))),$(name))))
+NO_DOLLAR = $(foreach name,$(GIVEN),$(if $(findstring $$,$(subst $$$$,,$(value $(name)))),$(error $(name) has a $$, which make \
+	would read as a variable: leave $(name) out, and write it into the settings file)))
 
 install: ## as root: install or upgrade the service; S3_BUCKET_NAME=... LND_USER=... [NODE=...]
-	@GIVEN="$(GIVEN)" sh systemd/install.sh install
+	@$(NO_DOLLAR)GIVEN="$(GIVEN)" sh systemd/install.sh install
 
 uninstall: ## as root: remove the service; keep settings and staged versions
 	@GIVEN="$(GIVEN)" sh systemd/install.sh uninstall

@@ -9,7 +9,8 @@ a problem begins, once a day while it lasts, and when a check finds that it is o
 could not reach S3 (exit code 75) changes nothing. With `test-alert` this sends a test.
 
 reads     what the check printed (/run/lnd-backup-check), the state of the unit, and its log
-writes    STATE_DIRECTORY alone: which messages went out, by which way, and when
+writes    STATE_DIRECTORY and RUNTIME_DIRECTORY alone: which messages went out, by which way, and
+          when. The second is for a disk that is full or read-only
 connects  to the host of ALERT_URL; starts sendmail for ALERT_MAIL
 never     prints the address of a way; follows a redirect; touches LND, the settings or the bucket
 
@@ -22,6 +23,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -110,23 +112,28 @@ class Incident:
     """By which ways it was sent that a unit failed, and when."""
 
     def __init__(self, unit: str) -> None:
-        """Read it. A file that is missing or cannot be read means that nothing was sent."""
-        self.path = Path(os.environ["STATE_DIRECTORY"], f"{unit}.json")
+        """Read the first file that can be read. If there is none, nothing was sent."""
+        names = ("RUNTIME_DIRECTORY", "STATE_DIRECTORY")
+        known = [os.environ[name] for name in names if name in os.environ]
+        self.paths = [Path(directory, f"{unit}.json") for directory in known]
         self.told: dict[str, float] = {}
-        try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-            self.told = {way: float(when) for way, when in known.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+        for path in self.paths:
+            try:
+                told = json.loads(path.read_text(encoding="utf-8"))
+                self.told = {way: float(when) for way, when in told.items()}
+            except (OSError, ValueError, TypeError, AttributeError):
+                continue
             return
 
     def keep(self) -> None:
-        """Write it, whole or not at all, and delete it when nothing is left in it."""
-        if not self.told:
-            self.path.unlink(missing_ok=True)
-            return
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.told), encoding="utf-8")
-        partial.replace(self.path)
+        """Write each file, whole or not at all."""
+        for path in self.paths:
+            partial = path.with_suffix(".partial")
+            try:
+                partial.write_text(json.dumps(self.told), encoding="utf-8")
+                partial.replace(path)
+            except OSError as error:
+                print(f"<4>cannot write {path}: {error.strerror}", flush=True)
 
 
 def show(unit: str, name: str) -> str:
@@ -240,18 +247,24 @@ def reason_of(error: Exception) -> str:
     return type(error).__name__
 
 
-def tell(names: list[str], subject: str, text: str) -> list[str]:
-    """Send a message by these ways, and return those that worked."""
-    worked = []
-    for name in names:
-        send, target = ways()[name]
-        try:
-            send(target, subject, text)
-        except FAILURES as error:
-            print(f"<3>cannot send the message by {name}: {reason_of(error)}", flush=True)
-        else:
-            worked.append(name)
-    return worked
+def give_up(*_: object) -> None:
+    """End an answer that never ends: each of its parts is in time. Raises TimeoutError."""
+    raise TimeoutError
+
+
+def tell(way: str, subject: str, text: str) -> bool:
+    """Send a message by a way, and tell whether that worked."""
+    send, target = ways()[way]
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(2 * round(PATIENCE_SECONDS))
+    try:
+        send(target, subject, text)
+    except FAILURES as error:
+        print(f"<3>cannot send the message by {way}: {reason_of(error)}", flush=True)
+        return False
+    finally:
+        signal.alarm(0)
+    return True
 
 
 def begin(unit: str, sentence: str, text: str, now: float) -> int:
@@ -261,17 +274,18 @@ def begin(unit: str, sentence: str, text: str, now: float) -> int:
     if not due:
         print("<5>not sent again: it was sent less than a day ago", flush=True)
         return 0
-    told = tell(due, sentence, text)
-    incident.told |= dict.fromkeys(told, now)
-    incident.keep()
-    return int(told != due)
+    for way in due:
+        if tell(way, sentence, text):
+            incident.told[way] = now
+            incident.keep()  # at once: this may be ended while it tries the next way
+    return int(any(incident.told.get(way) != now for way in due))
 
 
 def over(units: list[str], sentence: str, text: str) -> int:
     """Send that a failure is over, by each way by which it was sent. Return 1 if one failed."""
     incidents = [incident for unit in units if (incident := Incident(unit)).told]
     due = [way for way in ways() if any(way in incident.told for incident in incidents)]
-    told = tell(due, sentence, text)
+    told = [way for way in due if tell(way, sentence, text)]
     for incident in incidents:
         # A way that is no longer configured is forgotten. One that failed is tried next time.
         left = {way: when for way, when in incident.told.items() if way in due and way not in told}
@@ -313,7 +327,8 @@ def test() -> int:
         print("\n".join(f"<3>{line}" for line in NO_WAY.splitlines()), flush=True)
         return 1
     subject = f"{socket.gethostname()}: a test of lnd-backup's alerts; nothing is wrong"
-    worked = tell(asked, subject, "The first line of an alert says what is wrong.")
+    text = "The first line of an alert says what is wrong."
+    worked = [way for way in asked if tell(way, subject, text)]
     for way in worked:
         print(f"<5>sent: {way}", flush=True)
     return int(worked != asked)

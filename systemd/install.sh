@@ -60,7 +60,8 @@ given() { # NAME: its value on make's command line
 }
 
 setting() { # NAME FILE: its value, without quotes
-    sed -n "s/^$1=//p" "$2" | tail -n 1 | sed -e 's/^"\(.*\)"$/\1/' -e "s/^'\(.*\)'\$/\1/"
+    sed -n "s/^[[:space:]]*$1[[:space:]]*=[[:space:]]*//p" "$2" | tail -n 1 |
+        sed -e 's/[[:space:]]*$//' -e 's/^"\(.*\)"$/\1/' -e "s/^'\(.*\)'\$/\1/"
 }
 
 all_settings() { # the files of all nodes, one a line
@@ -234,11 +235,15 @@ check_lnd_directory() {
 # Otherwise LND would write one file, and the service would back up another that no longer changes.
 check_monitored() {
     expected=${lnd_directory:-${lnd_user:+"$scb"}}
-    [ -n "$expected" ] && [ -z "$(given MONITOR_FILE_PATH)" ] && [ -e "$settings" ] || return 0
-    set_to=$(setting MONITOR_FILE_PATH "$settings")
-    [ -n "$set_to" ] || return 0
+    set_to=$(given MONITOR_FILE_PATH)
+    has="make's command line"
+    if [ -z "$set_to" ] && [ -e "$settings" ]; then
+        set_to=$(setting MONITOR_FILE_PATH "$settings")
+        has=$settings_name
+    fi
+    [ -n "$expected" ] && [ -n "$set_to" ] || return 0
     [ "$(realpath -m -- "$(dirname -- "$set_to")")" = "$(realpath -m -- "$expected")" ] || give_up \
-        "$settings_name has MONITOR_FILE_PATH=$set_to, which is not in $expected" \
+        "$has has MONITOR_FILE_PATH=$set_to, which is not in $expected" \
         "sudoedit $settings_name, and write MONITOR_FILE_PATH=$expected/channel.backup;\
  or leave out ${lnd_user:+LND_USER}${lnd_directory:+LND_DIRECTORY}"
 }
@@ -260,6 +265,24 @@ check_copy() {
     [ "$real" = "$copy" ] ||
         give_up "the real path of $copy is $real" "make install COPY_DIRECTORY=$real"
     find_what_to_open
+    refuse_what_others_use
+}
+
+# The program would not start with the first ones. Of the others, nobody could tell which file is
+# of which node.
+refuse_what_others_use() {
+    [ -n "$lnd_directory" ] || [ -z "$watched" ] || watched=$(dirname -- "$watched")
+    for each in ${watched:+"$watched"} ${lnd_user:+"$scb"} "/var/lib/$service"; do
+        case $copy/ in
+        "$each"/*)
+            give_up "$copy is LND's, or the staging directory: $each" 'name another directory' ;;
+        esac
+    done
+    all_settings | while read -r each; do
+        [ "$each" = "$settings" ] || [ "$(setting COPY_DIRECTORY "$each")" != "$copy" ] ||
+            give_up "$copy is COPY_DIRECTORY in ${each#"$DESTDIR"}, too" \
+                'create a directory for each node: docs/several-nodes.md'
+    done
 }
 
 # Sets opened, what the service may write to: the mount point, not the directory on it. systemd
@@ -301,7 +324,7 @@ check_files() {
 $(files)
 END
     for path in ${lnd_user:+"$tmpfiles"} ${lnd_directory:+"$drop_in/lnd-directory.conf"} \
-        ${copy:+"$drop_in/copy-directory.conf"}; do
+        ${copy:+"$drop_in/copy-directory.conf"} $(drop_ins_for_checks); do
         is_free "$path" || foreign=$path
     done
     for directory in "$home" /etc/default "$units" "$drop_in"; do
@@ -351,6 +374,10 @@ is_ours() { # PATH: the file is as it was installed
 
 begin_work() {
     changed='' # yes: something that runs has to be restarted
+    created='' # yes: the settings are new
+    mkdir -p "$DESTDIR$home"
+    exec 9<"$DESTDIR$home"
+    flock -n 9 || give_up 'another installation is at work' 'wait until it is over'
     trap clean_up EXIT
     rm -rf "$work"
     install -d -m 0700 "$work"
@@ -366,6 +393,7 @@ build_version() {
     program="$program systemd/alert.py systemd/check-twice systemd/remount-if-replaced"
     program="$program docs/operations.md docs/recovery.md docs/access.md docs/second-copy.md"
     program="$program docs/several-nodes.md docs/containers.md docs/reference.md docs/alerts.yml"
+    program="$program docs/stores.md docs/aws-bucket.yaml docs/aws-bucket.sh"
     number=$(version_number)
     new=$DESTDIR$home/$number
     if [ -d "$new" ]; then
@@ -430,12 +458,13 @@ check_existing_settings() {
     done
 }
 
-# Lists what the new version finds wrong with settings. RESCAN_SECONDS=0 is always wrong, so that
-# the program looks no further than its settings. That one fault is left out here.
+# Lists what the new version finds wrong with settings. This HEARTBEAT_URL is always wrong, so that
+# the program looks no further than its settings. That one fault is left out here. It hides the
+# same one in the file, which no command line can have brought there.
 faults() { # FILE
-    env -i PATH="$PATH" RESCAN_SECONDS=0 \
+    env -i PATH="$PATH" HEARTBEAT_URL=- \
         "$new/venv/bin/python" -I "$new/s3_backup_lnd_channels.py" --env-file "$1" check 2>&1 |
-        sed -e 's/^[-0-9]* [:0-9]* error: //' -e '/RESCAN_SECONDS=0:/,/^hint: /d'
+        sed -e 's/^[-0-9]* [:0-9]* error: //' -e '/: HEARTBEAT_URL=/,/^hint: /d'
 }
 
 write_settings() {
@@ -444,6 +473,7 @@ write_settings() {
         fill_in_the_example
         refuse_what_is_wrong
         step install -D -m 0600 "$filled" "$settings"
+        created=${GIVEN:+yes}
     elif [ -n "$copy" ] && [ -z "$(setting COPY_DIRECTORY "$settings")" ]; then
         add_copy_directory
     fi
@@ -520,17 +550,28 @@ END
     [ -z "$lnd_directory" ] || open_lnd_directory
     [ -z "$copy" ] || open_copy_directory
     open_for_checks
+    [ ! -e "$manifest" ] || cp "$manifest" "$work/manifest.before"
     mv "$work/manifest" "$manifest"
 }
 
 put_file() { # SOURCE PATH MODE
     if ! cmp -s "$1" "$DESTDIR$2"; then
+        keep_for_a_way_back "$2"
         step install -D -m "$3" "$1" "$DESTDIR$2"
         changed=yes
     fi
     awk -v path="$2" '$2 != path' "$work/manifest" >"$work/manifest.new"
     say "$(sha256sum "$DESTDIR$2" | cut -d' ' -f1)  $2" >>"$work/manifest.new"
     mv "$work/manifest.new" "$work/manifest"
+}
+
+keep_for_a_way_back() { # PATH
+    mkdir -p "$work/replaced${1%/*}"
+    if [ -e "$DESTDIR$1" ]; then
+        cp --preserve=mode "$DESTDIR$1" "$work/replaced$1"
+    else
+        say "$1" >>"$work/added"
+    fi
 }
 
 # The directory for LND's backupfilepath=, created now and at every boot.
@@ -544,7 +585,7 @@ open_scb() {
 # The service sees LND's own directory, and nothing else of the outermost directory around it that
 # is closed to others. So it needs no permission on those.
 open_lnd_directory() {
-    hidden=$(dirname "$lnd_directory") above=$hidden
+    hidden='' above=$(dirname "$lnd_directory")
     while [ "$above" != / ]; do
         case $(stat -c %A "$above") in
         *[xt]) ;;
@@ -554,7 +595,7 @@ open_lnd_directory() {
     done
     case $lnd_directory in
     /home/* | /root/*) hide='ProtectHome=tmpfs' ;;
-    *) hide="TemporaryFileSystem=$hidden:ro" ;;
+    *) hide=${hidden:+"TemporaryFileSystem=$hidden:ro"} ;;
     esac
     sed -e "s|^ProtectHome=tmpfs|$hide|" -e "s|^\(BindReadOnlyPaths=-\).*|\1$lnd_directory|" \
         systemd/lnd-directory.conf >"$work/made"
@@ -577,11 +618,21 @@ ReadWritePaths=-$opened" >"$work/made"
 # The hourly check sees what the service sees of LND's directory, also on a node that was installed
 # before there was a check.
 open_for_checks() {
-    for each in "$DESTDIR$units"/lnd-backup.service.d "$DESTDIR$units"/lnd-backup@?*.service.d; do
-        [ -e "$each/lnd-directory.conf" ] || continue
-        sed -n '/^\[Service\]/,$p' "$each/lnd-directory.conf" >"$work/made"
-        put_file "$work/made" "$units/lnd-backup-check@${each##*/}/lnd-directory.conf" 0644
+    for path in $(drop_ins_for_checks); do
+        sed -n '/^\[Service\]/,$p' "$DESTDIR$(of_the_service "$path")" >"$work/made"
+        put_file "$work/made" "$path" 0644
     done
+}
+
+drop_ins_for_checks() { # of all nodes that have one, one a line
+    for each in "$DESTDIR$units"/lnd-backup.service.d "$DESTDIR$units"/lnd-backup@?*.service.d; do
+        [ ! -e "$each/lnd-directory.conf" ] ||
+            say "$units/lnd-backup-check@${each##*/}/lnd-directory.conf"
+    done
+}
+
+of_the_service() { # DROP-IN OF A CHECK
+    printf '%s/%s' "$units" "${1#"$units"/lnd-backup-check@}"
 }
 
 # --- The switch ---
@@ -593,7 +644,8 @@ switch_version() {
         changed=yes
     fi
     [ -z "$changed" ] || here systemctl daemon-reload
-    if [ -z "$before" ] || [ -n "$node" ]; then
+    # A node that was here before is not enabled again: somebody may have disabled it.
+    if [ -z "$before" ] || [ -n "$created" ]; then
         here systemctl --quiet enable "$service.service"
     fi
     [ -z "$changed" ] || [ -n "$DESTDIR" ] || restart
@@ -614,18 +666,33 @@ restart() {
     [ -n "$services" ] || return 0
     # Restarts by hand count towards the start limit, and would make this one fail.
     step systemctl reset-failed $services || :
-    # A start waits for nothing, so a minute is long even on a small board.
-    if step timeout 60 systemctl restart $services; then
+    # A stop lasts as long as the settings allow. A start waits for nothing, so a minute is long
+    # even on a small board.
+    step systemctl stop $services
+    if step timeout 60 systemctl start $services; then
         return
     fi
-    if [ -n "$before" ] && [ "$before" != "$number" ] && [ -d "$home/$before" ]; then
-        use "$before"
-        step systemctl reset-failed $services
-        step systemctl restart $services || :
-    fi
     journalctl --unit=lnd-backup --unit='lnd-backup@*' --lines=20 --no-pager >&2 || :
-    give_up 'the new version did not start' \
-        'see the log above; the previous version was started again, if there was one'
+    put_back
+    then='the previous version does not start either'
+    ! step timeout 60 systemctl start $services || then='the previous version runs again'
+    give_up 'the new version did not start' "see the log above; $then"
+}
+
+# The program and the units are as before. The settings stay as they are.
+# shellcheck disable=SC2086 # $services is a list
+put_back() {
+    if [ "$before" != "$number" ] && [ -d "$home/$before" ]; then
+        use "$before"
+        step rm -rf "${home:?}/$number"
+    fi
+    if [ -e "$work/manifest.before" ]; then
+        mv "$work/manifest.before" "$manifest"
+        [ ! -e "$work/added" ] || xargs -d '\n' rm -f <"$work/added"
+        [ ! -d "$work/replaced" ] || step cp -r --preserve=mode "$work/replaced/." /
+    fi
+    step systemctl daemon-reload
+    step systemctl reset-failed $services || :
 }
 
 # --- What is left to do ---
@@ -657,6 +724,13 @@ say_where_the_key_belongs() {
 }
 
 say_what_lnd_lacks() {
+    if [ -e "$drop_in/lnd-directory.conf" ]; then
+        seen=$(sed -n 's/^BindReadOnlyPaths=-//p' "$drop_in/lnd-directory.conf")
+        say "left to do: take back what an earlier LND_DIRECTORY= opened to the service:
+  sudo setfacl -x u:lnd-backup '$seen'
+  sudo rm $drop_in/lnd-directory.conf $units/lnd-backup-check@$service.service.d/lnd-directory.conf
+  sudo systemctl daemon-reload"
+    fi
     say "left to do, unless LND writes to $scb already: let it write there, and see that it does" \
         "before you start the service: steps 2 to 4 of method 1 in docs/access.md"
 }
@@ -681,6 +755,10 @@ say_what_comes_next() {
     say "check:  systemctl status $service; $command check"
     say "alerts: sudoedit /etc/default/lnd-backup-alert; sudo lnd-backup test-alert"
     say "print:  $command card (to keep with the seed)"
+    all_settings | sed 's|.*/\(.*\)-env$|\1|' | while read -r each; do
+        systemctl --quiet is-enabled "$each.service" ||
+            say "note:   $each does not start at boot; to change that: sudo systemctl enable $each"
+    done
 }
 
 # --- Uninstall and purge ---
@@ -718,8 +796,9 @@ refuse_if_versions_wait() { # WHAT HAS HAPPENED, HOW TO SEND THEM
 
 waiting() { # the versions that were never sent, one a line
     staging_directories | while read -r each; do
-        find "$each" -maxdepth 1 -type f -name '[0-9]*T[0-9]*Z-*' | sort
-    done
+        find "$each" -type f -regextype posix-extended \
+            -regex '.*/[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{6}' | sort
+    done | sort -u
 }
 
 staging_directories() { # of all nodes, one a line
@@ -759,8 +838,9 @@ all_services() { # of all nodes, whether they run or not
 close_lnd_directories() {
     for each in "$DESTDIR$units"/lnd-backup.service.d "$DESTDIR$units"/lnd-backup@?*.service.d; do
         [ -e "$each/lnd-directory.conf" ] || continue
-        directory=$(sed -n 's/^BindReadOnlyPaths=-//p' "$each/lnd-directory.conf")
-        [ ! -d "$directory" ] || here setfacl -x u:lnd-backup "$directory"
+        sed -n 's/^BindReadOnlyPaths=-//p' "$each/lnd-directory.conf" | while read -r directory; do
+            [ ! -d "$directory" ] || here setfacl -x u:lnd-backup "$directory"
+        done
     done
 }
 
@@ -782,8 +862,12 @@ purge() {
     # LND may have written a version while the service stopped.
     refuse_if_versions_wait 'the service was removed, its settings and these versions were kept' \
         'let the service send them (sudo make install)'
-    waiting=$(waiting)
-    [ -z "$waiting" ] || say "deleting what never reached the bucket:$newline$waiting"
+    waiting | while read -r each; do
+        case ${each#"$DESTDIR"} in
+        /var/lib/lnd-backup*) say "deleting what never reached the bucket: $each" ;;
+        *) say "kept, although it never reached the bucket: $each" ;;
+        esac
+    done
     for path in $(kept); do
         step rm -rf "$DESTDIR$path"
     done

@@ -213,7 +213,7 @@ def test_the_pages_that_a_node_needs_are_installed() -> None:
     """
     installer = text_of(CHECKOUT / "systemd/install.sh")
     installed = set(re.findall(r"\bdocs/([a-z-]+\.md)", installer))
-    at_home = {"how-it-works.md", "performance.md", "reliability.md", "stores.md"}
+    at_home = {"how-it-works.md", "performance.md", "reliability.md"}
     assert installed == {page.name for page in (CHECKOUT / "docs").glob("*.md")} - at_home
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from kit import CHECKOUT, Answer, FakeS3, RawS3
-from shared import run_command, section
+from shared import run_command, section, write_script
 
 import s3_backup_lnd_channels as program
 from systemd import alert
@@ -176,24 +176,21 @@ def wrapper(tmp_path: Path) -> Wrapper:
         text = text.replace(place, f"{tmp_path}{instead}")
     stubs = {
         "lnd-backup": text,
-        "bin/id": "#!/bin/sh\necho ${TEST_UID-0}\n",
-        "bin/uname": "#!/bin/sh\necho box\n",
-        "bin/systemctl": "#!/bin/sh\ncase $* in *ProtectHome*) echo tmpfs ;; esac\n",
-        "bin/systemd-run": '#!/bin/sh\necho systemd-run\nprintf "%s\\n" "$@"\nexit 75\n',
-        "opt/venv/bin/python": """#!/bin/sh
+        "bin/id": "echo ${TEST_UID-0}",
+        "bin/uname": "echo box",
+        "bin/systemctl": "case $* in *ProtectHome*) echo tmpfs ;; esac",
+        "bin/systemd-run": 'echo systemd-run; printf "%s\\n" "$@"; exit 75',
+        "opt/venv/bin/python": """
 [ "$3" != --version ] || { echo "s3_backup_lnd_channels.py 0.1.0"; exit; }
 echo python
 printf "%s\\n" "$@"
 env | grep ^AWS_ | sort
 exit 78
 """,
-        "opt/s3_backup_lnd_channels.py": "the program\n",
     }
     for name, content in stubs.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-        path.chmod(0o755)
+        write_script(tmp_path / name, content)
+    (tmp_path / "opt/s3_backup_lnd_channels.py").write_text("the program\n", encoding="utf-8")
     for name in ("lnd-backup-env", "lnd-backup@alice-env"):
         (tmp_path / name).write_text("S3_BUCKET_NAME=b\n", encoding="utf-8")
 
@@ -341,20 +338,20 @@ def test_the_card_is_that_of_the_recovery_page_and_holds_no_secret(
 def test_a_check_that_fails_is_asked_again(codes: str, level: int, tmp_path: Path) -> None:
     """Only what fails twice is a failure; the last words reach the journal and the alert."""
     code = int(codes.rsplit(maxsplit=1)[-1])
-    check, left = tmp_path / "check", tmp_path / "codes"
-    check.write_text(
-        f"""#!/bin/sh
+    left = tmp_path / "codes"
+    left.write_text(f"{codes}\n", encoding="utf-8")
+    check = write_script(
+        tmp_path / "check",
+        f"""
 read -r code left <{left}
 echo "$left" >{left}
 echo "run with $code"
 echo "hint: of $code" >&2
 exit "$code"
 """,
-        encoding="utf-8",
     )
-    left.write_text(f"{codes}\n", encoding="utf-8")
     env = {"RUNTIME_DIRECTORY": str(tmp_path), "INVOCATION_ID": "abc", "AGAIN_SECONDS": "0"}
-    done = run_command("sh", SYSTEMD / "check-twice", "sh", check, env=env)
+    done = run_command(SYSTEMD / "check-twice", check, env=env)
     assert done.returncode == code
     assert done.stdout.endswith(f"<{level}>run with {code}\n<{level}>hint: of {code}\n")
     kept = (tmp_path / "said").read_text(encoding="utf-8")
@@ -569,8 +566,7 @@ def test_a_mail_that_fails_says_how(
     """What became of sendmail is told, without the address."""
     path = tmp_path / "sendmail"
     if sendmail:
-        path.write_text(f"#!/bin/sh\n{sendmail}\n", encoding="utf-8")
-        path.chmod(0o755)
+        write_script(path, sendmail)
     monkeypatch.setattr(alert, "SENDMAIL", str(path))
     monkeypatch.setenv("ALERT_MAIL", "me@example.org")
     assert alert.main("test-alert") == 1

@@ -130,7 +130,6 @@ def assert_refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the hash of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -363,7 +363,6 @@ class Teller:
     """alert.py with a clock, a mail and a POST that are made up."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Set up both ways."""
         self.monkeypatch, self.directory = monkeypatch, directory
         self.now, self.state = 1_800_000_000.0, "active"
         self.mails: list[str] = []

@@ -232,11 +232,9 @@ class Node:
         return self.current()
 
     def current(self) -> bytes:
-        """Return the version on disk."""
         return self.box.read(self.scb)
 
     def stored(self, bucket: str = "") -> list[bytes]:
-        """Return the versions in the bucket."""
         return [each.data for each in self.s3.objects(bucket or self.bucket).values()]
 
     def staged(self) -> list[str]:
@@ -367,7 +365,6 @@ class Alerts:
     """What somebody was told, by mail and by POST."""
 
     def __init__(self, box: Box, listener: FakeS3) -> None:
-        """Set up the POST."""
         self.box, self.listener = box, listener
         self.url = f"{listener.endpoint}/secret-topic"
         box.write(ALERT_SETTINGS, f"ALERT_URL={self.url}\n")
@@ -383,7 +380,6 @@ class Alerts:
         return [request.body.decode() for request in self.listener.requests]
 
     def mails(self) -> list[email.message.EmailMessage]:
-        """Return the mails, oldest first."""
         names = self.box.sh("ls /srv/mail").split()
         texts = [self.box.sh(f"cat /srv/mail/{name}") for name in names]
         return [email.message_from_string(text, policy=email.policy.default) for text in texts]

@@ -313,6 +313,14 @@ def run_command(
     )
 
 
+def write_script(path: Path, text: str) -> Path:
+    """Write a program for the shell."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
 def section(unit: Path, name: str) -> dict[str, str]:
     """Return the last value of each key in a section of a unit file."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import email
 import email.policy
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import time
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import CHECKOUT, SCRIPT, Answer, Credentials, FakeS3, S3Server
+from kit import CHECKOUT, SCRIPT, Answer, Credentials, FakeS3, S3Server, reader_settings
 from shared import Done, run_command
 
 if TYPE_CHECKING:
@@ -33,10 +31,12 @@ BOXES = CHECKOUT / ".cache/systemd-box"
 BOX = CHECKOUT / "tests/systemd/box.sh"
 SCB = "/var/lib/lnd-scb"
 STAGING = "/var/lib/lnd-backup"
+PREFIX = "box/"
 SETTINGS = "/etc/default/lnd-backup-env"
 STORED_KEY = "/etc/credstore/aws-credentials"
 ALERT_SETTINGS = "/etc/default/lnd-backup-alert"
 CHECK = "lnd-backup-check@lnd-backup.service"
+DROP_INS = "/etc/systemd/system/lnd-backup*.service.d"
 FAILS_UNTIL_HEALED = "ExecStartPre=/usr/bin/test -e /run/healed\n"
 FAST = "[Service]\nRestartSec=50ms\nRestartMaxDelaySec=100ms\n"  # systemd 252 ignores the last one
 PATIENCE_SECONDS = 30.0
@@ -91,9 +91,8 @@ class Box:
 
     def control(self, *args: str | Path) -> None:
         """Boot it or shut it down; what runs in it does not hold our pipes open."""
-        subprocess.run(
-            [BOX, *args], env=self.env, check=True, timeout=100, stdin=subprocess.DEVNULL
-        )
+        nothing = subprocess.DEVNULL
+        subprocess.run([BOX, *args], env=self.env, check=True, timeout=100, stdin=nothing)
 
     def up(self) -> None:
         """Boot it: the checkout is in /src, read-only."""
@@ -126,29 +125,22 @@ class Box:
         ids = (f"--reuid={user}", f"--regid={group}", "--clear-groups")
         return self.run(*before, "setpriv", *ids, "sh", "-c", line, check=check)
 
-    def write(self, path: str, text: str) -> None:
-        """Write a file."""
-        self.run("sh", "-euc", 'mkdir -p "$(dirname "$1")"; cat >"$1"', "sh", path, stdin=text)
+    def write(self, path: str, text: str, mode: str = "0644") -> None:
+        self.run("install", "-D", "-m", mode, "/dev/stdin", path, stdin=text)
 
     def read(self, path: str) -> bytes:
-        """Return the content of a file, or nothing if it is missing."""
+        """Return the content of a file, or of several, or nothing if there is none."""
         return bytes.fromhex(self.sh(f"od -An -v -tx1 {path} 2>/dev/null || :").replace("\n", ""))
 
     def show(self, unit: str, name: str) -> str:
-        """Return a property of a unit."""
         return self.run("systemctl", "show", f"--property={name}", "--value", unit).stdout.strip()
 
     def wait_for_another(self, unit: str, name: str, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until a property of a unit has changed."""
-        before = self.show(unit, name)
-        until(
-            f"{name} of {unit} has changed",
-            lambda: self.show(unit, name) not in {before, "0"},
-            seconds,
-        )
+        old = {self.show(unit, name), "0"}
+        until(f"{name} of {unit} has changed", lambda: self.show(unit, name) not in old, seconds)
 
     def journal(self, unit: str, *more: str) -> str:
-        """Return what a unit logged."""
         return self.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}", *more).stdout
 
     def log(self) -> str:
@@ -161,10 +153,7 @@ class Box:
         self.run("systemctl", "daemon-reload")
 
     def make(self, verb: str, *given: str, check: bool = True, source: str = "/src") -> Done:
-        """Run the installer."""
-        return self.run(
-            "make", "--directory", source, "--no-print-directory", verb, *given, check=check
-        )
+        return self.run("make", "--directory", source, verb, *given, check=check)
 
     def fill_in(self, settings: str, key: Credentials) -> None:
         """Write a key into settings that the installer made."""
@@ -181,55 +170,48 @@ class Node:
         """Put everything back to where it was after the installation, and make a bucket."""
         self.box, self.s3 = box, s3
         self.bucket = s3.create_bucket()
-        self.key = s3.put_only_user(self.bucket, "box/")
+        self.key = s3.put_only_user(self.bucket, PREFIX)
         box.sh(
             "systemctl stop lnd lnd-backup 'lnd-backup@*' 'lnd-backup*.timer' 2>/dev/null || :; "
             "systemctl stop 'lnd-backup-check@*' 'lnd-backup-alert@*' 2>/dev/null || :; "
             "systemctl --quiet disable lnd-backup@alice lnd-backup@second; "
             "rm -rf /run/systemd/system/*.d /var/lib/lnd-backup-alert /run/lnd-backup-check "
-            f"/run/healed {STORED_KEY} {ALERT_SETTINGS} "
+            f"/run/healed {STORED_KEY} {ALERT_SETTINGS} {DROP_INS}/*-directory.conf "
             "/etc/default/lnd-backup@* /var/lib/lnd-backup@*; "
             f"rm -rf {STAGING} {SCB}/* {SCB}/.[!.]*; "
             "systemctl daemon-reload; systemctl reset-failed"
         )
-        self.set_up()
         self.lnd_in(SCB)
+        self.set_up()
 
     def set_up(self, **settings: str) -> None:
         """Write the settings: those of a put-only key, and these."""
         values = {
-            "MONITOR_FILE_PATH": f"{SCB}/channel.backup",
-            "S3_BUCKET_NAME": self.bucket,
-            "S3_BACKUP_PREFIX": "box/",
+            "MONITOR_FILE_PATH": self.scb,
             "RESCAN_SECONDS": "1",
             "SHUTDOWN_GRACE_SECONDS": "2",
-            "AWS_ACCESS_KEY_ID": self.key.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.key.secret_key,
-            "AWS_ENDPOINT_URL_S3": self.s3.endpoint,
-            "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        lines = (f"{name}={value}\n" for name, value in (values | settings).items())
-        self.box.write(SETTINGS, "".join(lines))
-        self.box.run("chmod", "0600", SETTINGS)
+        values |= reader_settings(self.s3, self.bucket, PREFIX, self.key) | settings
+        lines = (f"{name}={value}\n" for name, value in values.items())
+        self.box.write(SETTINGS, "".join(lines), "0600")
 
     def set_up_with_a_stored_key(self) -> None:
         """Write the key into the credential store, and none into the settings."""
-        self.box.write(
-            STORED_KEY,
+        key = (
             f"[default]\naws_access_key_id = {self.key.access_key}\n"
-            f"aws_secret_access_key = {self.key.secret_key}\n",
+            f"aws_secret_access_key = {self.key.secret_key}\n"
         )
-        self.box.run("chmod", "0600", STORED_KEY)
+        self.box.write(STORED_KEY, key, "0600")
         self.set_up(AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
 
     def lnd_in(self, directory: str) -> None:
-        """Let LND write to this directory."""
+        """Let LND write to this directory, as soon as it starts."""
+        self.scb = f"{directory}/channel.backup"
         self.box.write("/etc/systemd/system/lnd.service", LND.format(directory=directory))
         self.box.run("systemctl", "daemon-reload")
 
     def systemctl(self, *args: str, check: bool = True) -> Done:
-        """Run systemctl."""
         return self.box.run("systemctl", *args, check=check)
 
     def start(self) -> None:
@@ -244,26 +226,21 @@ class Node:
 
     def lnd_writes(self) -> bytes:
         """Let the LND that runs write a version, and return it."""
-        directory = self.box.sh("sed -n s/.*kit.lnd.py.//p /etc/systemd/system/lnd.service")
-        path = f"{directory.strip()}/channel.backup"
-        before = self.box.read(path)
+        before = self.current()
         self.systemctl("kill", "--signal=USR1", "lnd")
-        until("LND has written", lambda: self.box.read(path) not in {before, b""})
-        return self.box.read(path)
+        until("LND has written", lambda: self.current() not in {before, b""})
+        return self.current()
 
     def current(self) -> bytes:
-        """Return the version on disk."""
-        return self.box.read(f"{SCB}/channel.backup")
+        return self.box.read(self.scb)
 
     def stored(self, bucket: str = "") -> list[bytes]:
-        """Return the versions in the bucket."""
         return [each.data for each in self.s3.objects(bucket or self.bucket).values()]
 
     def staged(self) -> list[str]:
         """Return the names and owners of the staged versions."""
-        return self.box.sh(
-            f"cd {STAGING} && stat -c '%U %a %n' 2*Z-* 2>/dev/null || :"
-        ).splitlines()
+        look = f"cd {STAGING} && stat -c '%U %a %n' 2*Z-* 2>/dev/null || :"
+        return self.box.sh(look).splitlines()
 
     def wait_for_stored(self, data: bytes = b"", bucket: str = "") -> None:
         """Wait until the bucket holds this version, or that on disk."""
@@ -278,20 +255,14 @@ class Node:
         until("nothing is staged", lambda: not self.staged())
 
     def pid(self) -> str:
-        """Return the process id of the service."""
         return self.box.show("lnd-backup", "MainPID")
 
     def is_active(self, unit: str = "lnd-backup") -> bool:
-        """Tell whether a unit runs."""
         return self.box.show(unit, "ActiveState") == "active"
 
     def wait_for_another_process(self, before: str) -> None:
         """Wait until another process of the service runs."""
         until("it was replaced", lambda: self.is_active() and self.pid() not in {before, "0"})
-
-    def how_it_ended(self) -> tuple[str, str]:
-        """Return what systemd thinks of the end of the service, and its exit code."""
-        return self.box.show("lnd-backup", "Result"), self.box.show("lnd-backup", "ExecMainStatus")
 
     def run_inside(self, line: str, *, check: bool = True) -> Done:
         """Run a shell's line as the service's user, in the mounts of the service that runs."""
@@ -316,24 +287,31 @@ class Node:
         """Wait until the timer has begun and ended this many checks more, and each was told of."""
         for _ in range(number + 1):  # the first may have begun before
             self.box.wait_for_another(CHECK, "InactiveEnterTimestampMonotonic", 90)
-        for alert in (
-            f"lnd-backup-alert@{CHECK}.service",
-            f"lnd-backup-alert@over-{CHECK}.service",
-        ):
+        for told in (CHECK, f"over-{CHECK}"):
+            alert = f"lnd-backup-alert@{told}.service"
             until("the alert has ended", partial(self.is_at_rest, alert))
 
     def is_at_rest(self, unit: str) -> bool:
         """Tell whether a unit neither runs nor is about to."""
         return self.box.show(unit, "ActiveState") in {"inactive", "failed"}
 
-    def status_of_the_last_check(self) -> str:
-        """Return the exit code of a check that has ended. Of one that runs, systemd tells 0."""
-        properties = "--property=ActiveState,ExecMainStatus"
-        while True:
-            told = self.systemctl("show", properties, CHECK).stdout
-            shown = dict(line.split("=", 1) for line in told.splitlines())
-            if shown["ActiveState"] in {"inactive", "failed"}:
-                return shown["ExecMainStatus"]
+    def said_by_the_last_check(self) -> str:
+        return self.box.sh("cat /run/lnd-backup-check/lnd-backup/said")
+
+    def install_another(self, name: str, bucket: str, prefix: str, *given: str) -> str:
+        """Install the service of another node, with a key, and return what the installer says."""
+        told = self.box.make(
+            "install",
+            f"NODE={name}",
+            f"S3_BUCKET_NAME={bucket}",
+            f"S3_BACKUP_PREFIX={prefix}",
+            f"AWS_ENDPOINT_URL_S3={self.s3.endpoint}",
+            *given,
+        ).stdout
+        assert "fill in the settings" not in told
+        key = self.s3.put_only_user(bucket, prefix)
+        self.box.fill_in(f"/etc/default/lnd-backup@{name}-env", key)
+        return told
 
     def revoke(self, status: str = "Inactive") -> None:
         """Let S3 refuse the node's key, or take it again (Active)."""
@@ -344,9 +322,7 @@ class Node:
 
 @pytest.fixture(scope="session", params=list(SUITES))
 def box(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    """Return a fresh Debian that runs, with a user for LND, and packages at hand instead of a
-    network.
-    """
+    """Return a fresh Debian that runs, with a user for LND and without a network for pip."""
     box = Box(request.param, tmp_path_factory.mktemp(f"box-{request.param}"))
     box.up()
     try:
@@ -362,7 +338,6 @@ def box(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def installed(box: Box) -> Box:
-    """Return the box with the service installed."""
     if box.run("test", "-e", "/opt/lnd-backup/current", check=False).returncode:
         box.make("install", "LND_USER=bitcoin")
     return box
@@ -380,9 +355,7 @@ def node(installed: Box, s3_http: S3Server) -> Node:
 
 @pytest.fixture
 def hanging_s3(node: Node) -> Iterator[S3Server]:
-    """Return the S3 of the node, which takes connections and answers none, until the end of the
-    test or `resume`.
-    """
+    """Return the S3 of the node, which takes connections and answers none until `resume`."""
     node.s3.suspend()
     yield node.s3
     node.s3.resume()
@@ -392,7 +365,6 @@ class Alerts:
     """What somebody was told, by mail and by POST."""
 
     def __init__(self, box: Box, listener: FakeS3) -> None:
-        """Set up the POST."""
         self.box, self.listener = box, listener
         self.url = f"{listener.endpoint}/secret-topic"
         box.write(ALERT_SETTINGS, f"ALERT_URL={self.url}\n")
@@ -400,18 +372,14 @@ class Alerts:
     def set_up_mail(self) -> None:
         """Set up the mail, too; it goes to a stand-in for sendmail."""
         self.box.write(ALERT_SETTINGS, f"ALERT_URL={self.url}\nALERT_MAIL=me@example.org\n")
-        self.box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/srv/mail/$(date +%s%N)\n")
-        self.box.sh(
-            "chmod 0755 /usr/sbin/sendmail; rm -rf /srv/mail; "
-            "install -d -o lnd-backup -m 0755 /srv/mail"
-        )
+        self.box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/srv/mail/$(date +%s%N)\n", "0755")
+        self.box.sh("rm -rf /srv/mail; install -d -o lnd-backup -m 0755 /srv/mail")
 
     def posts(self) -> list[str]:
-        """Return what was posted, oldest first; a redirect that was followed would be in it."""
+        """Return what was posted, oldest first."""
         return [request.body.decode() for request in self.listener.requests]
 
     def mails(self) -> list[email.message.EmailMessage]:
-        """Return the mails, oldest first."""
         names = self.box.sh("ls /srv/mail").split()
         texts = [self.box.sh(f"cat /srv/mail/{name}") for name in names]
         return [email.message_from_string(text, policy=email.policy.default) for text in texts]
@@ -421,17 +389,12 @@ class Alerts:
         mails = self.mails()
         subjects = [str(mail["Subject"]) for mail in mails]
         assert all(mail["To"] == "me@example.org" for mail in mails)
-        until("what was mailed was posted as well", lambda: len(self.posts()) >= len(subjects))
         assert [post.splitlines()[0] for post in self.posts()] == subjects
         return subjects
 
     def wait_for(self, number: int) -> str:
-        """Wait until this many messages came by each way, and return the last subject."""
-        until(
-            f"{number} messages came",
-            lambda: min(len(self.mails()), len(self.posts())) >= number,
-            90,
-        )
+        """Wait until this many messages came, by mail and then by POST; return the last subject."""
+        until(f"{number} messages came", lambda: len(self.posts()) >= number, 90)
         subjects = self.subjects()
         assert len(subjects) == number
         return subjects[-1]
@@ -471,9 +434,7 @@ def test_nothing_is_installed_where_it_cannot_work(box: Box) -> None:
 
 
 def test_from_nothing_to_the_first_version(box: Box, s3_http: S3Server) -> None:
-    """One command installs, one edit sets it up, and after `systemctl start` the first version is
-    in the bucket.
-    """
+    """After one command, one edit and one start, the first version is in the bucket."""
     bucket = s3_http.create_bucket()
     key = s3_http.put_only_user(bucket, "")
     box.write("/etc/systemd/system/lnd.service", LND.format(directory=SCB))
@@ -487,13 +448,9 @@ def test_from_nothing_to_the_first_version(box: Box, s3_http: S3Server) -> None:
         f"rm -rf /opt/lnd-backup {SCB} {SETTINGS} /etc/systemd/system/lnd-backup.service; "
         f"systemctl daemon-reload"
     )
+    given = (f"S3_BUCKET_NAME={bucket}", f"AWS_ENDPOINT_URL_S3={s3_http.endpoint}")
     began = time.monotonic()
-    done = box.make(
-        "install",
-        "LND_USER=bitcoin",
-        f"S3_BUCKET_NAME={bucket}",
-        f"AWS_ENDPOINT_URL_S3={s3_http.endpoint}",
-    )
+    done = box.make("install", "LND_USER=bitcoin", *given)
     seconds = time.monotonic() - began
     assert "fill in the settings" not in done.stdout
     assert "sudo systemctl start lnd-backup" in done.stdout
@@ -503,32 +460,25 @@ def test_from_nothing_to_the_first_version(box: Box, s3_http: S3Server) -> None:
     box.run("systemctl", "start", "lnd-backup", "lnd")
     until("the first version is stored", lambda: s3_http.objects(bucket))
     start = time.monotonic() - began
-    (stored,) = s3_http.objects(bucket).values()
-    assert stored.key.startswith("box/")
+    assert s3_http.objects(bucket, "box/")
     assert box.run("systemctl", "is-system-running", check=False).stdout.strip() == "running"
-    (BOXES / f"figures-{box.suite}").write_text(
-        f"systemd {SUITES[box.suite]}, packages at hand, no typing: make install: 1 "
-        f"command, {seconds:.1f} s; "
-        f"by hand: {len(BY_HAND)} commands, {by_hand:.1f} s; start to first version "
-        f"stored: {start:.1f} s\n",
-        encoding="utf-8",
+    figures = (
+        f"systemd {SUITES[box.suite]}, packages at hand, no typing: "
+        f"make install: 1 command, {seconds:.1f} s; by hand: {len(BY_HAND)} commands, "
+        f"{by_hand:.1f} s; start to first version stored: {start:.1f} s\n"
     )
+    (BOXES / f"figures-{box.suite}").write_text(figures, encoding="utf-8")
 
 
 # --- the unit ---
 
 
 def test_systemd_understands_what_was_installed(installed: Box) -> None:
-    """Nothing is said of the units as they were installed, and the exposure is low."""
-    services = ["lnd-backup", "lnd-backup@a", "lnd-backup-check@a"]
-    timers = [*services, "lnd-backup-mounts@a"]
-    others = [f"lnd-backup-{name}@a.service" for name in ("retry", "alert", "mounts")]
-    units = [f"{name}.service" for name in services] + [f"{name}.timer" for name in timers]
-    told = installed.run("systemd-analyze", "verify", "--man=no", *units, *others)
+    """Nothing is said of the units as they were installed."""
+    pattern = "/etc/systemd/system/lnd-backup*."
+    verify = f"systemd-analyze verify --man=no {pattern}service {pattern}timer"
+    told = installed.run("sh", "-c", verify)
     assert (told.stdout, told.stderr) == ("", "")
-    for name in services:
-        security = ("systemd-analyze", "security", "--offline=true", "--threshold=12")
-        installed.run(*security, f"{name}.service")
     steps = "/etc/systemd/system/lnd-backup.service.d/restart-steps.conf"
     missing = installed.run("test", "-e", steps, check=False).returncode
     assert bool(missing) == (SUITES[installed.suite] < "254")
@@ -536,52 +486,29 @@ def test_systemd_understands_what_was_installed(installed: Box) -> None:
 
 def test_it_starts_before_the_directory_of_lnd_is_there(node: Node) -> None:
     """The start waits for nothing, and the first version in a directory made later is stored."""
-    node.set_up(MONITOR_FILE_PATH="/srv/scb/channel.backup")
-    node.box.sh("rm -rf /srv/scb")
     node.lnd_in("/srv/scb")
+    node.set_up()
     node.systemctl("start", "lnd-backup")
     assert node.is_active()
     node.box.run("install", "-d", "-o", "bitcoin", "-g", "lnd-backup", "-m", "2750", "/srv/scb")
     node.systemctl("start", "lnd")
-    until("LND has written", lambda: node.box.read("/srv/scb/channel.backup"))
-    node.wait_for_stored(node.box.read("/srv/scb/channel.backup"))
-
-
-def test_the_status_says_how_it_goes(node: Node) -> None:
-    """`systemctl status` tells what was stored and when, how many are staged, and what is wrong."""
-    status = partial(node.box.show, "lnd-backup", "StatusText")
-    node.systemctl("start", "lnd-backup")
-    until("nothing stored yet", lambda: re.match("nothing stored yet[,;] 0 staged", status()))
-    node.systemctl("start", "lnd")
     node.wait_for_stored()
-    pattern = r"stored 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC[,;] 0 staged"
-    until("the version is in the status", lambda: re.fullmatch(pattern, status()))
-    assert re.search(rf'Status: "{pattern}"', node.systemctl("status", "lnd-backup").stdout)
-    node.set_up(AWS_SECRET_ACCESS_KEY="wrong")
-    node.systemctl("restart", "lnd-backup")
-    until("the trouble is in the status", lambda: "1 staged; cannot store: " in status())
 
 
 def test_metrics_are_readable_by_others_and_stay(node: Node) -> None:
-    """METRICS_FILE in the service's runtime directory can be read by anybody, and is still there
-    after a stop.
-    """
+    """METRICS_FILE in the runtime directory can be read by anybody, also after a stop."""
     metrics = "/run/lnd-backup/metrics.prom"
     node.set_up(METRICS_FILE=metrics)
     node.start()
     stored = f"grep -Eq '^lnd_backup_last_stored_timestamp_seconds [1-9]' {metrics}"
-    until(
-        "the metrics tell of it",
-        lambda: node.box.run_as("nobody", stored, check=False).returncode == 0,
-    )
+    told = partial(node.box.run_as, "nobody", stored, check=False)
+    until("the metrics tell of it", lambda: told().returncode == 0)
     node.systemctl("stop", "lnd-backup")
     node.box.run_as("nobody", stored)
 
 
 def test_a_daemon_that_hangs_is_replaced(node: Node) -> None:
-    """The watchdog ends a process that no longer looks at the file, without a core dump, and
-    another one goes on.
-    """
+    """The watchdog ends it, without a core dump, and another process goes on."""
     node.box.drop_in("lnd-backup.service", "[Service]\nWatchdogSec=3\nRestartSec=100ms\n")
     node.start()
     frozen = node.pid()
@@ -595,34 +522,23 @@ def test_a_daemon_that_hangs_is_replaced(node: Node) -> None:
 
 
 def test_it_stops_in_time_while_s3_hangs(node: Node, hanging_s3: S3Server) -> None:
-    """A stop during an upload that hangs is in order, and what is staged goes out after the next
-    start.
+    """A stop during an upload that hangs is in order, although the grace is longer than the unit's
+    time-out: the program asks for more. What is staged goes out after the next start.
     """
+    node.box.drop_in("lnd-backup.service", "[Service]\nTimeoutStopSec=2\n")
+    node.set_up(SHUTDOWN_GRACE_SECONDS="5")
     node.start_and_stage()
     node.systemctl("stop", "lnd-backup")
-    assert node.how_it_ended() == ("success", "0")
+    ended = [node.box.show("lnd-backup", name) for name in ("Result", "ExecMainStatus")]
+    assert ended == ["success", "0"]
     assert node.staged()
     hanging_s3.resume()
     node.systemctl("start", "lnd-backup")
     node.wait_for_nothing_staged()
 
 
-@pytest.mark.usefixtures("hanging_s3")
-def test_a_grace_longer_than_the_unit_s_time_out_is_kept(node: Node) -> None:
-    """With SHUTDOWN_GRACE_SECONDS above TimeoutStopSec the program asks systemd for more time, and
-    is not killed.
-    """
-    node.box.drop_in("lnd-backup.service", "[Service]\nTimeoutStopSec=2\n")
-    node.set_up(SHUTDOWN_GRACE_SECONDS="5")
-    node.start_and_stage()
-    node.systemctl("stop", "lnd-backup")
-    assert node.how_it_ended() == ("success", "0")
-
-
 def test_a_wrong_configuration_does_not_loop(posted: Alerts, node: Node) -> None:
-    """Exit 78 is not tried again at once; somebody hears why, what it was, and what the log
-    says.
-    """
+    """Exit 78 is not tried again at once; somebody hears why, and what the log says."""
     node.set_up(S3_BUCKET_NAME="")
     failed = node.systemctl("start", "lnd-backup", check=False)
     assert failed.returncode != 0
@@ -636,30 +552,8 @@ def test_a_wrong_configuration_does_not_loop(posted: Alerts, node: Node) -> None
     assert node.is_active("lnd-backup.timer")
 
 
-def test_a_service_that_fails_is_told_once_a_day_by_each_way(alerts: Alerts, node: Node) -> None:
-    """The next failure within the day is in the journal alone; a redirect is a failure, and only
-    what failed is sent again.
-    """
-    alert = "lnd-backup-alert@lnd-backup.service.service"
-    elsewhere = Answer(302, headers={"Location": f"{alerts.url}/elsewhere"})
-    alerts.listener.set_default(elsewhere, "POST")
-    assert node.systemctl("start", alert, check=False).returncode != 0
-    assert (len(alerts.mails()), len(alerts.posts())) == (1, 1)
-    alerts.listener.set_default(Answer(), "POST")
-    for _ in range(2):
-        node.systemctl("start", alert)
-        assert (len(alerts.mails()), len(alerts.posts())) == (1, 2)
-    log = node.box.journal(alert)
-    assert "cannot send the message by ALERT_URL" in log
-    assert "not sent again: it was sent less than a day ago" in log
-    assert "secret-topic" not in log
-    assert node.is_active(alert) is False
-
-
 def test_a_refused_key_is_told_once_and_its_end_as_well(alerts: Alerts, node: Node) -> None:
-    """The service stays up; the check makes one mail and one POST, however often it runs, and one
-    of each when it is over.
-    """
+    """The service stays up; by mail and by POST there is one message, and one at the end."""
     node.start()
     node.wait_for_checks(1)
     assert alerts.subjects() == []
@@ -667,7 +561,6 @@ def test_a_refused_key_is_told_once_and_its_end_as_well(alerts: Alerts, node: No
     node.lnd_writes()
     subject = alerts.wait_for(1)
     assert re.match("box: lnd-backup: (NOT BACKED UP|UNKNOWN): .*s3://", subject)
-    assert "status" not in subject
     body = alerts.mails()[0].get_content()
     assert body.startswith(subject)
     assert "\nhint: " in body
@@ -712,93 +605,25 @@ def test_a_deleted_bucket_is_told_and_an_outage_changes_nothing(alerts: Alerts, 
     node.s3.stop()
     try:
         node.wait_for_checks(1)
-        status = node.status_of_the_last_check()
+        said = node.said_by_the_last_check()
     finally:
         node.s3.start()  # which makes the bucket again
-    assert status == "75"
+    assert "UNKNOWN: " in said
+    assert len(alerts.subjects()) == 1
     node.wait_for_stored()
     assert alerts.wait_for(2).startswith("box: lnd-backup: BACKED UP again: ")
-
-
-def test_s3_that_is_away_for_a_week_is_told_once_a_day(alerts: Alerts, node: Node) -> None:
-    """What is no failure for a night is one for a week: the last receipt tells, and S3 need not."""
-    node.start()
-    node.s3.stop()
-    try:
-        node.lnd_writes()
-        node.wait_for_checks(2)
-        assert node.status_of_the_last_check() == "75"
-        assert node.box.show(CHECK, "Result") == "success"
-        assert alerts.subjects() == []
-        at = (datetime.now(UTC) - timedelta(days=7)).isoformat()
-        edit = f's/"stored_at": "[^"]*"/"stored_at": "{at}"/'
-        node.box.run("sed", "-i", edit, f"{STAGING}/.receipt")
-        told = f"lnd-backup: NOT BACKED UP: nothing was stored since {at[:16]} UTC"
-        assert told in alerts.wait_for(1)
-        node.wait_for_checks(2)
-        assert len(alerts.subjects()) == 1
-        node.box.sh("sed -i 's/: [0-9.]*/: 1.0/g' /var/lib/lnd-backup-alert/*.json")  # a day passes
-        alerts.wait_for(2)
-    finally:
-        node.s3.start()
-    node.wait_for_stored(node.lnd_writes())
-    assert "BACKED UP again" in alerts.wait_for(3)
-
-
-def test_a_full_quota_is_told(alerts: Alerts, node: Node) -> None:
-    """S3 takes nothing for a while; the check tells it once LND's file waits for ten minutes."""
-    full = [Answer(403, "QuotaExceeded")] * 5
-    with FakeS3(Answer(), *full) as s3:
-        node.set_up(AWS_ENDPOINT_URL_S3=s3.endpoint)
-        node.systemctl("start", "lnd", "lnd-backup")
-        until("the first version is stored", lambda: len(s3.objects(node.bucket)) == 1)
-        node.lnd_writes()
-        node.box.run("touch", "--date=11 minutes ago", f"{SCB}/channel.backup")
-        told = "lnd-backup: NOT BACKED UP: the version on disk has been waiting since"
-        assert told in alerts.wait_for(1)
-        assert "hint: clean up or raise the quota" in alerts.mails()[0].get_content()
-        until("S3 takes it again", lambda: len(s3.objects(node.bucket)) == 2, 90)
-        assert "BACKED UP again" in alerts.wait_for(2)
-
-
-def test_neither_a_start_nor_a_burst_nor_an_upgrade_is_an_alert(alerts: Alerts, node: Node) -> None:
-    """While LND writes again and again, and a new version takes the place of the old one, no check
-    fails twice in a row. Restarts by hand just before are no reason for the upgrade to fail.
-    """
-    node.check_often(again_seconds=8)
-    node.box.drop_in("lnd-backup.service", "[Unit]\nStartLimitBurst=2\n")
-    node.systemctl("start", "lnd", "lnd-backup")
-    node.systemctl("restart", "lnd-backup")
-    source = copy_of_the_checkout(node.box, "# newer still")
-    for _ in range(20):
-        node.lnd_writes()
-    before = node.pid()
-    node.box.make("install", source=source)
-    assert node.pid() != before
-    for _ in range(10):
-        node.lnd_writes()
-    node.wait_for_stored()
-    node.wait_for_checks(2)
-    assert alerts.subjects() == []
-    assert node.box.show(CHECK, "Result") == "success"
-    node.box.make("install")
 
 
 def test_the_check_sees_what_the_service_sees_and_writes_nothing(
     alerts: Alerts, node: Node
 ) -> None:
-    """It runs as the service's user with its credentials; a check that cannot even start is told
-    in words.
-    """
+    """It runs as the service's user with its credentials; if it cannot start, that is told."""
     node.set_up_with_a_stored_key()
     node.start()
     node.wait_for_checks(1)
-    assert node.status_of_the_last_check() == "0"
-    said = node.box.sh(
-        "cat /run/lnd-backup-check/lnd-backup/said; stat -c %U:%a /run/lnd-backup-check/*"
-    )
-    assert "BACKED UP: " in said
-    assert "lnd-backup:700" in said
+    assert "BACKED UP: " in node.said_by_the_last_check()
+    modes = node.box.sh("stat -c %U:%a /run/lnd-backup-check/lnd-backup")
+    assert modes == "lnd-backup:700\n"
     used = [
         int(node.box.show(unit, "CPUUsageNSec")) / 1e9
         for unit in (CHECK, f"lnd-backup-alert@{CHECK}.service")
@@ -816,14 +641,13 @@ def test_the_check_sees_what_the_service_sees_and_writes_nothing(
 
 
 def test_a_test_alert_goes_out_by_every_way(alerts: Alerts, node: Node) -> None:
-    """`lnd-backup test-alert` sends a message by mail and by POST, and says so; what sendmail says
-    of a mail that it cannot send is shown.
-    """
+    """It says which ways it went, and what sendmail says of a mail that it cannot send."""
     done = node.box.run("lnd-backup", "test-alert")
     assert "sent: ALERT_MAIL" in done.stderr
     assert "sent: ALERT_URL" in done.stderr
     assert "a test of lnd-backup's alerts" in alerts.wait_for(1)
-    node.box.write("/usr/sbin/sendmail", "#!/bin/sh\necho sendmail: wrong password >&2; exit 77\n")
+    broken = "#!/bin/sh\necho sendmail: wrong password >&2; exit 77\n"
+    node.box.write("/usr/sbin/sendmail", broken, "0755")
     failed = node.box.run("lnd-backup", "test-alert", check=False)
     assert failed.returncode == 1
     assert "sendmail: wrong password" in failed.stderr
@@ -832,9 +656,7 @@ def test_a_test_alert_goes_out_by_every_way(alerts: Alerts, node: Node) -> None:
 
 
 def test_after_the_start_limit_the_timer_tries_again(posted: Alerts, node: Node) -> None:
-    """A service that fails again and again is one alert; the timer starts it when it can, and never
-    beside a stop.
-    """
+    """What fails again and again is one alert; the timer never starts it beside a stop."""
     limit = "[Unit]\nStartLimitIntervalSec=10s\n"
     node.box.drop_in("lnd-backup.service", limit + FAST + FAILS_UNTIL_HEALED)
     ticks = "[Timer]\nOnCalendar=\nOnCalendar=*:*:0/3\nRandomizedDelaySec=0\nAccuracySec=100ms\n"
@@ -873,9 +695,7 @@ def block_of(page: str, heading: str) -> str:
 
 
 def test_credentials_come_from_the_store_unless_the_environment_has_some(node: Node) -> None:
-    """The key in /etc/credstore reaches the service alone; a stale one in the settings wins, and
-    the log says so.
-    """
+    """The key in /etc/credstore is used; one in the settings wins, and the log says so."""
     node.set_up_with_a_stored_key()
     node.start()
     assert "credentials: shared-credentials-file" in node.box.log()
@@ -903,13 +723,10 @@ def test_the_service_sees_what_it_needs(node: Node) -> None:
 
 
 def test_the_command_runs_as_the_service_and_as_the_caller(node: Node) -> None:
-    """`once` and `check` act as the service's user; `list` and `restore` as root, with another
-    key.
-    """
+    """`once` and `check` act as the service's user; `list` and `restore` as root, with a key."""
     node.systemctl("start", "lnd")
-    until("LND has written", node.current)
     once = node.box.run("lnd-backup", "once")
-    assert f"stored s3://{node.bucket}/box/" in once.stderr
+    assert f"stored s3://{node.bucket}/{PREFIX}" in once.stderr
     node.wait_for_stored()
     modes = set(node.box.sh(f"stat -c '%U %a' {STAGING} {STAGING}/.??*").splitlines())
     assert modes == {"lnd-backup 700", "lnd-backup 600"}
@@ -923,35 +740,17 @@ def test_the_command_runs_as_the_service_and_as_the_caller(node: Node) -> None:
     key = [f"AWS_ACCESS_KEY_ID={reader.access_key}", f"AWS_SECRET_ACCESS_KEY={reader.secret_key}"]
     listed = node.box.run("env", *key, "lnd-backup", "list", "--json")
     assert len(json.loads(listed.stdout)) == len(node.stored())
-    node.box.sh("rm -rf /root/out && mkdir /root/out")
-    node.box.run("env", *key, "lnd-backup", "restore", "--output", "/root/out/scb")
-    assert node.box.read("/root/out/scb") in node.stored()
-    assert node.box.sh("stat -c '%U %a' /root/out/scb") == "root 600\n"
-    card = node.box.run("lnd-backup", "card").stdout
-    assert f"bucket   {node.bucket}\nprefix   box/\nendpoint {node.s3.endpoint}\n" in card
-    assert hashlib.sha256(SCRIPT.read_bytes()).hexdigest() in card
-    assert node.key.secret_key not in card
+    node.box.run("env", *key, "lnd-backup", "restore", "--output", "/root/restored")
+    assert node.box.read("/root/restored") in node.stored()
+    assert node.box.sh("stat -c '%U %a' /root/restored") == "root 600\n"
 
 
 def test_another_node_on_the_same_host(alerts: Alerts, node: Node) -> None:
-    """NODE= makes an instance with settings, a staging directory, a prefix and a check of its own,
-    beside the first one; the same command and the same alerts serve it.
-    """
+    """It has settings, a prefix, a staging directory and a check of its own."""
     node.systemctl("start", "lnd", "lnd-backup")
-    key = node.s3.put_only_user(node.bucket, "alice/")
-    told = node.box.make(
-        "install",
-        "NODE=alice",
-        "LND_USER=bitcoin",
-        f"S3_BUCKET_NAME={node.bucket}",
-        "S3_BACKUP_PREFIX=alice/",
-        f"AWS_ENDPOINT_URL_S3={node.s3.endpoint}",
-        "AWS_REGION=us-east-1",
-    ).stdout
-    assert "fill in the settings" not in told
+    told = node.install_another("alice", node.bucket, "alice/", "LND_USER=bitcoin")
     assert "sudo lnd-backup @alice check" in told
     settings = "/etc/default/lnd-backup@alice-env"
-    node.box.fill_in(settings, key)
     assert node.box.sh(f"stat -c '%U %a' {settings} {SCB}@alice") == "root 600\nbitcoin 2750\n"
     assert node.box.show("lnd-backup@alice", "UnitFileState") == "enabled"
     node.check_often("lnd-backup@alice")
@@ -962,28 +761,15 @@ def test_another_node_on_the_same_host(alerts: Alerts, node: Node) -> None:
         assert node.is_active(timer)
     node.box.run("lnd-backup", "@alice", "check")
     assert "lnd-backup" in node.box.sh("stat -c %U /var/lib/lnd-backup@alice")
-    card = node.box.run("lnd-backup", "@alice", "card").stdout
-    assert "node (name, public key)  box, alice, __" in card
     node.systemctl("stop", "lnd-backup@alice")
     node.box.run("rm", f"{SCB}@alice/channel.backup")
     assert alerts.wait_for(1).startswith("box: lnd-backup@alice: ")
-    node.systemctl("--quiet", "disable", "lnd-backup@alice")
 
 
 def test_a_second_bucket_is_a_second_instance_on_the_same_file(node: Node) -> None:
     """Each version reaches both buckets, and one bucket that is gone does not hold up the other."""
     second = node.s3.create_bucket()
-    key = node.s3.put_only_user(second, "box/")
-    told = node.box.make(
-        "install",
-        "NODE=second",
-        f"MONITOR_FILE_PATH={SCB}/channel.backup",
-        f"S3_BUCKET_NAME={second}",
-        "S3_BACKUP_PREFIX=box/",
-        f"AWS_ENDPOINT_URL_S3={node.s3.endpoint}",
-    ).stdout
-    assert "fill in the settings" not in told
-    node.box.fill_in("/etc/default/lnd-backup@second-env", key)
+    node.install_another("second", second, PREFIX, f"MONITOR_FILE_PATH={SCB}/channel.backup")
     node.systemctl("start", "lnd", "lnd-backup", "lnd-backup@second")
     for _ in range(2):
         data = node.lnd_writes()
@@ -991,13 +777,9 @@ def test_a_second_bucket_is_a_second_instance_on_the_same_file(node: Node) -> No
         node.wait_for_stored(data, second)
     node.revoke()
     node.wait_for_stored(node.lnd_writes(), second)
-    node.systemctl("stop", "lnd-backup@second")
-    node.systemctl("--quiet", "disable", "lnd-backup@second")
 
 
 # --- a second place ---
-
-COPY_DROP_IN = "/etc/systemd/system/lnd-backup.service.d/copy-directory.conf"
 
 
 class Stick:
@@ -1015,19 +797,16 @@ class Stick:
         host_run("mkfs.ext4", "-q", "-F", str(image))
         self.device = host_run("losetup", "--find", "--show", str(image)).strip()
         number = os.stat(self.device).st_rdev
-        box.sh(
-            f"rm -f /root/stick; mknod /root/stick b {os.major(number)} {os.minor(number)}; "
-            f"mkdir -p {self.mount_point}"
-        )
+        box.sh(f"mknod /root/stick b {os.major(number)} {os.minor(number)}")
+        box.run("mkdir", "-p", self.mount_point)
 
     def install(self) -> str:
-        """Put it in, let the installer open it for the service, and return what that says."""
+        """Let the installer open it for the service, and return what that says."""
         self.put_in()
         self.box.run("mkdir", self.directory)
         return self.box.make("install", f"COPY_DIRECTORY={self.directory}").stdout
 
     def put_in(self) -> None:
-        """Mount it."""
         self.box.run("mount", "/root/stick", self.mount_point)
 
     def pull_out(self) -> None:
@@ -1036,10 +815,10 @@ class Stick:
         seen = self.box.sh("cat /proc/[0-9]*/mountinfo 2>/dev/null || :")
         assert "/root/stick" not in seen
 
-    def content(self) -> list[bytes]:
-        """Return the files of the second place."""
-        names = self.box.sh(f"ls {self.directory}").split()
-        return [self.box.read(f"{self.directory}/{name}") for name in names]
+    def wait_for(self, data: bytes) -> None:
+        """Wait until this version is on it."""
+        versions = f"{self.directory}/2*Z-*"
+        until("the stick holds it", lambda: data in self.box.read(versions), 90)
 
     def throw_away(self) -> None:
         """Let go of the device."""
@@ -1049,9 +828,9 @@ class Stick:
 
 def host_run(*command: str) -> str:
     """Run a command on the machine that the boxes run on."""
-    return subprocess.run(
-        command, check=True, capture_output=True, encoding="utf-8", timeout=60
-    ).stdout
+    done = run_command(*command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -1060,61 +839,36 @@ def stick(node: Node, tmp_path: Path) -> Iterator[Stick]:
     stick = Stick(node.box, tmp_path)
     yield stick
     node.systemctl("stop", "lnd-backup")
-    node.box.run("rm", "-f", COPY_DROP_IN)
     stick.throw_away()
 
 
-def test_a_stick_may_be_written_to_pulled_out_and_put_back(node: Node, stick: Stick) -> None:
-    """COPY_DIRECTORY= opens the stick for the service: also if it is put in after the start, and
-    again after it was pulled out; nothing of the service's keeps it busy, and nothing else is open.
+def test_every_version_is_on_the_stick_as_well(node: Node, stick: Stick) -> None:
+    """Without the stick a version is in the bucket; when the stick is back, it is on both, also
+    after a start without it. Nothing keeps the stick busy, and nothing beside it is open.
     """
     told = stick.install()
     assert f"chown lnd-backup:lnd-backup {stick.directory}" in told
     assert "left to do: let the user lnd-backup write" not in told
-    assert f"COPY_DIRECTORY={stick.directory}\n" in node.box.sh(f"cat {SETTINGS}")
-    write = f"echo x >{stick.directory}/.probe && rm {stick.directory}/.probe"
-    for started_with_it in (True, False):
-        if not started_with_it:
-            stick.pull_out()
-        node.systemctl("restart", "lnd-backup")
-        if not started_with_it:
-            stick.put_in()
-        for _ in range(2):
-            node.run_inside(write)
-            stick.pull_out()
-            assert node.run_inside(write, check=False).returncode != 0
-            stick.put_in()
-        node.run_inside(write)
-        assert node.run_inside("touch /mnt/probe", check=False).returncode != 0
-
-
-def test_every_version_is_on_the_stick_as_well(node: Node, stick: Stick) -> None:
-    """What LND writes is in the bucket and on the stick; without the stick it is in the bucket, and
-    when the stick is back, the version on disk is on it.
-    """
-    stick.install()
     node.systemctl("start", "lnd", "lnd-backup")
-    data = node.lnd_writes()
-    node.wait_for_stored(data)
-    until("the stick holds it", lambda: data in stick.content())
-    stick.pull_out()
-    data = node.lnd_writes()
-    node.wait_for_stored(data)
-    until("the status says so", lambda: "copy" in node.box.show("lnd-backup", "StatusText"))
-    stick.put_in()
-    until("the stick holds it", lambda: data in stick.content(), 90)
-    name = node.box.sh(f"ls {stick.directory} | tail -n 1").strip()
-    assert re.fullmatch(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6}", name)
+    stick.wait_for(node.lnd_writes())
+    for started_without_it in (False, True, False):
+        stick.pull_out()
+        if started_without_it:
+            node.systemctl("restart", "lnd-backup")
+        data = node.lnd_writes()
+        node.wait_for_stored(data)
+        until("the status says so", lambda: "copy" in node.box.show("lnd-backup", "StatusText"))
+        stick.put_in()
+        stick.wait_for(data)
+    assert node.run_inside("touch /mnt/probe", check=False).returncode != 0
     node.systemctl("stop", "lnd-backup")
     data = node.lnd_writes()
     node.box.run("lnd-backup", "once")
-    assert data in stick.content()
+    stick.wait_for(data)
 
 
 def test_a_folder_that_another_user_carries_away(node: Node) -> None:
-    """Of a directory made as docs/second-copy.md says, the other user's program can read each copy,
-    and nobody else can.
-    """
+    """A directory made as the page says can be read by that user, and by nobody else."""
     folder = "/srv/lnd-copies"
     page = (CHECKOUT / "docs/second-copy.md").read_text(encoding="utf-8")
     (line,) = re.findall(rf"^    sudo (install -d .*{folder})", page, re.MULTILINE)
@@ -1123,8 +877,6 @@ def test_a_folder_that_another_user_carries_away(node: Node) -> None:
     node.systemctl("start", "lnd", "lnd-backup")
     node.wait_for_stored(node.lnd_writes())
     until("the copy is there", lambda: node.box.sh(f"ls {folder}"))
-    opened = node.box.sh(f"cat {COPY_DROP_IN}; rm {COPY_DROP_IN}")
-    assert f"ReadWritePaths=-{folder}\n" in opened
     read = f"cat {folder}/2* >/dev/null"
     node.box.run_as("bitcoin", read)
     assert node.box.run_as("nobody", read, check=False).returncode != 0
@@ -1134,26 +886,21 @@ def test_a_folder_that_another_user_carries_away(node: Node) -> None:
 
 
 def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
-    """With LND_DIRECTORY= only that directory is seen, a macaroon in it is not readable, a new one
-    is noticed.
-    """
+    """Only that directory is seen, a macaroon in it cannot be read, a new one is noticed."""
     directory = "/home/bitcoin/.lnd/data/chain/bitcoin/mainnet"
-    node.box.run("rm", "-rf", "/home/bitcoin/.lnd")
     node.box.run_as(
         "bitcoin",
         f"umask 077; mkdir -p {directory}; umask 022; cd {directory}; "
         "echo m >admin.macaroon; chmod 0640 admin.macaroon; echo k >/home/bitcoin/.lnd/tls.key",
     )
-    node.set_up(MONITOR_FILE_PATH=f"{directory}/channel.backup")
-    node.box.make("install", f"LND_DIRECTORY={directory}")
     node.lnd_in(directory)
+    node.set_up()
+    node.box.make("install", f"LND_DIRECTORY={directory}")
     node.box.drop_in(
         "lnd-backup-mounts@lnd-backup.timer",
         "[Timer]\nOnActiveSec=3\nOnUnitInactiveSec=3\nAccuracySec=100ms\n",
     )
-    node.systemctl("start", "lnd-backup", "lnd")
-    until("LND has written", lambda: node.box.read(f"{directory}/channel.backup"))
-    node.wait_for_stored(node.box.read(f"{directory}/channel.backup"))
+    node.start()
     command = block_of("access", "**Can the service read")
     assert node.box.sh(command.replace("admin.macaroon", "channel.backup"))
     refused = node.box.run("sh", "-euc", command, check=False)
@@ -1174,9 +921,6 @@ def test_a_file_left_in_lnd_s_directory(node: Node) -> None:
     settled = node.pid()
     node.wait_for_tick("lnd-backup-mounts@lnd-backup.timer")
     assert node.pid() == settled
-    node.systemctl("stop", "lnd", "lnd-backup")
-    node.box.sh("rm /etc/systemd/system/lnd-backup*.service.d/lnd-directory.conf")
-    node.systemctl("stop", "lnd-backup-mounts@lnd-backup.timer")
 
 
 # --- upgrade, reboot, removal ---
@@ -1196,21 +940,33 @@ def copy_of_the_checkout(box: Box, line: str) -> str:
     return source
 
 
-def test_an_upgrade_keeps_what_is_staged(node: Node, hanging_s3: S3Server) -> None:
-    """Without packages the running version goes on undisturbed; with them the new one sends what
-    the old one staged.
+def test_neither_a_start_nor_a_burst_nor_an_upgrade_is_an_alert(alerts: Alerts, node: Node) -> None:
+    """While LND writes again and again, and a new version takes the place of the old one, no check
+    fails twice in a row. Restarts by hand just before are no reason for the upgrade to fail.
     """
+    node.check_often(again_seconds=8)
+    node.box.drop_in("lnd-backup.service", "[Unit]\nStartLimitBurst=2\n")
+    node.systemctl("start", "lnd", "lnd-backup")
+    node.systemctl("restart", "lnd-backup")
+    source = copy_of_the_checkout(node.box, "# newer still")
+    for _ in range(20):
+        node.lnd_writes()
+    before = node.pid()
+    node.box.make("install", source=source)
+    assert node.pid() != before
+    for _ in range(10):
+        node.lnd_writes()
+    node.wait_for_stored()
+    node.wait_for_checks(2)
+    assert alerts.subjects() == []
+    assert node.box.show(CHECK, "Result") == "success"
+
+
+def test_an_upgrade_keeps_what_is_staged(node: Node, hanging_s3: S3Server) -> None:
+    """The new version takes the place of the old one, and sends what that staged."""
     node.start_and_stage()
     staged, old = node.staged(), node.pid()
     source = copy_of_the_checkout(node.box, "# newer")
-    node.box.sh(
-        "mv /etc/pip.conf /etc/pip.conf.away; printf '[global]\\nno-index = true\\n' >/etc/pip.conf"
-    )
-    failed = node.box.make("install", check=False, source=source)
-    node.box.sh("mv /etc/pip.conf.away /etc/pip.conf")
-    assert failed.returncode != 0
-    assert "what was running still runs" in failed.stderr
-    assert (node.pid(), node.staged()) == (old, staged)
     node.box.make("install", source=source)
     assert node.is_active()
     assert node.pid() != old
@@ -1235,9 +991,7 @@ def test_an_upgrade_that_does_not_start_is_taken_back(node: Node) -> None:
 
 
 def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
-    """At a shutdown LND stops first; what it writes then is stored, and after the boot everything
-    runs again.
-    """
+    """At a shutdown LND stops first; after the boot everything runs again."""
     node.systemctl("--quiet", "enable", "lnd", "lnd-backup")
     node.start()
     before = node.current()
@@ -1247,14 +1001,10 @@ def test_lnd_s_last_write_before_a_reboot_is_stored(node: Node) -> None:
     node.box.up()
     assert last != before
     assert last in stored
-    for unit in (
-        "lnd-backup",
-        "lnd",
-        "lnd-backup.timer",
-        "lnd-backup-check@lnd-backup.timer",
-    ):
+    timers = ("lnd-backup.timer", "lnd-backup-check@lnd-backup.timer")
+    for unit in ("lnd-backup", "lnd", *timers):
         until(f"{unit} runs again", partial(node.is_active, unit))
-    until("LND has written", lambda: node.current() not in {last, b""})
+    assert node.current() != last
     node.wait_for_stored()
     node.systemctl("--quiet", "disable", "lnd")
 
@@ -1265,16 +1015,10 @@ def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Se
     """
     node.start_and_stage()
     data = node.current()
-    told = node.box.make("uninstall").stdout
-    assert f"kept: settings and staged versions: {SETTINGS}" in told
+    node.box.make("uninstall")
     places = "/etc/systemd /run/systemd/system /usr/local /opt"
     assert node.box.sh(f"find {places} -name '*lnd-backup*'") == ""
     assert node.box.show("lnd-backup", "LoadState") == "not-found"
-    assert node.staged()
-    refused = node.box.make("purge", check=False)
-    assert refused.returncode != 0
-    assert "never reached the bucket; nothing has changed" in refused.stderr
-    assert "make purge FORCE=1" in refused.stderr
     assert node.staged()
     hanging_s3.resume()
     node.box.make("install")
@@ -1286,8 +1030,7 @@ def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Se
     until("a version is staged", node.staged)
     assert node.box.make("purge", check=False).returncode != 0
     assert node.is_active(), "nothing was stopped"
-    told = node.box.make("purge", "FORCE=1").stdout
-    assert "deleting what never reached the bucket:" in told
+    node.box.make("purge", "FORCE=1")
     left = node.box.sh(
         "find / -xdev -name '*lnd-backup*' "
         "! -path '/src/*' ! -path '/proc/*' ! -path '/root/newer/*'"
@@ -1302,9 +1045,7 @@ def test_removal_keeps_settings_and_staged_versions(node: Node, hanging_s3: S3Se
 
 @pytest.mark.parametrize("command", ["check rules alerts.yml", "test rules alerts_test.yml"])
 def test_the_alert_rules_are_right(command: str, tmp_path: Path) -> None:
-    """The tool of Prometheus accepts the rules, and they fire in the cases that are written down
-    beside this file.
-    """
+    """The tool of Prometheus accepts them, and they fire in the cases of alerts_test.yml."""
     for name in ("docs/alerts.yml", "tests/systemd/alerts_test.yml"):
         shutil.copy(CHECKOUT / name, tmp_path)
     done = run_command("promtool", *command.split(), cwd=tmp_path)

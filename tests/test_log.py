@@ -24,16 +24,13 @@ from kit import (
     Daemon,
     FakeS3,
     Lnd,
-    S3Server,
     Script,
     answers,
     run_script,
     script_environment,
-    settings_at,
-    version_name,
 )
 from kit.script import LATE_ENOUGH
-from shared import AWAY, NOON, SELDOM
+from shared import AWAY, SELDOM
 
 import s3_backup_lnd_channels as program
 
@@ -316,38 +313,3 @@ def test_a_password_that_the_sdk_has_masked_in_part(good: dict[str, str]) -> Non
     assert done.returncode == 75, done.stderr
     assert "proxy URL" in done.stderr
     assert not re.search("bo:|p@|/x", done.stderr)
-
-
-# --- What stdout cannot encode ---
-
-
-@pytest.mark.unmeasured
-@pytest.mark.parametrize(
-    ("prefix", "encoding"),
-    [
-        ("ключ ü/", {"PYTHONIOENCODING": "latin-1:strict"}),
-        ("alice/", {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),
-    ],
-    ids=["latin", "C"],
-)
-def test_a_stdout_that_cannot_encode(
-    s3: S3Server,
-    bucket: str,
-    prefix: str,
-    lnd: Lnd,
-    staging: Path,
-    home: Path,
-    encoding: dict[str, str],
-) -> None:
-    """What stdout cannot encode, of a path or a prefix, is escaped, and the result is the same."""
-    wanted = lnd.write().data
-    s3.put_version(bucket, prefix + version_name(wanted, NOON), wanted)
-    user = s3.read_write_user(bucket)
-    env = settings_at(s3.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user) | encoding
-    output = home / "копия"
-    for args in (("restore", "--output", str(output)), ("list",), ("check",)):
-        done = run_script(env, *args)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
-        assert "Traceback" not in done.stderr
-    assert output.read_bytes() == wanted

@@ -34,6 +34,8 @@ from kit import (
 from kit.script import LATE_ENOUGH
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kit import Daemon, S3Server, Written
 
 Env = dict[str, str]
@@ -319,3 +321,19 @@ def section(unit: Path, name: str) -> dict[str, str]:
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read(unit, encoding="utf-8")
     return dict(parser[name])
+
+
+# --- The pages ---
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """Yield the page's fenced and indented blocks: the language, sh where it says none, and the
+    text.
+    """
+    text = page.read_text(encoding="utf-8")
+    fenced = r"^( *)```(\w*)\n(.*?)^\1```$"
+    for found in re.finditer(fenced, text, re.MULTILINE | re.DOTALL):
+        yield (found[2] or "text", re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
+    rest = re.sub(fenced, "", text, flags=re.MULTILINE | re.DOTALL)
+    for found in re.finditer(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)", rest):
+        yield ("sh", re.sub(r"^ {4}", "", found[1], flags=re.MULTILINE))

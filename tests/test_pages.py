@@ -19,7 +19,7 @@ import pytest
 import yaml
 from kit import CHECKOUT, FakeS3, run_script
 from kit.answers import ACCESS_DENIED
-from shared import done_well, statements
+from shared import blocks, done_well, statements
 from stores.template import filled, read_template, template_settings
 
 import s3_backup_lnd_channels as program
@@ -63,19 +63,6 @@ def by_page(pattern: str = r".*") -> pytest.MarkDecorator:
 def text_of(page: Path) -> str:
     """Return a page's text."""
     return page.read_text(encoding="utf-8")
-
-
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """Return the page's fenced and indented blocks: the language, sh where it says none, and the
-    text.
-    """
-    text = text_of(page)
-    fenced = r"^( *)```(\w*)\n(.*?)^\1```$"
-    for found in re.finditer(fenced, text, re.MULTILINE | re.DOTALL):
-        yield (found[2] or "text", re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
-    rest = re.sub(fenced, "", text, flags=re.MULTILINE | re.DOTALL)
-    for found in re.finditer(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)", rest):
-        yield ("sh", re.sub(r"^ {4}", "", found[1], flags=re.MULTILINE))
 
 
 def code(page: Path) -> str:

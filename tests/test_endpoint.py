@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -30,15 +31,13 @@ from kit import (
 from kit.connect_proxy import ConnectProxy
 from kit.script import LATE_ENOUGH
 from kit.tls_front import TlsFront
-from shared import NOWHERE, done_well, failure_of, refused
+from shared import NOWHERE, Env, done_well, failure_of, refused
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from shared import Env
 
 SOME_NAME = "20261120T215558.123456Z-a1b2c3"
 HOST = "s3.example.org"
@@ -172,12 +171,12 @@ def test_regions_and_checksums_are_honoured(
 
 
 @pytest.mark.parametrize(
-    ("name", "days", "trusted", "words", "hint"),
+    ("name", "days", "trusted", "pattern"),
     [
-        ("127.0.0.1", -2, True, "has expired", "renew the certificate; or set the clock"),
-        ("127.0.0.1", 2, True, "not yet valid", "clock"),
-        ("127.0.0.1", 0, False, "certificate verify failed", "AWS_CA_BUNDLE"),
-        ("example.org", 0, True, "hostname '127.0.0.1' doesn't match 'example.org'", "name"),
+        ("127.0.0.1", -2, True, "warning: .*expired.*\n.*renew the certificate; or set the clock"),
+        ("127.0.0.1", 2, True, "warning: .*not yet valid.*\n.*clock"),
+        ("127.0.0.1", 0, False, "error: .*certificate verify failed.*\n.*AWS_CA_BUNDLE"),
+        ("example.org", 0, True, "error: .*'127.0.0.1' doesn't match 'example.org'.*\n.*name"),
     ],
     ids=["expired", "not yet", "unknown authority", "other name"],
 )
@@ -187,8 +186,7 @@ def test_a_certificate_that_is_refused(
     tmp_path: Path,
     name: str,
     days: int,
-    words: str,
-    hint: str,
+    pattern: str,
     *,
     trusted: bool,
 ) -> None:
@@ -198,10 +196,7 @@ def test_a_certificate_that_is_refused(
         bare_env["AWS_ENDPOINT_URL_S3"] = f"https://127.0.0.1:{front.port}"
         if trusted:
             bare_env["AWS_CA_BUNDLE"] = str(front.ca_file)
-        said = failure_of(bare_env)
-    assert said.startswith("warning: " if days else "error: ")
-    assert words in said
-    assert hint in said.partition("hint: ")[2]
+        assert re.match(pattern, failure_of(bare_env))
 
 
 def test_a_bucket_in_another_region_is_found(s3: S3Server, bucket: str, env: Env, lnd: Lnd) -> None:
@@ -222,13 +217,21 @@ CONFIG = {
 }
 
 
-def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
-    """Return the settings that lead to an endpoint by the SDK's own ways."""
-    if how not in CONFIG:
-        return {"AWS_ENDPOINT_URL_S3": "", how: endpoint}
-    (tmp_path / "config").write_text(CONFIG[how].format(endpoint))
-    config = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "node"}
-    return {"AWS_ENDPOINT_URL_S3": ""} | config
+At = Callable[[str, str], Env]
+
+
+@pytest.fixture
+def at(written_env: Env, tmp_path: Path) -> At:
+    """Return what gives the settings that lead to an endpoint by one of the SDK's own ways."""
+
+    def settings(how: str, endpoint: str) -> Env:
+        settings = written_env | {"AWS_ENDPOINT_URL_S3": ""}
+        if how not in CONFIG:
+            return settings | {how: endpoint}
+        (tmp_path / "config").write_text(CONFIG[how].format(endpoint))
+        return settings | {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "node"}
+
+    return settings
 
 
 @pytest.mark.unmeasured
@@ -242,11 +245,10 @@ def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
     ],
 )
 def test_an_endpoint_that_ends_with_the_bucket(
-    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, path: str, command: str
+    fake: FakeS3, at: At, how: str, path: str, command: str
 ) -> None:
     """It is refused wherever it comes from, and nothing is sent."""
-    at = profile(tmp_path, fake.endpoint + path, how)
-    said = refused(written_env | at, "some-bucket", args=(command,))
+    said = refused(at(how, fake.endpoint + path), "some-bucket", args=(command,))
     assert "endpoint" in said.lower()
     assert not fake.requests
 
@@ -263,12 +265,11 @@ def test_an_endpoint_that_ends_with_the_bucket(
     ],
 )
 def test_an_endpoint_that_is_right(
-    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, endpoint: str, path: str
+    fake: FakeS3, at: At, how: str, endpoint: str, path: str
 ) -> None:
     """The path of an endpoint is kept, and may resemble the bucket's name; the host may bear it."""
     proxy = {"HTTP_PROXY": fake.endpoint, "NO_PROXY": "127.0.0.1"}
-    at = profile(tmp_path, endpoint.format(fake.endpoint), how)
-    done = done_well(written_env | proxy | at)
+    done = done_well(at(how, endpoint.format(fake.endpoint)) | proxy)
     assert "warning: " not in done.stderr
     (request,) = fake.requests
     assert request.path.startswith(path)
@@ -276,22 +277,18 @@ def test_an_endpoint_that_is_right(
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL", "service"])
-def test_an_endpoint_that_is_not_in_use(
-    fake: FakeS3, written_env: Env, tmp_path: Path, how: str
-) -> None:
+def test_an_endpoint_that_is_not_in_use(fake: FakeS3, at: At, how: str) -> None:
     """It is not judged, as another one overrides it."""
-    unused = profile(tmp_path, "http://127.0.0.1:1/some-bucket", how)
-    done_well(written_env | unused | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
+    unused = at(how, "http://127.0.0.1:1/some-bucket")
+    done_well(unused | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL_S3", "profile"])
-def test_an_endpoint_that_begins_with_the_bucket(
-    written_env: Env, tmp_path: Path, how: str
-) -> None:
+def test_an_endpoint_that_begins_with_the_bucket(at: At, how: str) -> None:
     """Some providers show it so: it is warned of."""
-    at = profile(tmp_path, "https://some-bucket.fra1.example.com", how)
-    done = run_script(written_env | at | {"HTTPS_PROXY": NOWHERE}, "list")
+    begins = at(how, "https://some-bucket.fra1.example.com")
+    done = run_script(begins | {"HTTPS_PROXY": NOWHERE}, "list")
     assert done.returncode == 75, done.stderr
     assert re.search(r"warning: the endpoint \S*some-bucket\.", done.stderr)
 

@@ -155,23 +155,41 @@ def test_no_exception_is_too_strange(text: str) -> None:
 # --- S3's words ---
 
 
+def denied(action: str, why: str) -> str:
+    return f"User: x is not authorized to perform: {action} on resource: arn:aws:x {why}"
+
+
+NOT_ALLOWED = "because no policy allows the action"
+BY_BUCKET = "with an explicit deny in a resource-based policy"
+BY_ACCOUNT = "with an explicit deny in a service control policy"
+NOT_TO_READ = "the node's own key is not meant to read"
+
+
 @pytest.mark.unmeasured
 @pytest.mark.parametrize(
-    ("status", "code", "hint"),
+    ("command", "code", "message", "hint"),
     [
-        (403, "QuotaExceeded", "raise the quota"),
-        (400, "KMS.DisabledException", "provider"),
-        (403, "SomethingElse", "provider"),
+        ("once", "QuotaExceeded", "Your quota is used up.", "raise the quota"),
+        ("once", "KMS.DisabledException", "arn:aws:kms:eu:1:key/abc is disabled", "provider"),
+        ("once", "SomethingElse", "Nobody knows this code.", "provider"),
+        ("once", "AccessDenied", denied("kms:GenerateDataKey", NOT_ALLOWED), "GenerateDataKey"),
+        ("once", "AccessDenied", denied("s3:PutObjectTagging", NOT_ALLOWED), "s3:PutObjectTagging"),
+        ("once", "AccessDenied", denied("s3:PutObject", BY_BUCKET), "find that Deny"),
+        ("once", "AccessDenied", denied("s3:PutObject", BY_ACCOUNT), "find that Deny"),
+        ("list", "AccessDenied", denied("s3:ListBucket", BY_BUCKET), NOT_TO_READ),
+        ("restore --key x", "AccessDenied", denied("s3:GetObject", BY_BUCKET), NOT_TO_READ),
     ],
 )
 def test_the_hint_for_a_code(
-    fake: FakeS3, written_env: Env, status: int, code: str, hint: str
+    fake: FakeS3, written_env: Env, command: str, code: str, message: str, hint: str
 ) -> None:
-    """S3's own words are shown; what is no matter of the key does not blame it."""
-    say(fake, status, error(code, "Words of S3's."))
-    said = run(written_env, "once", code=1).stderr
-    assert f"{code}: Words of S3's. (HTTP {status})" in said
-    assert re.search(f"hint: .*{hint}", said)
+    """S3's own words are shown, and say what is missing; the key is not blamed for the rest."""
+    say(fake, 403, error(code, message))
+    said = run(written_env, *command.split(), code=1).stderr
+    assert f"{code}: {message} (HTTP 403)" in said
+    hints = "\n".join(re.findall("hint: .*", said))
+    assert hint in hints
+    assert not re.search(r"s3:PutObject\b", hints)
     assert not BLAMES_KEY.search(said)
     assert not statements(said)
 
@@ -206,39 +224,6 @@ def test_an_answer_that_is_not_of_s3(
     assert not BLAMES_KEY.search(said)
     assert not statements(said)
     assert "s3:PutObject" not in said
-
-
-# --- Permissions ---
-
-
-NOT_ALLOWED = "because no policy allows the action"
-DENIED_BY_BUCKET = "with an explicit deny in a resource-based policy"
-NOT_TO_READ = "the node's own key is not meant to read"
-
-
-@pytest.mark.unmeasured
-@pytest.mark.parametrize(
-    ("command", "action", "why", "hint"),
-    [
-        ("once", "kms:GenerateDataKey", NOT_ALLOWED, "kms:GenerateDataKey"),
-        ("once", "s3:PutObjectTagging", NOT_ALLOWED, "s3:PutObjectTagging"),
-        ("once", "s3:PutObject", DENIED_BY_BUCKET, "Deny"),
-        ("once", "s3:PutObject", "with an explicit deny in a service control policy", "Deny"),
-        ("list", "s3:ListBucket", DENIED_BY_BUCKET, NOT_TO_READ),
-        ("restore --key x", "s3:GetObject", DENIED_BY_BUCKET, NOT_TO_READ),
-    ],
-)
-def test_what_s3_says_of_a_denial_decides(
-    fake: FakeS3, written_env: Env, command: str, action: str, why: str, hint: str
-) -> None:
-    """It names the missing action, or a Deny; to read, the node's key is denied for good reason."""
-    message = f"User: x is not authorized to perform: {action} on resource: arn:aws:x {why}"
-    say(fake, 403, error("AccessDenied", message))
-    said = run(written_env, *command.split(), code=1).stderr
-    hints = "\n".join(re.findall("hint: .*", said))
-    assert hint in hints
-    assert not re.search(r"s3:PutObject\b", hints)
-    assert not statements(said)
 
 
 @pytest.mark.unmeasured

@@ -26,13 +26,7 @@ from kit import (
     settings_at,
 )
 from kit.answers import error
-from shared import (
-    TRY_AGAIN,
-    expect_newest_last,
-    say,
-    staged_data,
-    statements,
-)
+from shared import TRY_AGAIN, expect_newest_last, say, staged_data, statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,8 +185,7 @@ def test_a_source_of_credentials_that_fails(
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize(
-    ("status", "code"),
-    [(503, "ServiceUnavailable"), (400, "Throttling"), (400, "RequestExpired")],
+    ("status", "code"), [(503, "ServiceUnavailable"), (400, "Throttling"), (400, "RequestExpired")]
 )
 def test_a_role_that_is_not_given_now(
     fake: FakeS3, configured: Callable[[str], Env], status: int, code: str
@@ -245,10 +238,7 @@ def test_nobody_is_asked_on_the_terminal(configured: Callable[[str], Env], tmp_p
 
 @pytest.mark.unmeasured
 def test_a_program_that_hung_and_works(
-    configured: Callable[[str], Env],
-    lnd: Lnd,
-    tmp_path: Path,
-    started_by: Callable[[str], None],
+    configured: Callable[[str], Env], lnd: Lnd, tmp_path: Path, started_by: Callable[[str], None]
 ) -> None:
     """Each time that it hangs, the next version is captured all the same."""
     started_by(hurried(60))

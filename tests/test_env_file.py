@@ -18,8 +18,6 @@ import s3_backup_lnd_channels as program
 if TYPE_CHECKING:
     from shared import Env
 
-REQUIRED = ("MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME")
-
 
 # --- What is accepted ---
 
@@ -166,7 +164,8 @@ def test_no_file_is_read_unasked(good: Env, tmp_path: Path) -> None:
     Path(env_file(tmp_path, good)).rename(tmp_path / ".env")
     done = run_script({}, "run", cwd=tmp_path)
     assert done.returncode == 78
-    assert re.findall(r"(\w+)=: is not set", done.stderr) == list(REQUIRED)
+    required = ["MONITOR_FILE_PATH", "BACKUP_DIRECTORY", "S3_BUCKET_NAME"]
+    assert re.findall(r"(\w+)=: is not set", done.stderr) == required
 
 
 def test_env_file_is_read_and_the_environment_wins(good: Env, tmp_path: Path) -> None:

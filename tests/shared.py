@@ -14,14 +14,12 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit import (
-    PATIENCE_SECONDS,
     SCRIPT,
     VERSION_NAME,
     Answer,
@@ -91,16 +89,6 @@ def staged(staging: Path) -> list[str]:
 
 def staged_data(staging: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(staging.glob("2*"))]
-
-
-def wait_until_staged(staging: Path, versions: list[bytes]) -> None:
-    """Wait until these versions are staged, oldest first; the log tells of a capture a moment
-    before.
-    """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while staged_data(staging) != versions:
-        assert time.monotonic() < deadline, f"staged: {sorted(staging.iterdir())}"
-        time.sleep(0.01)
 
 
 def leave(directory: Path) -> None:

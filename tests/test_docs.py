@@ -145,12 +145,7 @@ def test_the_picture_is_whole_and_needs_nothing_from_elsewhere() -> None:
     picture = (CHECKOUT / "docs/demo.svg").read_text(encoding="utf-8")
     assert len(picture) < 60_000
     root = ET.fromstring(picture)  # noqa: S314 - our own file
-    for element in root.iter():
-        for name, value in element.attrib.items():
-            assert not name.endswith(("href", "src")), name
-            assert not re.search(r"url\((?!#)", value), value
-    style = " ".join(element.text or "" for element in root.iter() if element.tag.endswith("style"))
-    assert not re.search(r"@import|@font-face|url\(|//", style)
+    assert not re.search(r"\b(href|src)=|@import|@font-face|url\((?!#)", picture)
     shown = " ".join(root.itertext()).replace("\xa0", " ")
     assert re.search(r"(\d+) versions written, \1 stored, 0 lost, 0 left in staging", shown)
     assert str(CHECKOUT) not in shown

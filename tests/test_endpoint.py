@@ -16,7 +16,6 @@ import pytest
 from inside import use
 from kit import (
     CHECKOUT,
-    MADE_UP,
     Answer,
     Daemon,
     FakeS3,
@@ -119,24 +118,16 @@ def test_the_users_attempts_win(fake: FakeS3, fake_env: Env, choice: Env, attemp
 def test_a_profile_wins(fake: FakeS3, fake_env: Env, tmp_path: Path) -> None:
     """Its endpoint, region, attempts, checksums and credentials are used."""
     (tmp_path / "config").write_text(
-        "[profile node]\n"
+        "[default]\naws_access_key_id = AKIDDEFAULT\naws_secret_access_key = made-up\n"
+        "[profile node]\naws_access_key_id = AKIDNODE\naws_secret_access_key = made-up\n"
         f"endpoint_url = {fake.endpoint}\n"
         "region = eu-west-3\n"
         "max_attempts = 2\n"
         "request_checksum_calculation = when_supported\n"
     )
-    secret = f"aws_secret_access_key = {MADE_UP.secret_key}\n"
-    (tmp_path / "credentials").write_text(
-        f"[default]\naws_access_key_id = AKIDDEFAULT\n{secret}"
-        f"[node]\naws_access_key_id = AKIDNODE\n{secret}"
-    )
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         del fake_env[name]
-    profile = {
-        "AWS_CONFIG_FILE": str(tmp_path / "config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
-        "AWS_PROFILE": "node",
-    }
+    profile = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "node"}
     fake.script(answers.SLOW_DOWN)
     with use(fake_env | profile) as bucket:
         bucket.put(SOME_NAME, channel_backup(1))

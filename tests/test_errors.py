@@ -194,16 +194,15 @@ def test_the_hint_for_a_code(
     assert not statements(said)
 
 
-@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("command", "status", "body", "words"),
     [
+        ("once", 302, PAGE, "a redirect that names no region"),
+        ("list", 302, PAGE, "a redirect that names no region"),
         ("once", 403, PAGE, "403"),
         ("once", 403, b"Forbidden by administrative rules\n", "403"),
         ("list", 403, PAGE, "403"),
         ("restore", 404, PAGE, "404"),
-        ("once", 302, PAGE, "a redirect that names no region"),
-        ("list", 302, PAGE, "a redirect that names no region"),
     ],
 )
 def test_an_answer_that_is_not_of_s3(

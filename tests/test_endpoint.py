@@ -258,7 +258,9 @@ def test_an_endpoint_that_ends_with_the_bucket(
 def test_an_endpoint_that_is_right(
     fake: FakeS3, at: At, how: str, endpoint: str, path: str
 ) -> None:
-    """The path of an endpoint is kept, and may resemble the bucket's name; the host may bear it."""
+    """Its path is kept, and may resemble the bucket's name, which the host may bear; NO_PROXY is
+    heeded.
+    """
     proxy = {"HTTP_PROXY": fake.endpoint, "NO_PROXY": "127.0.0.1"}
     done = done_well(at(how, endpoint.format(fake.endpoint)) | proxy)
     assert "warning: " not in done.stderr
@@ -335,17 +337,6 @@ def test_without_a_proxy_only_the_endpoint_is_asked(
     lnd.write()
     done_well(env | {"AWS_EC2_METADATA_DISABLED": ""})
     assert talk() == [("name", s3.host, s3.port), ("connection", s3.host, s3.port)]
-
-
-@pytest.mark.unmeasured
-def test_an_endpoint_in_no_proxy_is_asked_itself(
-    s3_https: S3Server, named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
-) -> None:
-    lnd.write()
-    itself = {"AWS_ENDPOINT_URL_S3": s3_https.endpoint, "NO_PROXY": "127.0.0.1"}
-    done_well(named_env | itself)
-    assert places(talk()) == {(s3_https.host, s3_https.port)}
-    assert tunnel.asked == []
 
 
 @pytest.mark.unmeasured

@@ -54,7 +54,7 @@ def only_fault(environ: Env, name: str, value: Path | str) -> program.ConfigErro
     """Return the fault of this value, which must be the only one and show it."""
     found = faults(environ | {name: str(value)})
     assert list(found) == [name]
-    assert str(value) in str(found[name])
+    assert f"{name}={value}" in str(found[name])
     return found[name]
 
 
@@ -524,8 +524,9 @@ def test_a_prefix_of_any_characters(
     """Every command takes whatever S3 takes, and escapes what its output cannot encode."""
     version = lnd.write()
     user = s3.read_write_user(bucket)
-    env = settings_at(s3.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user) | encoding
+    env = settings_at(s3.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user)
     done_well(env)
+    env |= encoding
     [(key, stored)] = s3.objects(bucket).items()
     assert key.startswith(f"{prefix}/")
     assert stored.data == version.data

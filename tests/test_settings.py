@@ -146,7 +146,7 @@ def test_right_value_is_taken(
     assert getattr(program.load_settings(good | {name: value}, "run"), field) == expected
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(
     st.sampled_from(list(program.SETTINGS)),
     st.text(st.characters(exclude_characters="\0", codec="utf-8")),

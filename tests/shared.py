@@ -14,14 +14,12 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit import (
-    PATIENCE_SECONDS,
     SCRIPT,
     VERSION_NAME,
     Answer,
@@ -34,6 +32,8 @@ from kit import (
 from kit.script import LATE_ENOUGH
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kit import Daemon, S3Server, Written
 
 Env = dict[str, str]
@@ -89,16 +89,6 @@ def staged(staging: Path) -> list[str]:
 
 def staged_data(staging: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(staging.glob("2*"))]
-
-
-def wait_until_staged(staging: Path, versions: list[bytes]) -> None:
-    """Wait until these versions are staged, oldest first; the log tells of a capture a moment
-    before.
-    """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while staged_data(staging) != versions:
-        assert time.monotonic() < deadline, f"staged: {sorted(staging.iterdir())}"
-        time.sleep(0.01)
 
 
 def leave(directory: Path) -> None:
@@ -327,3 +317,19 @@ def section(unit: Path, name: str) -> dict[str, str]:
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read(unit, encoding="utf-8")
     return dict(parser[name])
+
+
+# --- The pages ---
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """Yield the page's fenced and indented blocks: the language, sh where it says none, and the
+    text.
+    """
+    text = page.read_text(encoding="utf-8")
+    fenced = r"^( *)```(\w*)\n(.*?)^\1```$"
+    for found in re.finditer(fenced, text, re.MULTILINE | re.DOTALL):
+        yield (found[2] or "text", re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
+    rest = re.sub(fenced, "", text, flags=re.MULTILINE | re.DOTALL)
+    for found in re.finditer(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)", rest):
+        yield ("sh", re.sub(r"^ {4}", "", found[1], flags=re.MULTILINE))

@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from kit import CHECKOUT
+from shared import blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PAGE = (CHECKOUT / "docs/access.md").read_text(encoding="utf-8")
 SUDO = '#!/bin/sh\n[ "$1" != -u ] || shift 2\nexec "$@"\n'
 SYSTEMCTL = '#!/bin/sh\necho "$*" >>"$CALLS"\n'
 # docker compose run --rm --no-deps --entrypoint COMMAND lnd ...: runs the command here.
 DOCKER = '#!/bin/sh\ncommand=$6\nshift 7\nexec "$command" "$@"\n'
 
 
-def block(heading: str, number: int = 0) -> str:
-    """Return a block of commands that comes after these words."""
-    text = PAGE.partition(heading)[2]
-    found = re.findall(r"(?<=\n\n)((?: {4}.*\n)+)", text)
-    return re.sub(r"^ {4}", "", found[number], flags=re.MULTILINE)
+def block(page: str, words: str) -> str:
+    """Return the block of commands of a page that has these words."""
+    [found] = [text for _, text in blocks(CHECKOUT / "docs" / page) if words in text]
+    return found
 
 
-MOVE = block("**3. Let LND write to the new place.**")
-SET_ASIDE = block("**3. Let LND write to the new place.**", 1)
-LOOK = block("**4. See that LND writes there.**")
-UNDO, LOOK_AGAIN = block("### Undo method 1"), block("### Undo method 1", 1)
+ON_THE_HOST, IN_A_CONTAINER = (
+    [block(page, words) for words in ("#before &", "already names a path", "still names a path")]
+    for page in ("access.md", "containers.md")
+)
+_, MOVE, UNDO = ON_THE_HOST
+LOOK, LOOK_AGAIN = (block("access.md", f"LND writes to ${place}") for place in ("new", "old"))
 
 
 class Node(NamedTuple):
@@ -97,9 +98,7 @@ def node(tmp_path: Path) -> Node:
     ids=["header", "no header", "spaces", "comments", "no line break at the end"],
 )
 def test_lnd_is_told_the_new_place(node: Node, conf: str) -> None:
-    """Whatever lnd.conf looks like, the path is added in the right section, and LND is restarted;
-    that it writes there is believed only once it does.
-    """
+    """The path is in the right section; that LND writes there is believed once it does."""
     node.conf.write_text(conf)
     assert node.run(MOVE).splitlines()[-1].startswith("done")
     added = f"\n[Application Options]\nbackupfilepath={node.new}\nno-backup-archive=1\n"
@@ -113,21 +112,21 @@ def test_lnd_is_told_the_new_place(node: Node, conf: str) -> None:
     assert node.run(LOOK).startswith("LND writes to")
 
 
-@pytest.mark.parametrize("line", ["backupfilepath=/elsewhere", "  backupfilepath = /elsewhere"])
-def test_a_path_that_is_set_already_stops_it(node: Node, line: str) -> None:
-    """LND would take one of two paths: nothing is changed, and LND goes on running."""
-    node.conf.write_text(f"[Application Options]\n{line}\n")
+@pytest.mark.parametrize(
+    "change",
+    [
+        'rm "$conf"',
+        'rm "$old"',
+        'echo "backupfilepath=/elsewhere" >>"$conf"',
+        'echo "  backupfilepath = /elsewhere" >>"$conf"',
+    ],
+)
+def test_a_wrong_path_stops_it(node: Node, change: str) -> None:
+    """Of two paths in lnd.conf, LND would take one: nothing is changed, and LND goes on running."""
+    node.run(change)
+    before = node.run('cat "$conf"')
     assert "STOP" in node.run(MOVE).splitlines()[-1]
-    assert node.conf.read_text() == f"[Application Options]\n{line}\n"
-    assert node.calls.read_text() == ""
-    assert not node.new.exists()
-
-
-@pytest.mark.parametrize("missing", ["conf", "old"])
-def test_a_wrong_path_stops_it(node: Node, missing: str) -> None:
-    """Without the file that a variable names, nothing is changed, and LND goes on running."""
-    getattr(node, missing).unlink()
-    assert "STOP" in node.run(MOVE).splitlines()[-1]
+    assert node.run('cat "$conf"') == before
     assert node.calls.read_text() == ""
     assert not node.new.exists()
 
@@ -148,29 +147,20 @@ def test_a_copy_that_fails_stops_it(node: Node) -> None:
     assert "backupfilepath" not in node.conf.read_text()
 
 
-def test_it_can_be_undone(node: Node) -> None:
-    """The newest file is at the old place again, the service is off, and LND writes there."""
+@pytest.mark.parametrize("place", ["new", "old"])
+def test_it_can_be_undone(node: Node, place: str) -> None:
+    """The newest file is at the old place again, also if LND never wrote to the new one."""
     node.run(MOVE)
-    node.lnd_writes(node.new)
+    node.lnd_writes(getattr(node, place))
     assert node.run(UNDO).splitlines()[-1].startswith("done")
     assert "backupfilepath" not in node.conf.read_text()
     assert node.old.read_bytes() == b"by LND"
-    assert node.calls.read_text().splitlines()[2:] == [
-        "stop lnd",
-        "disable --now lnd-backup",
-        "start lnd",
-    ]
-    assert node.run(LOOK_AGAIN).startswith("STOP")
+    told = node.calls.read_text().splitlines()[2:]
+    assert told == ["stop lnd", "disable --now lnd-backup", "start lnd"]
+    if place == "new":
+        assert node.run(LOOK_AGAIN).startswith("STOP")
     node.lnd_writes(node.old)
     assert node.run(LOOK_AGAIN).startswith("LND writes to")
-
-
-def test_undoing_what_lnd_never_used_keeps_the_newer_file(node: Node) -> None:
-    """If LND went on writing to the old place, what it wrote there stays."""
-    node.run(MOVE)
-    node.lnd_writes(node.old)
-    assert node.run(UNDO).splitlines()[-1].startswith("done")
-    assert node.old.read_bytes() == b"by LND"
 
 
 def test_a_path_that_stays_stops_the_undoing(node: Node) -> None:
@@ -181,50 +171,23 @@ def test_a_path_that_stays_stops_the_undoing(node: Node) -> None:
     assert "start lnd" not in node.calls.read_text()
 
 
-def test_a_path_that_was_set_before_is_brought_back(node: Node) -> None:
-    """Who set a path of his own, and turned it into a comment, has it again after the undoing."""
-    before = f"[Application Options]\n  backupfilepath={node.old}\nalias=a\n"
-    node.conf.write_text(before)
-    node.run(SET_ASIDE)
-    assert node.run(MOVE).splitlines()[-1].startswith("done")
-    node.lnd_writes(node.new)
-    assert node.run(UNDO).splitlines()[-1].startswith("done")
-    assert node.conf.read_text() == f"{before}\n[Application Options]\nno-backup-archive=1\n"
-
-
-# --- docs/containers.md ---
-
-CONTAINERS = (CHECKOUT / "docs/containers.md").read_text(encoding="utf-8")
-
-
-def in_container(words: str) -> str:
-    """Return the block of commands for LND's container that has these words."""
-    found = re.findall(r"^( *)```sh\n(.*?)^ *```$", CONTAINERS, re.MULTILINE | re.DOTALL)
-    [block] = [text for _, text in found if f"{words}" in text and "--entrypoint" in text]
-    return str(block)
-
-
-MOVE_THERE, UNDO_THERE = in_container("already names a path"), in_container("still names a path")
-COMMENT_OUT = in_container("--entrypoint sed")
-
-
 @pytest.mark.parametrize("line", ["", "backupfilepath=/elsewhere\n", "  backupfilepath = /else\n"])
-def test_lnd_in_a_container_writes_to_its_old_path_again(node: Node, line: str) -> None:
-    """The undoing brings back a path that was set before, and nothing else changes in lnd.conf."""
+@pytest.mark.parametrize("steps", [ON_THE_HOST, IN_A_CONTAINER], ids=["host", "container"])
+def test_a_path_that_was_set_before_is_brought_back(
+    node: Node, steps: list[str], line: str
+) -> None:
+    """Nothing else changes in lnd.conf."""
     before = f"[Application Options]\n{line}# backupfilepath=/example\n"
     node.conf.write_text(before)
-    move, undo = (
-        text.replace("/lnd-scb", str(node.new.parent)) for text in (MOVE_THERE, UNDO_THERE)
-    )
+    aside, move, undo = (step.replace("/lnd-scb", str(node.new.parent)) for step in steps)
     if line:
         assert "STOP" in node.run(move).splitlines()[-1]
         assert node.conf.read_text() == before
         assert not node.new.exists()
-        node.run(COMMENT_OUT)
+        node.run(aside)
     assert node.run(move).splitlines()[-1].startswith("done")
-    assert re.findall(r"^ *backupfilepath.*", node.conf.read_text(), re.MULTILINE) == [
-        f"backupfilepath={node.new}"
-    ]
+    paths = re.findall(r"^ *backupfilepath.*", node.conf.read_text(), re.MULTILINE)
+    assert paths == [f"backupfilepath={node.new}"]
     assert node.new.read_bytes() == b"old"
     node.lnd_writes(node.new)
     assert node.run(undo).splitlines()[-1].startswith("done")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -16,17 +16,13 @@ import pytest
 from inside import use
 from kit import (
     CHECKOUT,
-    MADE_UP,
-    PATIENCE_SECONDS,
     Answer,
     Daemon,
     FakeS3,
     Lnd,
     S3Server,
-    Script,
     answers,
     channel_backup,
-    hurried,
     reader_settings,
     run_script,
     settings_for,
@@ -34,15 +30,13 @@ from kit import (
 from kit.connect_proxy import ConnectProxy
 from kit.script import LATE_ENOUGH
 from kit.tls_front import TlsFront
-from shared import NOWHERE, done_well, failure_of, refused, staged_data
+from shared import NOWHERE, Env, done_well, failure_of, refused
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from shared import Env
 
 SOME_NAME = "20261120T215558.123456Z-a1b2c3"
 HOST = "s3.example.org"
@@ -108,13 +102,6 @@ def named_env(
 # --- What the user sets ---
 
 
-def test_the_users_checksums_win(fake: FakeS3, fake_env: Env) -> None:
-    """The SDK adds its own checksum where the user wants it."""
-    with use(fake_env | {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}) as bucket:
-        bucket.put(SOME_NAME, channel_backup(1))
-    assert "x-amz-checksum-crc32" in fake.requests[0].headers
-
-
 @pytest.mark.parametrize(
     ("choice", "attempts"),
     [({}, 1), ({"AWS_MAX_ATTEMPTS": "2"}, 2), ({"AWS_RETRY_MODE": "standard"}, 3)],
@@ -131,24 +118,16 @@ def test_the_users_attempts_win(fake: FakeS3, fake_env: Env, choice: Env, attemp
 def test_a_profile_wins(fake: FakeS3, fake_env: Env, tmp_path: Path) -> None:
     """Its endpoint, region, attempts, checksums and credentials are used."""
     (tmp_path / "config").write_text(
-        "[profile node]\n"
+        "[default]\naws_access_key_id = AKIDDEFAULT\naws_secret_access_key = made-up\n"
+        "[profile node]\naws_access_key_id = AKIDNODE\naws_secret_access_key = made-up\n"
         f"endpoint_url = {fake.endpoint}\n"
         "region = eu-west-3\n"
         "max_attempts = 2\n"
         "request_checksum_calculation = when_supported\n"
     )
-    secret = f"aws_secret_access_key = {MADE_UP.secret_key}\n"
-    (tmp_path / "credentials").write_text(
-        f"[default]\naws_access_key_id = AKIDDEFAULT\n{secret}"
-        f"[node]\naws_access_key_id = AKIDNODE\n{secret}"
-    )
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         del fake_env[name]
-    profile = {
-        "AWS_CONFIG_FILE": str(tmp_path / "config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
-        "AWS_PROFILE": "node",
-    }
+    profile = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "node"}
     fake.script(answers.SLOW_DOWN)
     with use(fake_env | profile) as bucket:
         bucket.put(SOME_NAME, channel_backup(1))
@@ -160,46 +139,35 @@ def test_a_profile_wins(fake: FakeS3, fake_env: Env, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "region"),
+    ("choice", "sent"),
     [
-        ({"AWS_REGION": "eu-north-1"}, "eu-north-1"),
-        ({"AWS_REGION": "eu-north-1", "AWS_DEFAULT_REGION": "eu-south-2"}, "eu-north-1"),
-        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-south-2"}, "eu-south-2"),
-        ({"AWS_REGION": ""}, "us-east-1"),
+        ({"AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}, "'x-amz-checksum-crc32': "),
+        ({"AWS_REGION": "eu-north-1"}, "/eu-north-1/s3/"),
+        ({"AWS_REGION": "eu-north-1", "AWS_DEFAULT_REGION": "eu-south-2"}, "/eu-north-1/s3/"),
+        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-south-2"}, "/eu-south-2/s3/"),
+        ({"AWS_REGION": ""}, "/us-east-1/s3/"),
     ],
-    ids=["region", "both", "default-region", "none"],
+    ids=["checksums", "region", "both", "default-region", "none"],
 )
-def test_regions_are_honoured(fake: FakeS3, fake_env: Env, choice: Env, region: str) -> None:
+def test_regions_and_checksums_are_honoured(
+    fake: FakeS3, fake_env: Env, choice: Env, sent: str
+) -> None:
     """Requests are signed for AWS_REGION, else AWS_DEFAULT_REGION, else us-east-1."""
     with use(fake_env | choice) as bucket:
         bucket.put(SOME_NAME, channel_backup(1))
-    assert f"/{region}/s3/aws4_request" in fake.requests[0].headers["authorization"]
+    assert sent in str(fake.requests[0].headers)
 
 
 # --- What answers ---
 
 
-@pytest.mark.parametrize("command", ["once", "list"])
-def test_a_portal_that_redirects_may_be_passed_later(
-    fake: FakeS3, written_env: Env, started_by: Callable[[str], None], command: str
-) -> None:
-    """It sends the SDK in circles, which is no fault of the program."""
-    started_by(hurried(20))
-    elsewhere = {"Location": "http://portal.example.org/"}
-    for method in ("PUT", "GET", "HEAD"):
-        fake.set_default(Answer(302, headers=elsewhere, body=b"", etag=False), method)
-    done = run_script(written_env, command)
-    assert done.returncode == 75, done.stderr
-    assert "a fault of this program" not in done.stderr
-
-
 @pytest.mark.parametrize(
-    ("name", "days", "trusted", "words", "hint"),
+    ("name", "days", "trusted", "pattern"),
     [
-        ("127.0.0.1", -2, True, "has expired", "renew the certificate; or set the clock"),
-        ("127.0.0.1", 2, True, "not yet valid", "clock"),
-        ("127.0.0.1", 0, False, "certificate verify failed", "AWS_CA_BUNDLE"),
-        ("example.org", 0, True, "hostname '127.0.0.1' doesn't match 'example.org'", "name"),
+        ("127.0.0.1", -2, True, "warning: .*expired.*\n.*renew the certificate; or set the clock"),
+        ("127.0.0.1", 2, True, "warning: .*not yet valid.*\n.*clock"),
+        ("127.0.0.1", 0, False, "error: .*certificate verify failed.*\n.*AWS_CA_BUNDLE"),
+        ("example.org", 0, True, "error: .*'127.0.0.1' doesn't match 'example.org'.*\n.*name"),
     ],
     ids=["expired", "not yet", "unknown authority", "other name"],
 )
@@ -209,8 +177,7 @@ def test_a_certificate_that_is_refused(
     tmp_path: Path,
     name: str,
     days: int,
-    words: str,
-    hint: str,
+    pattern: str,
     *,
     trusted: bool,
 ) -> None:
@@ -220,10 +187,7 @@ def test_a_certificate_that_is_refused(
         bare_env["AWS_ENDPOINT_URL_S3"] = f"https://127.0.0.1:{front.port}"
         if trusted:
             bare_env["AWS_CA_BUNDLE"] = str(front.ca_file)
-        said = failure_of(bare_env)
-    assert said.startswith("warning: " if days else "error: ")
-    assert words in said
-    assert hint in said.partition("hint: ")[2]
+        assert re.match(pattern, failure_of(bare_env))
 
 
 def test_a_bucket_in_another_region_is_found(s3: S3Server, bucket: str, env: Env, lnd: Lnd) -> None:
@@ -238,18 +202,27 @@ def test_a_bucket_in_another_region_is_found(s3: S3Server, bucket: str, env: Env
 # --- Endpoints and the bucket's name ---
 
 
-def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
-    """Return the settings that lead to an endpoint by the SDK's own ways."""
-    config = {
-        "profile": f"[profile node]\nendpoint_url = {endpoint}\n",
-        "service": f"[profile node]\nservices = at\n[services at]\ns3 =\n"
-        f"  endpoint_url = {endpoint}\n",
-    }
-    more = {"AWS_ENDPOINT_URL_S3": ""}
-    if how not in config:
-        return more | {how: endpoint}
-    (tmp_path / "config").write_text(config[how])
-    return more | {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "node"}
+CONFIG = {
+    "profile": "[profile node]\nendpoint_url = {}\n",
+    "service": "[profile node]\nservices = at\n[services at]\ns3 =\n  endpoint_url = {}\n",
+}
+
+
+At = Callable[[str, str], Env]
+
+
+@pytest.fixture
+def at(written_env: Env, tmp_path: Path) -> At:
+    """Return what gives the settings that lead to an endpoint by one of the SDK's own ways."""
+
+    def settings(how: str, endpoint: str) -> Env:
+        settings = written_env | {"AWS_ENDPOINT_URL_S3": ""}
+        if how not in CONFIG:
+            return settings | {how: endpoint}
+        (tmp_path / "config").write_text(CONFIG[how].format(endpoint))
+        return settings | {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_PROFILE": "node"}
+
+    return settings
 
 
 @pytest.mark.unmeasured
@@ -263,11 +236,10 @@ def profile(tmp_path: Path, endpoint: str, how: str) -> Env:
     ],
 )
 def test_an_endpoint_that_ends_with_the_bucket(
-    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, path: str, command: str
+    fake: FakeS3, at: At, how: str, path: str, command: str
 ) -> None:
     """It is refused wherever it comes from, and nothing is sent."""
-    at = profile(tmp_path, fake.endpoint + path, how)
-    said = refused(written_env | at, "some-bucket", args=(command,))
+    said = refused(at(how, fake.endpoint + path), "some-bucket", args=(command,))
     assert "endpoint" in said.lower()
     assert not fake.requests
 
@@ -284,12 +256,13 @@ def test_an_endpoint_that_ends_with_the_bucket(
     ],
 )
 def test_an_endpoint_that_is_right(
-    fake: FakeS3, written_env: Env, tmp_path: Path, how: str, endpoint: str, path: str
+    fake: FakeS3, at: At, how: str, endpoint: str, path: str
 ) -> None:
-    """The path of an endpoint is kept, and may resemble the bucket's name; the host may bear it."""
+    """Its path is kept, and may resemble the bucket's name, which the host may bear; NO_PROXY is
+    heeded.
+    """
     proxy = {"HTTP_PROXY": fake.endpoint, "NO_PROXY": "127.0.0.1"}
-    at = profile(tmp_path, endpoint.format(fake.endpoint), how)
-    done = done_well(written_env | proxy | at)
+    done = done_well(at(how, endpoint.format(fake.endpoint)) | proxy)
     assert "warning: " not in done.stderr
     (request,) = fake.requests
     assert request.path.startswith(path)
@@ -297,46 +270,28 @@ def test_an_endpoint_that_is_right(
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL", "service"])
-def test_an_endpoint_that_is_not_in_use(
-    fake: FakeS3, written_env: Env, tmp_path: Path, how: str
-) -> None:
+def test_an_endpoint_that_is_not_in_use(fake: FakeS3, at: At, how: str) -> None:
     """It is not judged, as another one overrides it."""
-    unused = profile(tmp_path, "http://127.0.0.1:1/some-bucket", how)
-    done_well(written_env | unused | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
+    unused = at(how, "http://127.0.0.1:1/some-bucket")
+    done_well(unused | {"AWS_ENDPOINT_URL_S3": fake.endpoint})
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("how", ["AWS_ENDPOINT_URL_S3", "profile"])
-def test_an_endpoint_that_begins_with_the_bucket(
-    written_env: Env, tmp_path: Path, how: str
-) -> None:
+def test_an_endpoint_that_begins_with_the_bucket(at: At, how: str) -> None:
     """Some providers show it so: it is warned of."""
-    at = profile(tmp_path, "https://some-bucket.fra1.example.com", how)
-    done = run_script(written_env | at | {"HTTPS_PROXY": NOWHERE}, "list")
+    begins = at(how, "https://some-bucket.fra1.example.com")
+    done = run_script(begins | {"HTTPS_PROXY": NOWHERE}, "list")
     assert done.returncode == 75, done.stderr
     assert re.search(r"warning: the endpoint \S*some-bucket\.", done.stderr)
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("AWS_CA_BUNDLE", "", "AWS_CA_BUNDLE=/"),
-        ("AWS_CA_BUNDLE", "no certificate\n", "AWS_CA_BUNDLE=/"),
-        ("AWS_CA_BUNDLE", None, "AWS_CA_BUNDLE=/"),
-        ("AWS_CONFIG_FILE", "[default]\nca_bundle = /nowhere/ca.pem\n", "/nowhere/ca.pem"),
-        ("AWS_CONFIG_FILE", "[default]\nregion = eu 1\n", "eu 1"),
-    ],
-    ids=["empty", "rubbish", "directory", "ca_bundle", "region"],
-)
-def test_a_file_of_the_sdks_that_is_wrong(
-    written_env: Env, tmp_path: Path, name: str, content: str | None, told: str
-) -> None:
-    """A CA bundle without a certificate, or a wrong value in the SDK's own file, is told."""
-    file = tmp_path / "file"
-    file.mkdir() if content is None else file.write_text(content)
-    at = {name: str(file), "AWS_REGION": "", "AWS_ENDPOINT_URL_S3": "https://127.0.0.1:1"}
-    refused(written_env | at, told)
+@pytest.mark.parametrize("line", ["ca_bundle = /nowhere/ca.pem", "region = eu 1"])
+def test_a_file_of_the_sdks_that_is_wrong(written_env: Env, tmp_path: Path, line: str) -> None:
+    (tmp_path / "config").write_text(f"[default]\n{line}\n")
+    at = {"AWS_CONFIG_FILE": str(tmp_path / "config"), "AWS_REGION": ""}
+    refused(written_env | at, line.rpartition(" = ")[2])
 
 
 # --- Whom it talks to ---
@@ -385,38 +340,17 @@ def test_without_a_proxy_only_the_endpoint_is_asked(
 
 
 @pytest.mark.unmeasured
-def test_an_endpoint_in_no_proxy_is_asked_itself(
-    s3_https: S3Server, named_env: Env, tunnel: ConnectProxy, talk: Callable[[], Talk], lnd: Lnd
-) -> None:
-    lnd.write()
-    itself = {"AWS_ENDPOINT_URL_S3": s3_https.endpoint, "NO_PROXY": "127.0.0.1"}
-    done_well(named_env | itself)
-    assert places(talk()) == {(s3_https.host, s3_https.port)}
-    assert tunnel.asked == []
-
-
-@pytest.mark.unmeasured
 @pytest.mark.parametrize("there", [True, False], ids=["unknown name", "no proxy"])
 def test_a_proxy_that_fails_is_never_passed_by(
-    named_env: Env, talk: Callable[[], Talk], lnd: Lnd, staging: Path, *, there: bool
+    named_env: Env, talk: Callable[[], Talk], *, there: bool
 ) -> None:
-    """The message names it, and the versions stay staged."""
-    versions = [lnd.write()]
     with ConnectProxy({}) as failing:
         if not there:
             failing.__exit__()
-        through = {"HTTPS_PROXY": failing.url, "SHUTDOWN_GRACE_SECONDS": "0"}
-        with Script(named_env | through) as script:
-            script.wait_for_log(f"cannot store: .*proxy.*{failing.url}")
-            tried = len(talk())
-            versions.append(lnd.write())  # it is tried at once
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while len(talk()) == tried:
-                assert time.monotonic() < deadline, script.log
-                time.sleep(0.02)
-            assert script.stop() == 0
+        done = run_script(named_env | {"HTTPS_PROXY": failing.url}, "list")
+    assert done.returncode == 75, done.stderr
+    assert re.search(f"cannot list: .*proxy.*{failing.url}", done.stderr)
     assert places(talk()) == {failing.address}
-    assert staged_data(staging) == [version.data for version in versions]
 
 
 @pytest.mark.unmeasured

@@ -6,7 +6,6 @@ container's files keep its promises.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import re
@@ -17,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from kit import CHECKOUT, FakeS3, run_script
-from kit.answers import ACCESS_DENIED
-from shared import done_well, statements
-from stores.template import filled, read_template, template_settings
+from kit import CHECKOUT, run_script
+from shared import blocks, done_well
+from stores.template import DAYS, NONCURRENT, PREFIX, read_template, template_settings
 
 import s3_backup_lnd_channels as program
 
@@ -28,8 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+README = CHECKOUT / "README.md"
 PAGES = [
-    CHECKOUT / "README.md",
+    README,
     CHECKOUT / "CONTRIBUTING.md",
     CHECKOUT / "tests/README.md",
     *sorted((CHECKOUT / "docs").glob("*.md")),
@@ -53,29 +52,13 @@ INSTALLED = {
 OURS_BY_LOOK = r"(S3|MONITOR|BACKUP|RESCAN|REFRESH|SHUTDOWN|HEARTBEAT|METRICS|COPY)_[A-Z_]+"
 
 
-def by_page(pattern: str = r".*") -> pytest.MarkDecorator:
-    """Run a test once for each page whose name matches."""
-    pages = [page for page in PAGES if re.fullmatch(pattern, page.name)]
-    names = [str(page.relative_to(CHECKOUT)) for page in pages]
-    return pytest.mark.parametrize("page", pages, ids=names)
+by_page = pytest.mark.parametrize(
+    "page", PAGES, ids=[str(page.relative_to(CHECKOUT)) for page in PAGES]
+)
 
 
 def text_of(page: Path) -> str:
-    """Return a page's text."""
     return page.read_text(encoding="utf-8")
-
-
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """Return the page's fenced and indented blocks: the language, sh where it says none, and the
-    text.
-    """
-    text = text_of(page)
-    fenced = r"^( *)```(\w*)\n(.*?)^\1```$"
-    for found in re.finditer(fenced, text, re.MULTILINE | re.DOTALL):
-        yield (found[2] or "text", re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE))
-    rest = re.sub(fenced, "", text, flags=re.MULTILINE | re.DOTALL)
-    for found in re.finditer(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)", rest):
-        yield ("sh", re.sub(r"^ {4}", "", found[1], flags=re.MULTILINE))
 
 
 def code(page: Path) -> str:
@@ -96,8 +79,6 @@ def slugs(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-BUCKET_SCRIPT = CHECKOUT / "docs/aws-bucket.sh"
 BUCKET = "some-bucket"
 # Stands in for the aws command: keeps its arguments, and answers nothing.
 AWS = """#!{python}
@@ -107,22 +88,7 @@ with open({calls!r}, "a") as calls:
 """
 
 
-@pytest.fixture
-def template() -> dict[str, Any]:
-    """Return the template's resources as they are written."""
-    resources: dict[str, Any] = read_template()["Resources"]
-    return resources
-
-
-def node_policy(bucket: str, prefix: str) -> dict[str, Any]:
-    """Return the policy of the template's user for the node."""
-    names = {"Bucket": bucket, "Prefix": prefix, "AWS::Partition": "aws"}
-    [policy] = filled(read_template()["Resources"]["NodeUser"]["Properties"]["Policies"], names)
-    document: dict[str, Any] = policy["PolicyDocument"]
-    return document
-
-
-@by_page()
+@by_page
 def test_links_lead_somewhere(page: Path) -> None:
     """Each link to a file of the repository, or to a heading, resolves."""
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"\s+", " ", text_of(page))):
@@ -134,7 +100,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in slugs(file), target
 
 
-@by_page()
+@by_page
 def test_commands_and_options_exist(page: Path) -> None:
     """Each command line of the program has a command and options that --help knows."""
     known = {*program.COMMANDS, "card", "test-alert"}  # the last two: of `sudo lnd-backup` alone
@@ -155,7 +121,7 @@ def test_commands_and_options_exist(page: Path) -> None:
             assert option[0] in help_of(words[0]), line
 
 
-@by_page()
+@by_page
 def test_exit_codes_are_those_of_the_interface(page: Path) -> None:
     """A page promises no exit code that the reference's table does not have, or a signal adds."""
     known = {int(code) for code in re.findall(r"^\| (\d+) \|", text_of(REFERENCE), re.MULTILINE)}
@@ -163,21 +129,21 @@ def test_exit_codes_are_those_of_the_interface(page: Path) -> None:
     assert {int(one or other) for one, other in told} <= known | {128, 130}
 
 
-@by_page()
+@by_page
 def test_settings_exist(page: Path) -> None:
     """What looks like a setting of ours is one, which the reference and the example have, too."""
     named = {found[0] for found in re.finditer(rf"\b{OURS_BY_LOOK}\b", code(page))}
     assert named <= set(program.SETTINGS)
 
 
-@by_page()
+@by_page
 def test_nothing_else_is_set(page: Path) -> None:
     """Whatever is assigned in code is a setting of ours or has a reader that is known."""
     assigned = re.findall(r"(?:^|[\s`(])([A-Z][A-Z0-9_]{2,})=(?!=)", code(page), re.MULTILINE)
     assert [name for name in assigned if not re.fullmatch(f"{OURS_BY_LOOK}|{OTHERS}", name)] == []
 
 
-@by_page()
+@by_page
 def test_targets_of_make_exist(page: Path) -> None:
     """Each `make WORD` in code is a target with a line in `make help`."""
     targets = re.findall(r"^([a-z-]+):.*##", text_of(CHECKOUT / "Makefile"), re.MULTILINE)
@@ -186,7 +152,7 @@ def test_targets_of_make_exist(page: Path) -> None:
             assert target in targets
 
 
-@by_page()
+@by_page
 def test_files_exist(page: Path) -> None:
     """Each path into the repository exists; each path of the installation is the installer's."""
     shown = code(page)
@@ -208,9 +174,7 @@ def test_files_exist(page: Path) -> None:
 
 
 def test_the_pages_that_a_node_needs_are_installed() -> None:
-    """The installer takes each page that tells what to do on a node, and no page that is not there;
-    the rest is about the program, and stays in the repository.
-    """
+    """Those that are about the program stay in the repository."""
     installer = text_of(CHECKOUT / "systemd/install.sh")
     installed = set(re.findall(r"\bdocs/([a-z-]+\.md)", installer))
     at_home = {"how-it-works.md", "performance.md", "reliability.md"}
@@ -226,7 +190,7 @@ def test_metrics_exist(written_env: dict[str, str], tmp_path: Path) -> None:
         assert set(re.findall(r"\blnd_backup_[a-z_]+", text_of(page))) <= written, page.name
 
 
-@by_page()
+@by_page
 def test_blocks_are_well_formed(page: Path) -> None:
     """Shell blocks parse, YAML and JSON load."""
     for language, text in blocks(page):
@@ -239,7 +203,7 @@ def test_blocks_are_well_formed(page: Path) -> None:
             assert json.loads(text)
 
 
-@by_page("access.md|containers.md|README.md")
+@by_page
 def test_install_lines_name_the_prefix(page: Path) -> None:
     """Who copies an install line gets a prefix, the one that the key may write below."""
     lines = re.findall(r"make install[^\n]*S3_BUCKET_NAME[^\n]*", text_of(page))
@@ -273,9 +237,7 @@ def seconds(text: str) -> float:
 
 
 def test_the_image_keeps_its_promises() -> None:
-    """Debian slim, hashes, a number other than 0 for a user, and a health check that is rare, gives
-    `check` its minute, and takes 75 for "unknown".
-    """
+    """The health check is rare, gives `check` its minute, and takes 75 for "unknown"."""
     assert re.search(r"debian:\w+-slim$", instructions("ARG")[0])
     assert set(instructions("FROM")) == {"${BASE} AS build", "${BASE}"}
     assert any("--require-hashes" in run and "--only-binary" in run for run in instructions("RUN"))
@@ -297,9 +259,7 @@ def sidecars() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("where", "compose"), list(sidecars()), ids=["compose.yaml", "BTCPay"])
 def test_the_sidecar_is_confined_and_stops_last(where: str, compose: dict[str, Any]) -> None:
-    """It sees a directory, read-only; nothing else of the root is writable but the staging volume;
-    it may do nothing; and LND stops before it.
-    """
+    """It writes to the staging volume alone."""
     services, sidecar = compose["services"], compose["services"]["lnd-backup"]
     lnd = services["lnd" if where == "compose.yaml" else "lnd_bitcoin"]
     volumes = [volume.split(":") for volume in sidecar["volumes"]]
@@ -331,98 +291,61 @@ def test_the_native_sidecar_of_kubernetes() -> None:
 
 
 def test_the_policy_of_the_readme_is_the_templates() -> None:
-    """The policy in the README is that of the template's user for the node, and allows
-    s3:PutObject below the prefix alone.
-    """
-    found = re.search(r'^ +(\{"Version".*?\]\})', README, re.MULTILINE | re.DOTALL)
+    """It allows s3:PutObject below the prefix alone."""
+    found = re.search(r'^ +(\{"Version".*?\]\})', text_of(README), re.MULTILINE | re.DOTALL)
     assert found
-    assert json.loads(found[1]) == node_policy("BUCKET", "PREFIX/")
-    assert json.loads(found[1])["Statement"] == [
-        {"Effect": "Allow", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::BUCKET/PREFIX/*"}
+    policy = json.loads(found[1].replace("PREFIX/", PREFIX))
+    assert [policy] == template_settings("BUCKET")["node"]
+    assert policy["Statement"] == [
+        {"Effect": "Allow", "Action": "s3:PutObject", "Resource": f"arn:aws:s3:::BUCKET/{PREFIX}*"}
     ]
 
 
-@pytest.mark.unmeasured
-def test_the_policy_of_the_hint_is_the_templates(fake: FakeS3, written_env: dict[str, str]) -> None:
-    """The statement that the program names when a put is denied is that of the template's user for
-    the node.
-    """
-    fake.set_default(ACCESS_DENIED)
-    (statement,) = statements(run_script(written_env, "once").stderr)
-    assert statement == node_policy("some-bucket", "alice/")["Statement"][0]
-
-
-def test_no_rule_of_the_template_deletes_a_current_object(template: dict[str, Any]) -> None:
-    """The lifecycle ends noncurrent versions and unfinished uploads, and the bucket outlives its
-    stack.
-    """
-    rules = template["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
-    does = {key for rule in rules for key in rule} - {"Id", "Status"}
-    assert does == {"NoncurrentVersionExpiration", "AbortIncompleteMultipartUpload"}
-    assert (
-        template["Bucket"]["DeletionPolicy"]
-        == template["Bucket"]["UpdateReplacePolicy"]
-        == "Retain"
-    )
-
-
-def test_the_template_locks_what_is_put(template: dict[str, Any]) -> None:
-    """The bucket has versioning, a default retention of the operator's choice, TLS alone, and
-    nothing public.
-    """
-    bucket = template["Bucket"]["Properties"]
+def test_the_template_locks_what_is_put() -> None:
+    """No lifecycle deletes a current object, the bucket outlives its stack, and only TLS is let."""
+    resources: dict[str, Any] = read_template()["Resources"]
+    kept, bucket = resources["Bucket"], resources["Bucket"]["Properties"]
+    assert kept["DeletionPolicy"] == kept["UpdateReplacePolicy"] == "Retain"
+    does = {key for rule in bucket["LifecycleConfiguration"]["Rules"] for key in rule}
+    assert does == {"Id", "Status", "NoncurrentVersionExpiration", "AbortIncompleteMultipartUpload"}
     assert bucket["ObjectLockEnabled"] is True
     retention = bucket["ObjectLockConfiguration"]["Rule"]["DefaultRetention"]
     assert retention == {"Mode": {"Ref": "RetentionMode"}, "Days": {"Ref": "RetentionDays"}}
     assert bucket["VersioningConfiguration"] == {"Status": "Enabled"}
     assert set(bucket["PublicAccessBlockConfiguration"].values()) == {True}
-    [statement] = template["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    assert (statement["Effect"], statement["Action"], statement["Principal"]) == (
-        "Deny",
-        "s3:*",
-        "*",
-    )
-    assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+    [statement] = resources["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    assert statement == statement | {
+        "Effect": "Deny",
+        "Action": "s3:*",
+        "Principal": "*",
+        "Condition": {"Bool": {"aws:SecureTransport": "false"}},
+    }
 
 
 @pytest.mark.unmeasured
 def test_the_script_makes_what_the_template_makes(tmp_path: Path) -> None:
-    """The commands of the script set what the template sets, with the same policies."""
     stand_in, calls = tmp_path / "aws", tmp_path / "calls"
     stand_in.write_text(AWS.format(python=sys.executable, calls=str(calls)))
     stand_in.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "AWS_REGION": "eu-central-1"}
     subprocess.run(
-        [BUCKET_SCRIPT, BUCKET, "node1/", "GOVERNANCE", "30", "90"],
-        env=env,
+        [CHECKOUT / "docs/aws-bucket.sh", BUCKET, PREFIX, "GOVERNANCE", str(DAYS), str(NONCURRENT)],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "AWS_REGION": "eu-central-1"},
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    made: dict[str, dict[str, str]] = {}
-    for line in calls.read_text().splitlines():
-        _, command, *words = json.loads(line)
-        options = dict(itertools.pairwise([*words, ""]))  # the value follows the name
-        made[command + (options.get("--user-name") or BUCKET).removeprefix(BUCKET)] = options
+    words = [word for line in calls.read_text().splitlines() for word in json.loads(line)]
     said = template_settings(BUCKET)
-    create = made["create-bucket"]
-    assert "--object-lock-enabled-for-bucket" in create
-    assert create["--create-bucket-configuration"] == "LocationConstraint=eu-central-1"
-    assert create["--object-ownership"] == "BucketOwnerEnforced"
-    assert (
-        made["put-bucket-versioning"]["--versioning-configuration"]
-        == f"Status={said['versioning']}"
-    )
-    public = ",".join(f"{name}={json.dumps(value)}" for name, value in said["public"].items())
-    assert made["put-public-access-block"]["--public-access-block-configuration"] == public
-    documents = {
-        "lock": made["put-object-lock-configuration"]["--object-lock-configuration"],
-        "lifecycle": made["put-bucket-lifecycle-configuration"]["--lifecycle-configuration"],
-        "policy": made["put-bucket-policy"]["--policy"],
-        "node": made["put-user-policy-node"]["--policy-document"],
-        "reader": made["put-user-policy-reader"]["--policy-document"],
-    }
-    found = {name: json.loads(text) for name, text in documents.items()}
-    found["policy"], found["lifecycle"] = found["policy"]["Statement"], found["lifecycle"]["Rules"]
-    assert found == {name: said[name] for name in ("lock", "lifecycle", "policy")} | {
-        name: said[name][0] for name in ("node", "reader")
-    }
+    assert [json.loads(word) for word in words if word.startswith("{")] == [
+        said["lock"],
+        {"Rules": said["lifecycle"]},
+        {"Version": "2012-10-17", "Statement": said["policy"]},
+        *said["node"],
+        *said["reader"],
+    ]
+    assert {
+        "--object-lock-enabled-for-bucket",
+        "BucketOwnerEnforced",
+        "LocationConstraint=eu-central-1",
+        f"Status={said['versioning']}",
+        ",".join(f"{name}={json.dumps(value)}" for name, value in said["public"].items()),
+    } <= set(words)

@@ -20,20 +20,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit import (
-    Daemon,
-    FaultProxy,
-    Lnd,
-    S3Server,
-    assert_nothing_lost,
-    settings_for,
-)
+from kit import Daemon, FaultProxy, Lnd, S3Server, assert_nothing_lost, settings_for
 from shared import done_well, staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kit import Allowed, Mode
+    from kit import Mode
 
 PREFIX = "alice/"
 STEPS = 40
@@ -62,7 +55,6 @@ class Round:
         self.bucket = server.create_bucket()
         self.proxy = FaultProxy(server.host, server.port)
         self.daemon: Daemon | None = None
-        self.starts = 0
         self.seen: set[str] = set()
         self.history: list[str] = []
         self.done: Counter[str] = Counter()
@@ -82,38 +74,28 @@ class Round:
         ]
         more = {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
         with self.proxy:
-            self.env = more | settings_for(
-                self.server,
-                self.bucket,
-                PREFIX,
-                self.lnd,
-                self.staging,
-                endpoint=self.proxy.endpoint(),
-            )
+            place = (self.server, self.bucket, PREFIX, self.lnd, self.staging)
+            self.env = more | settings_for(*place, endpoint=self.proxy.endpoint())
             try:
                 self.start()
                 for _ in range(STEPS):
                     action = self.chance.choice(actions)
-                    self.note(action.__name__)
+                    self.done[action.__name__] += 1
+                    self.history.append(f"{time.monotonic():.3f} {action.__name__}")
                     action()
                     self.check_staged()
                 self.end()
             finally:
                 self.close()
-            # Each start, and each drain of several versions, puts the version on disk once more.
-            allowed: Allowed = {"replaced_ok": True, "refreshes": None}
-            place = (self.server, self.bucket, PREFIX, self.staging)
-            assert_nothing_lost(self.lnd, *place, **allowed)
-
-    def note(self, what: str) -> None:
-        self.done[what] += 1
-        self.history.append(f"{time.monotonic():.3f} {what}")
+        # Each start, and each drain of several versions, puts the version on disk once more.
+        kept = (self.server, self.bucket, PREFIX, self.staging)
+        assert_nothing_lost(self.lnd, *kept, replaced_ok=True, refreshes=None)
 
     def start(self) -> None:
         """Start the daemon, and keep the log of the one before."""
         self.close()
         self.daemon = Daemon(self.env).__enter__()
-        self.starts += 1
+        self.done["start"] += 1
 
     def close(self) -> None:
         if self.daemon:
@@ -178,9 +160,8 @@ class Round:
         self.running()
         now = set(staged(self.staging))
         self.seen |= now
-        pages = self.server.admin.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=PREFIX
-        )
+        list_all = self.server.admin.get_paginator("list_objects_v2").paginate
+        pages = list_all(Bucket=self.bucket, Prefix=PREFIX)
         entries = [entry for page in pages for entry in page.get("Contents", [])]
         stored = {entry["Key"].removeprefix(PREFIX) for entry in entries}
         assert self.seen <= now | stored, f"lost: {sorted(self.seen - now - stored)}"
@@ -193,7 +174,6 @@ class Round:
         daemon.wait_for_log(rf"stored \S+-{last.sha256[-6:]}\b", timeout=PATIENCE_SECONDS)
         assert daemon.stop() == 0
         done_well(self.env)  # whatever the grace period was too short for
-        self.starts += 1
         assert {path.name for path in self.staging.iterdir()} == {".lock", ".receipt"}
         stored = self.server.objects(self.bucket, PREFIX)
         assert stored[max(stored)].data == last.data
@@ -226,7 +206,7 @@ def main() -> int:
                 return 1
             totals += one.done
             versions += len(one.lnd.written)
-            told = f"{len(one.lnd.written)} versions, {one.starts} starts"
+            told = f"{len(one.lnd.written)} versions, {one.done['start']} starts"
             print(f"seed {seed + rounds}: {told}", flush=True)
     print(f"{rounds} rounds, {versions} versions, nothing lost; {dict(totals)}")
     return 0

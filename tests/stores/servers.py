@@ -21,7 +21,7 @@ from botocore.exceptions import ClientError
 from kit import CHECKOUT, Credentials, S3Server, allow, make_client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 HERE = Path(__file__).resolve().parent
 CACHE = CHECKOUT / ".cache/stores"
@@ -102,6 +102,21 @@ def install_from_debian(*wanted: str) -> None:
     """Install packages of Debian on this machine; raises NotInstalledError."""
     run(["apt-get", "update", "-qq"])
     run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *wanted])
+
+
+def install_missing(needed: Mapping[str, str]) -> str:
+    """Install the packages of Debian whose command is not there, and return those that are still
+    missing.
+    """
+
+    def missing() -> str:
+        return " ".join(needed[command] for command in needed if not shutil.which(command))
+
+    if missing():
+        print(f"installing {missing()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(NotInstalledError):
+            install_from_debian(*missing().split())
+    return missing()
 
 
 class Store:

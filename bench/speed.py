@@ -176,12 +176,9 @@ def starts(world: World, rows: Rows, *, quick: bool) -> None:
                 version = place.lnd.write()
                 command = contestant.once(place) if isinstance(contestant, Loop) else ()
                 began = time.monotonic()
-                process = Running(contestant, place, command)
-                try:
+                with Running(contestant, place, command) as process:
                     process.tell()
                     stored = line.wait_for(version.sha256)
-                finally:
-                    process.stop()
                 if not stored:
                     raise RuntimeError(f"{contestant.name} stored nothing:\n{process.output}")
                 if number >= 0:
@@ -206,7 +203,7 @@ def drain(world: World, rows: Rows, *, quick: bool) -> None:
         line.set_round_trip(trip)
         with drained(world, line, effort.drained, effort.drained) as moments:
             add(PROGRAM, [mean_gap(moments)], line.counts.round_trips / len(moments))
-        with Running(BARE_PUT, world.place("bare", line)) as floor:
+        with world.running([BARE_PUT], line) as [floor]:
             line.reset_counts()
             for _ in range(BARE_PUTS):
                 floor.update(channels=1)
@@ -227,13 +224,10 @@ def drained(world: World, line: Line, staged: int, wanted: int) -> Iterator[list
     """Drain a backlog, newest first; yield when each version was stored, once that many are."""
     place = world.place("drain", line)
     last = place.stage(staged)[-wanted]
-    running = Running(THIS, place)
-    try:
+    with Running(THIS, place) as running:
         if not line.wait_for(last, PATIENCE_SECONDS + wanted * (0.1 + 4 * line.round_trip)):
             raise RuntimeError(f"staged versions were not stored:\n{running.output}")
         yield sorted(each.at for each in line.stored())[: wanted + 1]
-    finally:
-        running.stop()
 
 
 def mean_gap(moments: Sequence[float]) -> float:

@@ -52,9 +52,7 @@ def under_strace(directory: Path, only: str) -> list[table.Tally]:
         S3Server(directory / "s3-http") as http,
         S3Server(directory / "s3-https", tls=True) as https,
     ):
-        over_http = steps.Place(http, directory / "http")
-        over_https = steps.Place(https, directory / "https")
-        return steps.inject_all(over_http, over_https, only)
+        return steps.inject_all(http, https, only)
 
 
 if __name__ == "__main__":

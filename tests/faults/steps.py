@@ -5,7 +5,6 @@ its last receipt.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import re
 import shutil
@@ -15,14 +14,14 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 from faults.strace import KIND_OF, TURN, Call, Strace, counts
 from faults.table import Tally
-from kit import VERSION_NAME, Lnd, S3Server, Script, find_problems, settings_for
+from kit import VERSION_NAME, Lnd, S3Server, Script, find_problems, settings_for, version_name
 from kit.script import warm_starts, write_launcher
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ NEVER_LASTING = ("EINTR",)
 PATIENCE_SECONDS = 10.0
 LASTING_SECONDS = 2.0
 CALM = 10  # so many times the turns and failures of an undisturbed run are still no busy loop
-EARLIER = "20260101T000000.000000Z"
 GRACE_SECONDS = 10.0
 LOOK_SECONDS = 0.02
 
@@ -91,38 +89,18 @@ class Case(NamedTuple):
         return ", ".join([self.scenario, *self.injections()])
 
 
-@dataclass(eq=False)
-class Place:
-    """Where the cases run: a bucket, a key that may put into it and do nothing else, and a
-    directory.
-    """
-
-    server: S3Server
-    directory: Path
-
-    def __post_init__(self) -> None:
-        self.directory.mkdir()
-        self.bucket = self.server.create_bucket()
-        unused = Lnd(self.directory / "unused")
-        self.settings = settings_for(self.server, self.bucket, "", unused, self.directory)
-
-
 class Run:
-    """One LND, one staging directory and one prefix, with the program at work on them."""
+    """One LND, one staging directory and one bucket, with the program at work on them."""
 
-    def __init__(self, place: Place, case: Case) -> None:
-        self.case, self.place = case, place
-        self.directory = Path(tempfile.mkdtemp(dir=place.directory))
-        self.prefix = f"{self.directory.name}/"
+    def __init__(self, server: S3Server, case: Case) -> None:
+        self.server, self.case = server, case
+        self.directory = Path(tempfile.mkdtemp(dir=server.directory))
+        self.bucket = server.create_bucket()
         self.lnd = Lnd(self.directory / "lnd")
         self.staging = self.directory / "staging"
         self.trace = self.directory / "trace"
-        self.env = place.settings | {
-            "MONITOR_FILE_PATH": str(self.lnd.path),
-            "BACKUP_DIRECTORY": str(self.staging),
-            "S3_BACKUP_PREFIX": self.prefix,
-            "RESCAN_SECONDS": "2",
-        }
+        settings = settings_for(server, self.bucket, "", self.lnd, self.staging)
+        self.env = settings | {"RESCAN_SECONDS": "2"}
         self.tally = Tally(case.fault)
         self.log = ""
 
@@ -134,8 +112,7 @@ class Run:
 
     def problems(self, **allowed: Unpack[Allowed]) -> Problems:
         """Return what breaks the invariant now."""
-        place = (self.place.server, self.place.bucket, self.prefix, self.staging)
-        return find_problems(self.lnd, *place, **allowed)
+        return find_problems(self.lnd, self.server, self.bucket, "", self.staging, **allowed)
 
     def complain(self, what: str) -> None:
         self.tally.complaints.append(f"[{self.case}] {what}\n{self.log}")
@@ -152,8 +129,7 @@ class Run:
 
     def stored(self) -> dict[str, bytes]:
         """Return the stored versions by name."""
-        objects = self.place.server.objects(self.place.bucket, self.prefix)
-        return {key.removeprefix(self.prefix): entry.data for key, entry in objects.items()}
+        return {name: each.data for name, each in self.server.objects(self.bucket).items()}
 
     def receipt(self) -> str:
         with contextlib.suppress(FileNotFoundError):
@@ -221,9 +197,9 @@ def run_once(run: Run) -> list[Call]:
     """
     earlier = run.lnd.write(channels=3)
     run.staging.mkdir(mode=0o700)
-    name = f"{EARLIER}-{hashlib.sha256(earlier.data).hexdigest()[-6:]}"
-    (run.staging / name).write_bytes(earlier.data)
-    (run.staging / name).chmod(0o600)
+    path = run.staging / version_name(earlier.data, datetime(2026, 1, 1, tzinfo=UTC))
+    path.write_bytes(earlier.data)
+    path.chmod(0o600)
     run.lnd.write(channels=10)
     launcher = write_launcher(run.directory / "launcher.py", HELD.format(at=str(run.staging)))
     with Program(run.env, "once", launcher=launcher) as program:
@@ -318,9 +294,9 @@ SCENARIOS = {"once": run_once, "run": run_daemon, "run over https": run_cold_dae
 
 
 @cache
-def undisturbed(place: Place, scenario: str) -> list[Call]:
+def undisturbed(server: S3Server, scenario: str) -> list[Call]:
     """Run a scenario without a fault, and return its calls."""
-    run = Run(place, Case(scenario, "", 0))
+    run = Run(server, Case(scenario, "", 0))
     calls = SCENARIOS[scenario](run)
     run.judge()
     if run.tally.complaints:
@@ -374,14 +350,14 @@ def check_order(calls: Iterable[Call]) -> Tally:
     return tally
 
 
-def attempt(place: Place, case: Case) -> Tally:
+def attempt(server: S3Server, case: Case) -> Tally:
     """Run one case, and return what came of it."""
-    run = Run(place, case)
+    run = Run(server, case)
     try:
         calls = SCENARIOS[case.scenario](run)
         run.judge()
         if case.lasting:
-            normal = counts(undisturbed(place, case.scenario))
+            normal = counts(undisturbed(server, case.scenario))
             busy = Counter(call.name for call in calls)
             for name in (TURN, case.call):
                 if busy[name] > CALM * max(normal.get(name, 0), 5) * LASTING_SECONDS:
@@ -423,15 +399,15 @@ def cases(scenario: str, normal: Mapping[str, int]) -> Iterator[Case]:
                     yield Case(scenario, call, 1, error, lasting=True)
 
 
-def inject_all(http: Place, https: Place, only: str) -> list[Tally]:
+def inject_all(http: S3Server, https: S3Server, only: str) -> list[Tally]:
     """Run every case of every scenario whose fault is named so, and return what came of them."""
-    places = {"once": http, "run": http, "run over https": https}
+    servers = {"once": http, "run": http, "run over https": https}
     with warm_starts(), ThreadPoolExecutor(WORKERS) as pool:
-        calls = dict(zip(places, pool.map(undisturbed, places.values(), places), strict=True))
+        calls = dict(zip(servers, pool.map(undisturbed, servers.values(), servers), strict=True))
         tallies = [check_order(calls["run"])]
         jobs = [
-            pool.submit(attempt, place, case)
-            for name, place in places.items()
+            pool.submit(attempt, server, case)
+            for name, server in servers.items()
             for case in cases(name, counts(calls[name]))
             if only in case.fault
         ]

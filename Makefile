@@ -51,7 +51,7 @@ test: lint $(VENV_S3) ## check and test everything, with coverage
 
 test-stores: $(VENV) $(VENV_S3) ## as root: run the program on six S3 servers (Debian)
 	@mkdir -p "$(TMPDIR)"
-	@$(BIN) tests/stores/run.py
+	@PYTHONPATH=tests $(BIN) -m stores.run
 
 BOXES := .cache/systemd-box
 

@@ -20,7 +20,7 @@ import yaml
 from kit import CHECKOUT, FakeS3, run_script
 from kit.answers import ACCESS_DENIED
 from shared import done_well, statements
-from stores.template import filled, read_template, template_settings
+from stores.bucket import filled, read_template, template_settings
 
 import s3_backup_lnd_channels as program
 

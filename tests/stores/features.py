@@ -14,6 +14,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -24,7 +25,7 @@ from .servers import NoSuchFeatureError, is_denied
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from kit import Written
@@ -99,11 +100,15 @@ def code_of(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def lacks(what: str, error: ClientError) -> NoSuchFeatureError:
-    """Return that a store has no such thing, if that is what its error says; else the error."""
-    if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 404, 405, 409, 501):
-        return NoSuchFeatureError(f"no {what} ({code_of(error)})")
-    raise error
+@contextlib.contextmanager
+def needed(what: str) -> Iterator[None]:
+    """Raise NoSuchFeatureError if a store has no such thing, as its error says."""
+    try:
+        yield
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 404, 405, 409, 501):
+            raise NoSuchFeatureError(f"no {what} ({code_of(error)})") from error
+        raise
 
 
 def put(bench: Bench) -> str:
@@ -121,15 +126,15 @@ def put(bench: Bench) -> str:
 def wrong_bytes(bench: Bench) -> str:
     """Of a body in which a bit is flipped on the way nothing is stored; or `check` finds it."""
     bucket, version = bench.bucket(), bench.lnd.write()
-    with contextlib.ExitStack() as stack:
-        proxy = stack.enter_context(FaultProxy("127.0.0.1", bench.store.port))
+    tls = bench.scheme == "https"
+    with (
+        FaultProxy("127.0.0.1", bench.store.port) as proxy,
+        TlsFront(proxy.port, bench.directory, tls=tls) as front,
+    ):
         proxy.set("corrupt")
-        port, ca_file = proxy.port, bench.ca_file
-        if ca_file:
-            front = stack.enter_context(TlsFront(proxy.port, bench.directory))
-            port, ca_file = front.port, front.ca_file
-        tls = {"AWS_CA_BUNDLE": str(ca_file)} if ca_file else {}
-        env = bench.env(bucket, port=port) | {"SHUTDOWN_GRACE_SECONDS": "0"} | tls
+        env = bench.env(bucket, port=front.port) | {"SHUTDOWN_GRACE_SECONDS": "0"}
+        if tls:
+            env["AWS_CA_BUNDLE"] = str(front.ca_file)
         with Script(env) as script:
             said = script.wait_for_log(r"stored s3://|cannot store: .*", timeout=30).group()
             assert script.stop() == 0
@@ -146,8 +151,7 @@ def wrong_bytes(bench: Bench) -> str:
 def paging(bench: Bench) -> str:
     """`list` shows more versions than the store gives in one answer, newest first."""
     bucket, now = bench.bucket(), datetime.now(UTC)
-    moments = [now - timedelta(minutes=minutes) for minutes in range(MANY)]
-    names = [f"{moment:%Y%m%dT%H%M%S.%f}Z-012345" for moment in moments]
+    names = [f"{now - timedelta(minutes=n):%Y%m%dT%H%M%S.%f}Z-012345" for n in range(MANY)]
 
     def store(name: str) -> None:
         bench.admin.put_object(Bucket=bucket, Key=PREFIX + name, Body=b"x" * 45)
@@ -212,20 +216,10 @@ def missing_bucket(bench: Bench) -> str:
     return "refused"
 
 
-def another_region(bench: Bench) -> str:
-    """With a wrong region the version is stored all the same, or the hint names AWS_REGION."""
-    return in_region(bench, AWS_REGION="eu-north-1")
-
-
-def no_region(bench: Bench) -> str:
-    """Without any region the version is stored all the same, or the hint names AWS_REGION."""
-    return in_region(bench, AWS_REGION="")
-
-
-def in_region(bench: Bench, **region: str) -> str:
-    """Store a version with this region, and read it again."""
+def in_region(bench: Bench, region: str) -> str:
+    """With a wrong region, or none, the version is stored, or the hint names AWS_REGION."""
     bucket, version = bench.bucket(), bench.lnd.write()
-    env = bench.env(bucket) | region
+    env = bench.env(bucket) | {"AWS_REGION": region}
     done = run_script(env, "once")
     if done.returncode:
         assert done.returncode == 1, done.stderr
@@ -265,11 +259,9 @@ def object_lock(bench: Bench) -> str:
     """A bucket with a default retention takes the put, and the version cannot be deleted."""
     retention = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
     lock = {"ObjectLockEnabled": "Enabled", "Rule": retention}
-    try:
+    with needed("Object Lock"):
         bucket = bench.bucket(ObjectLockEnabledForBucket=True)
         bench.admin.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=lock)
-    except ClientError as error:
-        raise lacks("Object Lock", error) from error
     env = bench.env(bucket)
     version = bench.back_up(env)
     run(env, "check")
@@ -286,10 +278,8 @@ def object_lock(bench: Bench) -> str:
 def versioning(bench: Bench) -> str:
     """An object that somebody puts over another hides it, and the first is still there."""
     bucket, enabled = bench.bucket(), {"Status": "Enabled"}
-    try:
+    with needed("versioning"):
         bench.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration=enabled)
-    except ClientError as error:
-        raise lacks("versioning", error) from error
     env = bench.env(bucket)
     version = bench.back_up(env)
     [(key, _)] = bench.stored(bucket)
@@ -311,8 +301,8 @@ FEATURES: dict[str, Callable[[Bench], str]] = {
     "check": check,
     "wrong key": wrong_key,
     "missing bucket": missing_bucket,
-    "another region named": another_region,
-    "no region named": no_region,
+    "another region named": partial(in_region, region="eu-north-1"),
+    "no region named": partial(in_region, region=""),
     "put-only policy": put_only,
     "Object Lock, default retention": object_lock,
     "versioning": versioning,

@@ -5,7 +5,6 @@ root and named volumes; against the kit's S3 server on loopback. See `make test-
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 from container.prepare import CACHE, IMAGE, PODMAN
-from kit import Lnd, S3Server, Written, reader_settings
+from kit import Lnd, S3Server, Written, allow, reader_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
 
 PREFIX = "alice/"
 STUCK_SECONDS = 90.0
-HEALTHY, UNHEALTHY = 0, 1
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-_numbers = itertools.count(1)
 
 
 def podman(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -42,17 +39,14 @@ class Sidecar:
     """How the image is run: the settings, the volumes and the options of container/compose.yaml."""
 
     def __init__(self, server: S3Server, lnd: Lnd) -> None:
-        """Make a bucket, a put-only key and a new named volume; LND's directory is as LND's uid
-        left it.
-        """
+        """Make a bucket, a put-only key, and a volume of the bucket's name."""
         self.server, self.lnd, self.bucket = server, lnd, server.create_bucket()
-        self.volume = f"staging-{os.getpid()}-{next(_numbers)}"
-        self.staging: str | Path = self.volume
+        self.staging: str | Path = self.bucket
         self.user = "10001:10001"
         self.more: list[str] = []
         key = server.put_only_user(self.bucket, PREFIX)
         self.settings = reader_settings(server, self.bucket, PREFIX, key)
-        podman("volume", "create", self.volume)
+        podman("volume", "create", self.bucket)
 
     def options(self) -> list[str]:
         return [
@@ -78,7 +72,7 @@ class Running:
 
     def __init__(self, sidecar: Sidecar) -> None:
         """Start it as compose does, without a command of its own."""
-        self.name = f"{sidecar.volume}-{next(_numbers)}"
+        self.name = sidecar.bucket
         podman("run", "--detach", f"--name={self.name}", *sidecar.options(), IMAGE)
 
     def __enter__(self) -> Self:
@@ -88,7 +82,7 @@ class Running:
         podman("rm", "--force", "--time=0", self.name)
 
     def wait_until(self, verb: str, version: Written) -> None:
-        """Block until the log tells of this version: stored or captured."""
+        """Block until the version is stored, or captured."""
         self.wait_for_log(rf"{verb} \S+-{version.sha256[-6:]}\b")
 
     def wait_for_log(self, pattern: str) -> None:
@@ -97,9 +91,10 @@ class Running:
             assert time.monotonic() < deadline, f"{pattern!r} did not come:\n{log}"
             time.sleep(0.1)
 
-    def health(self) -> int:
+    def is_healthy(self) -> bool:
         """Run the image's health check once, as the engine would, and return its verdict."""
-        return podman("healthcheck", "run", self.name, check=False).returncode
+        code = podman("healthcheck", "run", self.name, check=False).returncode
+        return {0: True, 1: False}[code]
 
     def exit_code(self) -> int:
         """Wait until the daemon has ended, and return its exit code."""
@@ -115,18 +110,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def sidecar(server: S3Server, tmp_path: Path) -> Iterator[Sidecar]:
-    """Return a sidecar with everything new, beside an LND that keeps the file in a directory of its
-    own.
-    """
+    """Return a sidecar with everything new, beside an LND that has a directory for the file."""
     lnd = Lnd(tmp_path / "lnd-scb")
     lnd.directory.chmod(0o755)  # a volume is, and LND makes no directory there but its archive
     made = Sidecar(server, lnd)
     yield made
-    podman("volume", "rm", "--force", made.volume)
+    podman("volume", "rm", "--force", made.bucket)
 
 
 def test_the_image_runs_as_nobody_and_checks_its_health_seldom() -> None:
-    """The user is a number other than 0, and the health check comes every five minutes at most."""
     [image] = json.loads(podman("image", "inspect", IMAGE).stdout)
     assert image["Config"]["User"] == "10001:10001"
     assert image["Config"]["Entrypoint"] == ["lnd-backup"]
@@ -155,7 +147,7 @@ def test_a_new_volume_works_for_every_user(sidecar: Sidecar, user: str) -> None:
     done = sidecar.command("once")
     assert done.returncode == 0, done.stderr
     assert sidecar.stored() == [written.data]
-    staging = (CACHE / "store/volumes" / sidecar.volume / "_data/lnd-backup").stat()
+    staging = (CACHE / "store/volumes" / sidecar.bucket / "_data/lnd-backup").stat()
     assert f"{staging.st_uid}:{staging.st_gid}" == user
     assert staging.st_mode & 0o777 == 0o700
     assert sidecar.command("check").returncode == 0
@@ -179,9 +171,7 @@ def test_a_reader_lists_and_restores(sidecar: Sidecar, tmp_path: Path) -> None:
 
 
 def test_it_stops_after_lnd_in_order(sidecar: Sidecar) -> None:
-    """The daemon, process 1 of its container, stores each version and the one that LND writes last,
-    and leaves with exit code 0 within the grace period.
-    """
+    """The daemon, as process 1, stores each version and LND's last one, and leaves in time."""
     with Running(sidecar) as daemon:
         for channels in (1, 2, 3):
             daemon.wait_until("stored", sidecar.lnd.write(channels))
@@ -224,18 +214,18 @@ def test_what_waits_outlives_the_container(sidecar: Sidecar) -> None:
 def test_the_health_check_tells_a_refused_backup_from_an_absent_s3(sidecar: Sidecar) -> None:
     """Healthy: the bucket holds the version, or S3 cannot be asked (75). Unhealthy: it does not."""
     with Running(sidecar) as daemon:
-        assert daemon.health() == UNHEALTHY  # LND has written nothing yet
+        assert not daemon.is_healthy()  # LND has written nothing yet
         daemon.wait_until("stored", sidecar.lnd.write(1))
-        assert daemon.health() == HEALTHY
+        assert daemon.is_healthy()
         with gone(sidecar.server):
             assert podman("exec", daemon.name, "lnd-backup", "check", check=False).returncode == 75
-            assert daemon.health() == HEALTHY
+            assert daemon.is_healthy()
         refuse_puts(sidecar.server, sidecar.bucket)
         daemon.wait_until("captured", sidecar.lnd.write(2))
-        assert daemon.health() == HEALTHY  # it was written just now
+        assert daemon.is_healthy()  # it was written just now
         long_ago = time.time() - 11 * 60
         os.utime(sidecar.lnd.path, (long_ago, long_ago))
-        assert daemon.health() == UNHEALTHY
+        assert not daemon.is_healthy()
 
 
 @pytest.mark.parametrize(
@@ -287,9 +277,7 @@ def test_fsgroup_applied_again_takes_the_staging_directory_away(
 
 
 def own_volume(sidecar: Sidecar, directory: Path, user: int, group: int, mode: int) -> None:
-    """Use somebody's directory of the host for the volume, and run as user 1000 with its group. It
-    is mounted as it is, by Docker and Kubernetes alike.
-    """
+    """Mount somebody's directory of the host, as it is, and run as user 1000 with its group."""
     directory.mkdir()
     os.chown(directory, user, group)
     directory.chmod(mode)
@@ -300,7 +288,6 @@ def own_volume(sidecar: Sidecar, directory: Path, user: int, group: int, mode: i
 
 @contextlib.contextmanager
 def gone(server: S3Server) -> Iterator[None]:
-    """Take the server away for a while."""
     server.stop()
     try:
         yield
@@ -309,8 +296,6 @@ def gone(server: S3Server) -> Iterator[None]:
 
 
 def refuse_puts(server: S3Server, bucket: str) -> None:
-    """Give the bucket a policy that refuses every put."""
-    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
-    statement = deny | {"Resource": f"arn:aws:s3:::{bucket}/*"}
+    statement = allow("s3:PutObject", f"{bucket}/*") | {"Effect": "Deny", "Principal": "*"}
     policy = {"Version": "2012-10-17", "Statement": [statement]}
     server.admin.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))

@@ -1,6 +1,4 @@
-"""Makes the image for `make test-container`: a minimal Debian by mmdebstrap for the base, wheels at
-hand, and podman's build without a daemon.
-"""
+"""Makes the image for `make test-container`: on a minimal Debian, with wheels that are at hand."""
 
 from __future__ import annotations
 
@@ -28,7 +26,6 @@ PODMAN = [
 
 
 def install() -> None:
-    """Install the tools, where that is possible."""
     if os.geteuid() != 0:
         sys.exit("cannot build and run containers: only root can: sudo make test-container")
     if missing := install_missing(NEEDED):

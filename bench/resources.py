@@ -101,9 +101,7 @@ def at_rest(contestants: Sequence[Running], seconds: float, rows: Rows) -> None:
 
 
 def calm(contestant: Running) -> Usage:
-    """Block until its processes do next to nothing for a moment, since something may follow an
-    upload; return what they used until then.
-    """
+    """Wait until its processes do next to nothing, after an upload; return what they had used."""
     before = usage(family(contestant.process.pid))
     for _ in range(LOOKS_MAX):
         time.sleep(LOOK_SECONDS)

@@ -10,7 +10,6 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from kit import script_environment
 from kit.lnd import CHANNEL_SIZE, EMPTY_SIZE
 
 from bench.peers import (
@@ -81,9 +80,7 @@ QUICK = Effort(
 
 
 def updates(world: World, rows: Rows, *, quick: bool) -> None:
-    """Measure updates: on loopback, all sizes over http and the usual one over https; with round
-    trips, the usual one.
-    """
+    """Measure updates: on loopback, all sizes over http; at a distance, the usual one."""
     effort = QUICK if quick else FULL
     for scheme in effort.near:
         with world.line(scheme) as line, world.running(world.contestants, line) as running:
@@ -247,18 +244,11 @@ def reading(world: World, rows: Rows, *, quick: bool) -> None:
             for command in (["list"], ["restore", "--output", str(output)]):
                 line.reset_counts()
                 began = time.monotonic()
-                process = subprocess.Popen(
-                    [*THIS.command(place), *command],
-                    env=script_environment(THIS.environment(place), str(place.home)),
-                    cwd=place.home,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                )
-                peak = peak_until_end(process)
-                seconds = time.monotonic() - began
-                said = process.communicate()[1].decode()
-                if process.returncode:
-                    raise RuntimeError(f"{command[0]} failed:\n{said}")
+                with Running(THIS, place, [*THIS.command(place), *command]) as running:
+                    peak = peak_until_end(running.process)
+                    seconds = time.monotonic() - began
+                if running.process.returncode:
+                    raise RuntimeError(f"{command[0]} failed:\n{running.output}")
                 for figure, unit, value in (
                     ("time on loopback", "s", seconds),
                     ("counted, handshake included", "round trips", line.counts.round_trips),

@@ -133,9 +133,7 @@ def test_chunks_of_the_sdk_are_put_together() -> None:
 
 @contextlib.contextmanager
 def running(code: str, *, as_child: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """Run some Python code, or as the child of a shell that says when it is over, and ends with its
-    stdin.
-    """
+    """Run some Python code, or as the child of a shell that says when it is over."""
     command = [sys.executable, "-c", code]
     if as_child:
         command = ["sh", "-c", '"$@"; echo over; cat >/dev/null', "sh", *command]

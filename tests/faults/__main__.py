@@ -1,6 +1,4 @@
-"""`make faults`: tries to make the program lose something, and prints what it was tried against and
-what came of it.
-"""
+"""`make faults`: tries to make the program lose something, and prints what came of it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
-"""The node being a node, the long way: tests for `make faults` alone, in a mount namespace of their
-own.
-"""
+"""The node being a node: tests for `make faults` alone, in a mount namespace of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import shutil
 import signal
@@ -31,6 +28,8 @@ from kit import (
     version_name,
 )
 from shared import OFTEN, TRY_AGAIN, Session, staged
+
+from bench.resources import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,9 +88,7 @@ def small_disk(staging: Path) -> Iterator[Path]:
 def test_staging_disk_is_full(
     env: dict[str, str], lnd: Lnd, fake: FakeS3, small_disk: Path, check: partial[None]
 ) -> None:
-    """While the disk is full versions go out from memory; the newest, if it was not sent, is staged
-    when there is room again.
-    """
+    """While the disk is full versions go out from memory; with room again the newest is staged."""
     filler = small_disk / ".filler"
     with Daemon(env | OFTEN) as daemon:
         daemon.wait_for_stored(lnd.write())
@@ -118,9 +115,7 @@ def test_staging_disk_is_full(
 def test_staging_disk_becomes_read_only(
     env: dict[str, str], lnd: Lnd, tmp_path: Path, fake: FakeS3, bucket: str, prefix: str
 ) -> None:
-    """When the file system gives up and goes read-only, versions go out from memory; mounted anew
-    it is used again.
-    """
+    """On a disk gone read-only versions go out from memory; mounted anew it is used again."""
     image, disk = tmp_path / "image", tmp_path / "disk"
     disk.mkdir()
     image.touch()
@@ -149,9 +144,7 @@ def test_staging_disk_becomes_read_only(
 
 
 def lowest_free_descriptor(daemon: Daemon) -> int:
-    """Return the lowest descriptor that is free whenever the daemon does nothing; it uses some in
-    every look.
-    """
+    """Return the lowest descriptor that is free between the looks, each of which uses some."""
     lowest = []
     for _ in range(10):
         daemon.wait_for_looks(1)
@@ -161,9 +154,7 @@ def lowest_free_descriptor(daemon: Daemon) -> int:
 
 
 def test_no_descriptors(backed_up: Session, lnd: Lnd) -> None:
-    """Without a free descriptor nothing can be read, and the log says so; with one it goes on by
-    itself.
-    """
+    """Without a free descriptor the log says that nothing can be read; with one it goes on."""
     with backed_up(OFTEN) as daemon:
         daemon.wait_for_looks()
         limit = partial(resource.prlimit, daemon.pid, resource.RLIMIT_NOFILE)
@@ -182,9 +173,7 @@ def test_no_descriptors(backed_up: Session, lnd: Lnd) -> None:
 def test_clock_jumps(
     env: dict[str, str], lnd: Lnd, fake: FakeS3, check: partial[None], tmp_path: Path
 ) -> None:
-    """A year forward, a day back and home again, while it runs and between two runs: names increase
-    all the same.
-    """
+    """A year forward, a day back and home again, within a run and between two: names increase."""
     clock = tmp_path / "clock"
     clock.write_text("+0")
     faked = {
@@ -209,9 +198,7 @@ def test_clock_jumps(
 @pytest.mark.once
 @pytest.mark.timeout(180)
 def test_suspended_for_a_minute(session: Session, lnd: Lnd, fake: FakeS3) -> None:
-    """Stopped for a minute in the middle of an upload, the daemon finishes it, or does it again
-    under the same name.
-    """
+    """Stopped for a minute in an upload, it ends it, or does it again under the same name."""
     fake.hold()
     first = lnd.write()
     # A refresh of the last one, if the first had to be sent after it.
@@ -274,9 +261,7 @@ def bring_to(state: str, daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
 def test_killed_in_each_state(
     state: str, env: dict[str, str], lnd: Lnd, fake: FakeS3, check: partial[None], staging: Path
 ) -> None:
-    """Killed in any state as the OOM killer does it, the next start sends what was staged, under
-    the same names.
-    """
+    """Killed in any state, it sends at the next start what was staged, under the same names."""
     with Daemon(env) as daemon:
         bring_to(state, daemon, lnd, fake)
         kill(daemon)
@@ -302,9 +287,7 @@ def test_a_hundred_thousand_updates(
     check: partial[None],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Under updates as fast as the file system takes them it captures what it can, and the last one
-    without fail.
-    """
+    """Of updates at full speed it captures what it can, and the last one without fail."""
     lnd.archive = False
     record_property("injected", updates := 100_000)
     with Daemon(env) as daemon:
@@ -323,9 +306,7 @@ def test_a_hundred_thousand_updates(
 @pytest.mark.once
 @pytest.mark.timeout(900)
 def test_a_month_away(session: Session, lnd: Lnd, fake: FakeS3, staging: Path) -> None:
-    """After an outage with 10,000 versions staged all are delivered, newest first, with hardly more
-    memory.
-    """
+    """After an outage 10,000 versions go out, newest first, with hardly more memory."""
     for number in range(10_000):
         data = channel_backup(1)
         at = datetime(2026, 1, 1, tzinfo=UTC) + number * timedelta(minutes=4)
@@ -338,17 +319,10 @@ def test_a_month_away(session: Session, lnd: Lnd, fake: FakeS3, staging: Path) -
     last = lnd.write()
     with session(refreshes=1) as daemon:
         fake.wait_for_requests(1)
-        before = _memory(daemon.pid)
+        before = memory([daemon.pid]).pss
         fake.release()
         daemon.wait_for_log(f"stored .*{waiting[0]}", timeout=600)
-        assert _memory(daemon.pid) < 1.2 * before
+        assert memory([daemon.pid]).pss < 1.2 * before
     names = names_in(fake)
     assert names[1:-1] == waiting[::-1]
     assert [name[-6:] for name in (names[0], names[-1])] == [last.sha256[-6:]] * 2
-
-
-def _memory(pid: int) -> int:
-    """Return the memory of a process in kB."""
-    found = re.search(r"^Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1])

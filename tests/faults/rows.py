@@ -1,6 +1,4 @@
-"""The faults that tests inject: which tests belong to which row of the table, and how they are run
-and counted.
-"""
+"""The faults that tests inject: the rows of the table, and how their tests are run and counted."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ KILLS_IN_A_BURST = 10  # in one run of that test
 
 
 def inject_by_tests(directory: Path, rounds: int, only: str) -> list[Tally]:
-    """Run the tests in a mount namespace of their own, and return what came of each, in the order
-    of the rows.
-    """
+    """Run the tests in a mount namespace of their own; return what came of each, by row."""
     tests = [f"tests/{name}" for name in [OUTAGE, *itertools.chain(*ROWS.values())]]
     namespace = ["unshare", "-m", "--propagation", "private"]
     pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb", "no", "-r", "N"]
@@ -107,7 +103,6 @@ def read_report(report: Path) -> Iterator[Tally]:
 
 
 def row_of(test: str) -> str:
-    """Return the row of a test by its name."""
     name, _, parameters = test.partition("[")
     if found := re.fullmatch(r"(.*)-https?\]", parameters):
         return f"S3: {found[1].replace('-', ' ')}"

@@ -24,8 +24,6 @@ from kit import Daemon, FaultProxy, Lnd, S3Server, assert_nothing_lost, settings
 from shared import done_well, staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kit import Mode
 
 PREFIX = "alice/"
@@ -61,25 +59,25 @@ class Round:
 
     def run(self) -> None:
         """Go through the schedule, then let all be well and check the whole invariant."""
-        actions: list[Callable[[], None]] = [
-            *[self.write] * 6,
-            *[self.burst] * 2,
-            *[self.fail] * 3,
-            *[self.heal] * 2,
-            *[self.kill] * 2,
-            self.stop,
-            self.suspend,
-            self.pause,
-            self.move_directory,
-        ]
+        actions = {
+            self.write: 6,
+            self.burst: 2,
+            self.fail: 3,
+            self.heal: 2,
+            self.kill: 2,
+            self.stop: 1,
+            self.suspend: 1,
+            self.pause: 1,
+            self.move_directory: 1,
+        }
+        schedule = self.chance.choices(list(actions), list(actions.values()), k=STEPS)
         more = {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
         with self.proxy:
             place = (self.server, self.bucket, PREFIX, self.lnd, self.staging)
             self.env = more | settings_for(*place, endpoint=self.proxy.endpoint())
             try:
                 self.start()
-                for _ in range(STEPS):
-                    action = self.chance.choice(actions)
+                for action in schedule:
                     self.done[action.__name__] += 1
                     self.history.append(f"{time.monotonic():.3f} {action.__name__}")
                     action()
@@ -187,7 +185,7 @@ def main() -> int:
     parser.add_argument("seed", type=int, nargs="?", help=first)
     options = parser.parse_args()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
-    until, totals, versions = time.monotonic() + options.seconds, Counter[str](), 0
+    until, totals = time.monotonic() + options.seconds, Counter[str]()
     with (
         tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as name,
         S3Server(Path(name, "s3")) as server,
@@ -204,11 +202,11 @@ def main() -> int:
                 print(*one.history, f"{type(error).__name__}: {error}", sep="\n")
                 print(f"failed: make soak SECONDS=1 SEED={seed + rounds}")
                 return 1
-            totals += one.done
-            versions += len(one.lnd.written)
-            told = f"{len(one.lnd.written)} versions, {one.done['start']} starts"
+            one.done["version"] = len(one.lnd.written)
+            told = f"{one.done['version']} versions, {one.done['start']} starts"
             print(f"seed {seed + rounds}: {told}", flush=True)
-    print(f"{rounds} rounds, {versions} versions, nothing lost; {dict(totals)}")
+            totals += one.done
+    print(f"{rounds} rounds, nothing lost; {dict(totals)}")
     return 0
 
 

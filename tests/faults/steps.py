@@ -1,6 +1,4 @@
-"""Killed at every step, and every step failing: the program under strace, from its first look to
-its last receipt.
-"""
+"""The program under strace: killed at every step, and every step failing, from its first look."""
 
 from __future__ import annotations
 
@@ -123,12 +121,10 @@ class Run:
             self.complain(each)
 
     def staged(self) -> dict[str, bytes]:
-        """Return the staged versions by name."""
         paths = self.staging.iterdir() if self.staging.is_dir() else ()
         return {path.name: path.read_bytes() for path in paths if VERSION_NAME.fullmatch(path.name)}
 
     def stored(self) -> dict[str, bytes]:
-        """Return the stored versions by name."""
         return {name: each.data for name, each in self.server.objects(self.bucket).items()}
 
     def receipt(self) -> str:
@@ -192,9 +188,7 @@ class Program(Script):
 
 
 def run_once(run: Run) -> list[Call]:
-    """`once`, with a version that an earlier run had to leave staged: from its first touch of the
-    staging directory.
-    """
+    """`once`, with a version left staged, from its first touch of the staging directory on."""
     earlier = run.lnd.write(channels=3)
     run.staging.mkdir(mode=0o700)
     path = run.staging / version_name(earlier.data, datetime(2026, 1, 1, tzinfo=UTC))

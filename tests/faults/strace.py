@@ -1,6 +1,4 @@
-"""strace, attached to the running program: it writes down the system calls, and lets some of them
-fail or kill.
-"""
+"""strace on the running program: it writes system calls down, and lets some fail or kill."""
 
 from __future__ import annotations
 

@@ -76,15 +76,12 @@ class Case(NamedTuple):
             return f"calls fail for {LASTING_SECONDS:.0f} s: {self.error}"
         return f"a call fails: {self.error}"
 
-    def injections(self) -> list[str]:
+    @property
+    def injection(self) -> str:
         """Return what strace is told."""
-        if not self.call:
-            return []
         what = f"error={self.error}" if self.error else "signal=KILL"
-        return [f"{self.call}:{what}:when={self.number}{'+' if self.lasting else ''}"]
-
-    def __str__(self) -> str:
-        return ", ".join([self.scenario, *self.injections()])
+        when = f"{self.number}{'+' if self.lasting else ''}"
+        return f"{self.call}:{what}:when={when}" if self.call else ""
 
 
 class Run:
@@ -109,11 +106,11 @@ class Run:
         self.tally.numbers["injected"] = injected
 
     def problems(self, **allowed: Unpack[Allowed]) -> Problems:
-        """Return what breaks the invariant now."""
         return find_problems(self.lnd, self.server, self.bucket, "", self.staging, **allowed)
 
     def complain(self, what: str) -> None:
-        self.tally.complaints.append(f"[{self.case}] {what}\n{self.log}")
+        case = self.case
+        self.tally.complaints.append(f"[{case.scenario}, {case.injection}] {what}\n{self.log}")
 
     def damage(self, what: Iterable[str]) -> None:
         for each in what:
@@ -198,7 +195,7 @@ def run_once(run: Run) -> list[Call]:
     launcher = write_launcher(run.directory / "launcher.py", HELD.format(at=str(run.staging)))
     with Program(run.env, "once", launcher=launcher) as program:
         program.wait_until_held()
-        with Strace(program, run.trace, *run.case.injections()) as strace:
+        with Strace(program, run.trace, run.case.injection) as strace:
             program.signal(signal.SIGCONT)
             program.wait_until(lambda _: strace.injected())
         code = program.wait()
@@ -232,7 +229,7 @@ def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
     with Program(run.env, "run") as program:
         if not program.wait_until(is_up):
             raise AssertionError(f"the daemon did not come up:\n{program.log}")
-        with Strace(program, run.trace, *run.case.injections()) as strace:
+        with Strace(program, run.trace, run.case.injection) as strace:
             second, stopping = run.lnd.write(channels=300), False
             program.wait_until(lambda log: strace.injected() or is_stored(second)(log))
             if run.case.lasting:

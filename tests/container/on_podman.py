@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 from container.prepare import CACHE, IMAGE, PODMAN
-from kit import Lnd, S3Server, Written, allow, reader_settings
+from kit import Lnd, S3Server, Script, Written, allow, reader_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,38 +67,31 @@ class Sidecar:
         return [entry.data for entry in self.server.objects(self.bucket).values()]
 
 
-class Running:
+class Running(Script):
     """The daemon in a container; leaving the `with` block removes it."""
 
     def __init__(self, sidecar: Sidecar) -> None:
         """Start it as compose does, without a command of its own."""
         self.name = sidecar.bucket
-        podman("run", "--detach", f"--name={self.name}", *sidecar.options(), IMAGE)
+        command = [*PODMAN, "run", f"--name={self.name}", *sidecar.options()]
+        super().__init__({}, IMAGE, command=command)
 
     def __enter__(self) -> Self:
+        self.wait_for_log("watching")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         podman("rm", "--force", "--time=0", self.name)
+        super().close()
 
     def wait_until(self, verb: str, version: Written) -> None:
         """Block until the version is stored, or captured."""
         self.wait_for_log(rf"{verb} \S+-{version.sha256[-6:]}\b")
 
-    def wait_for_log(self, pattern: str) -> None:
-        deadline = time.monotonic() + STUCK_SECONDS / 3
-        while not re.search(pattern, log := podman("logs", self.name).stderr):
-            assert time.monotonic() < deadline, f"{pattern!r} did not come:\n{log}"
-            time.sleep(0.1)
-
     def is_healthy(self) -> bool:
         """Run the image's health check once, as the engine would, and return its verdict."""
         code = podman("healthcheck", "run", self.name, check=False).returncode
         return {0: True, 1: False}[code]
-
-    def exit_code(self) -> int:
-        """Wait until the daemon has ended, and return its exit code."""
-        return int(podman("wait", self.name).stdout)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +172,7 @@ def test_it_stops_after_lnd_in_order(sidecar: Sidecar) -> None:
         began = time.monotonic()
         podman("stop", "--time=30", daemon.name)
         assert time.monotonic() - began < 12
-        assert daemon.exit_code() == 0
+        assert daemon.wait() == 0
     assert set(sidecar.stored()) == {version.data for version in sidecar.lnd.written}
 
 
@@ -193,7 +186,7 @@ def test_a_second_signal_ends_process_1_at_once(sidecar: Sidecar) -> None:
             podman("kill", "--signal=TERM", daemon.name)
             daemon.wait_for_log(r"(?i)stop")
             podman("kill", "--signal=TERM", daemon.name)
-            assert daemon.exit_code() == 143
+            assert daemon.wait() == 143
         finally:
             sidecar.server.resume()
 

@@ -182,10 +182,12 @@ def test_peak_of_memory_of_a_child() -> None:
 
 
 def test_peak_of_memory_that_was_given_back() -> None:
-    """The kernel remembers the largest RSS of a process."""
+    """The kernel remembers the largest RSS of a process; what processes have now is added up."""
     with running(GIVE_BACK) as process:
         assert said(process) == "\n"
-        assert memory([process.pid]).rss < MEGABYTES < peak_rss(process.pid)
+        one, two = memory([process.pid]), memory([process.pid] * 2)
+        assert one.rss < MEGABYTES < peak_rss(process.pid)
+        assert two.rss == pytest.approx(2 * one.rss, rel=0.1)
         tell(process)
 
 

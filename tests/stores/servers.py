@@ -126,6 +126,7 @@ class Store:
     owner = Credentials("owner-key", "owner-secret-0123456789")
     version: str
     port: int
+    behind: Sequence[int] = ()  # the ports of servers without which it is of no use
 
     def install(self) -> None:
         """Install what is missing, and find out the version; raises NotInstalledError."""
@@ -173,7 +174,7 @@ class Store:
             ) as process,
         ):
             try:
-                if not self.answers(process):
+                if not all(self.answers(process, port) for port in (*self.behind, self.port)):
                     log.seek(0)
                     raise RuntimeError(log.read()[-2000:])
                 self.prepare()
@@ -181,12 +182,12 @@ class Store:
             finally:
                 process.kill()
 
-    def answers(self, process: subprocess.Popen[bytes]) -> bool:
+    def answers(self, process: subprocess.Popen[bytes], port: int) -> bool:
         """Ask until there is any answer; False if the process ended or time passed before."""
         deadline = time.monotonic() + START_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(urllib3.exceptions.HTTPError):
-                urllib3.request("GET", self.endpoint, timeout=10, retries=False)
+                urllib3.request("GET", f"http://127.0.0.1:{port}", timeout=10, retries=False)
                 return True
             time.sleep(0.1)
         return False
@@ -288,17 +289,17 @@ class Swift(Store):
 
     name, package = "Swift", "swift"
     owner = Credentials("test:owner", "owner-secret-0123456789")
-    SERVERS = ("account", "container", "object", "proxy")
+    BEHIND = ("account", "container", "object")
 
     def command(self) -> Sequence[str | Path]:
         """Write the configuration and the rings, and return what runs all four servers."""
         (self.directory / "devices/d1").mkdir(parents=True)
         (self.directory / "swift.conf").write_text(SWIFT_CONF)
-        for name in self.SERVERS:
-            port = self.port if name == "proxy" else free_port()
+        (self.directory / "proxy.conf").write_text(self._conf("proxy", self.port))
+        # Who asks the proxy before they are there is refused for a minute.
+        self.behind = [free_port() for _ in self.BEHIND]
+        for name, port in zip(self.BEHIND, self.behind, strict=True):
             (self.directory / f"{name}.conf").write_text(self._conf(name, port))
-            if name == "proxy":
-                continue
             builder = self.directory / f"{name}.builder"
             ring: list[str | Path] = [self._venv / "bin/swift-ring-builder", builder]
             run([*ring, "create", "6", "1", "1"])
@@ -307,7 +308,7 @@ class Swift(Store):
         # One shell that ends with any of them, since a server alone is of no use.
         servers = " ".join(
             f"{self._venv}/bin/swift-{name}-server {self.directory}/{name}.conf &"
-            for name in self.SERVERS
+            for name in (*self.BEHIND, "proxy")
         )
         return ["unshare", "--pid", "--fork", "--kill-child", "bash", "-c", f"{servers} wait -n"]
 

@@ -9,6 +9,7 @@ and not when exactly.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import random
 import secrets
@@ -52,7 +53,7 @@ class Round:
         self.lnd, self.staging = Lnd(directory / "lnd"), directory / "staging"
         self.bucket = server.create_bucket()
         self.proxy = FaultProxy(server.host, server.port)
-        self.daemon: Daemon | None = None
+        self.daemons: list[Daemon] = []  # the last one runs
         self.seen: set[str] = set()
         self.history: list[str] = []
         self.done: Counter[str] = Counter()
@@ -72,40 +73,29 @@ class Round:
         }
         schedule = self.chance.choices(list(actions), list(actions.values()), k=STEPS)
         more = {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
-        with self.proxy:
+        with contextlib.ExitStack() as self.stack:
+            self.stack.enter_context(self.proxy)
             place = (self.server, self.bucket, PREFIX, self.lnd, self.staging)
             self.env = more | settings_for(*place, endpoint=self.proxy.endpoint())
-            try:
-                self.start()
-                for action in schedule:
-                    self.done[action.__name__] += 1
-                    self.history.append(f"{time.monotonic():.3f} {action.__name__}")
-                    action()
-                    self.check_staged()
-                self.end()
-            finally:
-                self.close()
+            self.start()
+            for action in schedule:
+                self.done[action.__name__] += 1
+                self.history.append(f"{time.strftime('%F %T')} {action.__name__}")
+                action()
+                self.check_staged()
+            self.end()
         # Each start, and each drain of several versions, puts the version on disk once more.
         kept = (self.server, self.bucket, PREFIX, self.staging)
         assert_nothing_lost(self.lnd, *kept, replaced_ok=True, refreshes=None)
 
     def start(self) -> None:
-        """Start the daemon, and keep the log of the one before."""
-        self.close()
-        self.daemon = Daemon(self.env).__enter__()
-        self.done["start"] += 1
-
-    def close(self) -> None:
-        if self.daemon:
-            self.history.append(self.daemon.log)
-            self.daemon.close()
+        self.daemons.append(self.stack.enter_context(Daemon(self.env)))
 
     def running(self) -> Daemon:
         """Return the daemon, which has to run."""
-        assert self.daemon
-        code = self.daemon.returncode
-        assert code is None, f"the daemon ended by itself with {code}"
-        return self.daemon
+        daemon = self.daemons[-1]
+        assert daemon.returncode is None, f"it ended by itself with {daemon.returncode}"
+        return daemon
 
     # --- what may happen ---
 
@@ -199,10 +189,11 @@ def main() -> int:
             try:
                 one.run()
             except Exception as error:  # noqa: BLE001 - whatever it is, the seed is said
-                print(*one.history, f"{type(error).__name__}: {error}", sep="\n")
+                logs = [daemon.log for daemon in one.daemons]
+                print(*one.history, *logs, f"{type(error).__name__}: {error}", sep="\n")
                 print(f"failed: make soak SECONDS=1 SEED={seed + rounds}")
                 return 1
-            one.done["version"] = len(one.lnd.written)
+            one.done |= {"version": len(one.lnd.written), "start": len(one.daemons)}
             told = f"{one.done['version']} versions, {one.done['start']} starts"
             print(f"seed {seed + rounds}: {told}", flush=True)
             totals += one.done

@@ -50,13 +50,12 @@ FULL = Effort()
 QUICK = Effort(pairs=2, outages=1, outage=2.0, lines=1, settle=4.0)
 
 
-def lost(world: World, rows: Rows, *, quick: bool) -> None:
+def lost(world: World, rows: Rows, effort: Effort) -> None:
     """Count what each contestant loses.
 
     Two that take as much CPU time as aws would be late by the machine's fault: the pairs of the
     second one are written while there are outages, in which little else happens.
     """
-    effort = QUICK if quick else FULL
     peers = [each for each in world.contestants if not each.is_floor]
     of_pairs = in_pairs(world, effort, [each for each in peers if each.name != AWS_V2])
     with ThreadPoolExecutor(1) as pool:

@@ -50,13 +50,13 @@ FULL = Effort()
 QUICK = Effort(rounds=1, cpu=0.05, rest=0.5, idle=2.0, staged=1_000, attempts=1.0)
 
 
-def at_work_and_at_rest(world: World, rows: Rows, *, quick: bool) -> None:
+def at_work_and_at_rest(world: World, rows: Rows, effort: Effort) -> None:
     """Measure all contestants, started anew in each round: at work one after the other, at rest at
     the same time.
 
     They live beside each other, and so share libraries to the same degree.
     """
-    effort, contestants = QUICK if quick else FULL, [*world.contestants, TWIN]
+    contestants = [*world.contestants, TWIN]
     for number in range(effort.rounds):
         with world.line() as line, world.running(contestants, line) as started:
             for each in started:
@@ -112,9 +112,8 @@ def calm(contestant: Running) -> Usage:
     raise RuntimeError(f"{contestant.name} does not come to rest")
 
 
-def out_of_reach(world: World, rows: Rows, *, quick: bool) -> None:
+def out_of_reach(world: World, rows: Rows, effort: Effort) -> None:
     """Measure this program's memory while S3 is out of reach, with little and much staged."""
-    effort = QUICK if quick else FULL
     with world.line(far=True) as line:
         line.take_down()
         places = {count: world.place(f"staged-{count}", line) for count in (0, effort.staged)}

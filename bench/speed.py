@@ -79,9 +79,8 @@ QUICK = Effort(
 )
 
 
-def updates(world: World, rows: Rows, *, quick: bool) -> None:
+def updates(world: World, rows: Rows, effort: Effort) -> None:
     """Measure updates: on loopback, all sizes over http; at a distance, the usual one."""
-    effort = QUICK if quick else FULL
     for scheme in effort.near:
         with world.line(scheme) as line, world.running(world.contestants, line) as running:
             usual = at_distance(rows, effort, scheme, 0, running, rounds=effort.rounds)
@@ -157,7 +156,7 @@ def count(rows: Rows, scheme: str, running: Sequence[Running]) -> None:
             rows.add(COUNTED, "", "", each.name, line.counts.round_trips, **case)
 
 
-def starts(world: World, rows: Rows, *, quick: bool) -> None:
+def starts(world: World, rows: Rows, effort: Effort) -> None:
     """Measure from the start of a process until S3 has stored the file: this program, `aws s3 cp`,
     and a bare put.
 
@@ -168,7 +167,7 @@ def starts(world: World, rows: Rows, *, quick: bool) -> None:
     chosen = [each for each in world.contestants if each.name in wanted]
     with world.line() as line:
         places = [world.place(f"start-{each.name}", line) for each in chosen]
-        for number in range(-1, (QUICK if quick else FULL).starts):
+        for number in range(-1, effort.starts):
             for contestant, place in zip(chosen, places, strict=True):
                 version = place.lnd.write()
                 command = contestant.once(place) if isinstance(contestant, Loop) else ()
@@ -182,13 +181,12 @@ def starts(world: World, rows: Rows, *, quick: bool) -> None:
                     rows.add(START, "", "ms", contestant.name, (stored.at - began) * 1e3)
 
 
-def drain(world: World, rows: Rows, *, quick: bool) -> None:
+def drain(world: World, rows: Rows, effort: Effort) -> None:
     """Measure how long this program takes for each version of a backlog, in round trips of the
     line, and count them.
 
     Beside it the floor: a bare put after the other on the same line.
     """
-    effort = QUICK if quick else FULL
     trip = DRAIN_ROUND_TRIP_SECONDS
     case: Case = {"staged": effort.drained, "round trip": f"{trip * 1e3:.0f} ms"}
 
@@ -208,9 +206,9 @@ def drain(world: World, rows: Rows, *, quick: bool) -> None:
         add(BARE, [end - begin for begin, end in puts], line.counts.round_trips / BARE_PUTS)
 
 
-def backlogs(world: World, rows: Rows, *, quick: bool) -> None:
+def backlogs(world: World, rows: Rows, effort: Effort) -> None:
     """Measure whether each of the same number of versions takes longer if more of them wait."""
-    for _ in range((QUICK if quick else FULL).drains):
+    for _ in range(effort.drains):
         for staged in BACKLOGS:
             with world.line() as line, drained(world, line, staged, BACKLOGS[0]) as moments:
                 rows.add(BACKLOG, "", "ms", PROGRAM, mean_gap(moments) * 1e3, staged=staged)
@@ -232,9 +230,8 @@ def mean_gap(moments: Sequence[float]) -> float:
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
-def reading(world: World, rows: Rows, *, quick: bool) -> None:
+def reading(world: World, rows: Rows, effort: Effort) -> None:
     """Measure `list` and `restore` of this program with many versions in the bucket."""
-    effort = QUICK if quick else FULL
     with world.line(far=True) as line:
         place = world.place("reading", line)
         for name, data in versions(effort.objects):

@@ -51,7 +51,7 @@ test: lint $(VENV_S3) ## check and test everything, with coverage
 
 test-stores: $(VENV) $(VENV_S3) ## as root: run the program on six S3 servers (Debian)
 	@mkdir -p "$(TMPDIR)"
-	@$(BIN) tests/stores/run.py
+	@PYTHONPATH=tests $(BIN) -m stores.run
 
 BOXES := .cache/systemd-box
 
@@ -75,10 +75,10 @@ test-on-bookworm test-on-trixie:
 SUITE ?= trixie
 test-container: $(VENV) $(VENV_S3) ## as root: build the image and run it with Podman (installs podman and mmdebstrap)
 	@mkdir -p "$(TMPDIR)"
-	@$(BIN) tests/container/prepare.py tools
+	@PYTHONPATH=tests $(BIN) -m container.prepare tools
 	unshare --mount --propagation private -- sh -euc '\
 		umount -R /sys/fs/cgroup 2>/dev/null || :; mount -t cgroup2 cgroup2 /sys/fs/cgroup; \
-		$(BIN) tests/container/prepare.py image $(SUITE); \
+		PYTHONPATH=tests $(BIN) -m container.prepare image $(SUITE); \
 		exec $(BIN) -m pytest --timeout 300 tests/container/on_podman.py'
 
 faults: $(VENV) $(VENV_S3) ## as root: try to make it lose something (installs strace and faketime)

@@ -12,14 +12,14 @@ from bench import losses, report, resources, speed
 from bench.peers import CACHE, install_all, new_world
 
 PARTS = (
-    speed.updates,
-    losses.lost,
-    resources.at_work_and_at_rest,
-    resources.out_of_reach,
-    speed.starts,
-    speed.drain,
-    speed.backlogs,
-    speed.reading,
+    (speed.updates, speed),
+    (losses.lost, losses),
+    (resources.at_work_and_at_rest, resources),
+    (resources.out_of_reach, resources),
+    (speed.starts, speed),
+    (speed.drain, speed),
+    (speed.backlogs, speed),
+    (speed.reading, speed),
 )
 
 
@@ -32,10 +32,10 @@ def main() -> int:
     contestants, missing = install_all()
     for name, reason in missing.items():
         console.print(f"left out: {name}: {reason}")
-    for part in PARTS:
+    for part, module in PARTS:
         began = time.monotonic()
         with new_world(contestants) as world:
-            part(world, rows, quick=quick)
+            part(world, rows, module.QUICK if quick else module.FULL)
         console.print(f"{part.__name__}: measured in {time.monotonic() - began:.0f} s")
     versions = {each.name: each.version for each in contestants}
     results = report.Results.of_now(load, versions, missing, rows)

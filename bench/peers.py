@@ -16,11 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 from kit import (
     CHECKOUT,
@@ -35,10 +34,11 @@ from kit import (
     version_name,
 )
 from kit.line import Line
+from kit.output import Text
 from stores.servers import NotInstalledError, install_from_debian, make_venv, packages, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from kit import Written
     from kit.line import Stored
@@ -112,7 +112,10 @@ class World(NamedTuple):
         with contextlib.ExitStack() as stack, ThreadPoolExecutor(STARTS_AT_ONCE) as pool:
 
             def start(contestant: Contestant) -> Running:
-                return stack.enter_context(Running(contestant, self.place(contestant.name, line)))
+                place = self.place(contestant.name, line)
+                running = stack.enter_context(Running(contestant, place))
+                running.warm_up()
+                return running
 
             yield list(pool.map(start, contestants))
 
@@ -127,17 +130,19 @@ def new_world(contestants: list[Contestant]) -> Iterator[World]:
         yield World(contestants, Path(name), server, bucket, key, itertools.count(1))
 
 
+@dataclasses.dataclass
 class Contestant:
     """What puts LND's file into S3. One that is fast takes every turn."""
 
-    ready = r"^watching"  # in the line that says that the watch is armed
-    done = r"^(uploaded|failed)"  # in the line that ends each upload
-    keeps_connection = True
-    is_floor = False  # is told of each file on stdin
-    version = ""
+    name: str
+    _: dataclasses.KW_ONLY
+    fast: bool = True
+    version: str = dataclasses.field(default="", init=False)
 
-    def __init__(self, name: str, *, fast: bool = True) -> None:
-        self.name, self.fast = name, fast
+    ready: ClassVar = r"^watching"  # in the line that says that the watch is armed
+    done: ClassVar = r"^(?:uploaded|failed)"  # in the line that ends each upload
+    keeps_connection: ClassVar = True
+    is_floor: ClassVar = False  # is told of each file on stdin
 
     def install(self) -> None:
         """Install what is missing, and find out the version; raises NotInstalledError."""
@@ -196,15 +201,15 @@ class Script(Contestant):
         return [*self.start, place.lnd.directory, place.bucket, place.prefix]
 
 
+@dataclasses.dataclass
 class Floor(Contestant):
     """A bare put by a warm client. A twin has the program's settings for malloc."""
 
+    kind: str
+    twin_of: Program | None = None
+
     ready, done = r"^ready", r"^put "
     is_floor = True
-
-    def __init__(self, name: str, kind: str, twin_of: Program | None = None) -> None:
-        super().__init__(name)
-        self.kind, self.twin_of = kind, twin_of
 
     def install(self) -> None:
         """Find out the version; it is installed in the venv that runs the benchmark."""
@@ -219,6 +224,7 @@ class Floor(Contestant):
         return super().environment(place) | malloc
 
 
+@dataclasses.dataclass
 class Loop(Contestant):
     """A shell loop around inotifywait that starts a tool for each event; see the script.
 
@@ -226,22 +232,15 @@ class Loop(Contestant):
     The tool comes from a package of Debian, or none: then it is the AWS command line of PyPI.
     """
 
+    package: tuple[str, ...]
+    arguments: str
+    _: dataclasses.KW_ONLY
+    http: str = ""  # more arguments with this scheme
+    https: str = ""
+    fast: bool = False
+
     ready = r"^Watches established"
     keeps_connection = False
-
-    def __init__(  # noqa: PLR0913 - what makes one tool different from another
-        self,
-        name: str,
-        package: tuple[str, ...],
-        arguments: str,
-        *,
-        http: str = "",
-        https: str = "",
-        fast: bool = False,
-    ) -> None:
-        super().__init__(name, fast=fast)
-        self.package, self.arguments = package, arguments
-        self.options = {"http": http, "https": https}
 
     def install(self) -> None:
         _, watcher = of_debian("inotify-tools", "inotifywait")
@@ -259,7 +258,8 @@ class Loop(Contestant):
             "secret": place.key.secret_key,
             "target": f"{place.bucket}/{place.prefix}",
         }
-        words = shlex.split(f"{self.options[place.line.scheme]} {self.arguments}")
+        options = self.https if place.line.scheme == "https" else self.http
+        words = shlex.split(f"{options} {self.arguments}")
         return [self.tool, *(word.format_map(values) for word in words)]
 
     def command(self, place: Place) -> Sequence[str | Path]:
@@ -355,9 +355,6 @@ class Running:
         self, contestant: Contestant, place: Place, command: Sequence[str | Path] = ()
     ) -> None:
         self.contestant, self.place, self.name = contestant, place, contestant.name
-        self.done = 0  # uploads that have ended, well or not
-        self._lines: list[str] = []
-        self._changed = threading.Condition()
         self.process = subprocess.Popen(
             list(map(str, command or contestant.command(place))),
             env=script_environment(contestant.environment(place), str(place.home)),
@@ -365,50 +362,49 @@ class Running:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
+        assert self.process.stdin  # noqa: S101 - for mypy
+        assert self.process.stdout  # noqa: S101 - for mypy
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
+        self._said = Text(f"what {self.name} said", self._stdout.fileno())
 
     def __enter__(self) -> Self:
-        """Return it when it has stored a version and is idle.
-
-        That may take more than one: some say a little too early that they watch.
-        """
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.stop)
-            self.wait_for(self.contestant.ready)
-            for _ in range(WARM_UPS):
-                if self.update(timeout=PATIENCE_SECONDS / WARM_UPS)[1]:
-                    stack.pop_all()
-                    return self
-        raise RuntimeError(f"{self.name} stored nothing:\n{self.output}")
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._said.join()
+        self._stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended by itself
+            self._stdin.close()
 
     @property
     def output(self) -> str:
-        with self._changed:
-            return "".join(self._lines)
+        return str(self._said)
 
-    def _wait(self, so: Callable[[], bool], what: str) -> None:
-        """Block until its output is so."""
-        with self._changed:
-            if not self._changed.wait_for(so, PATIENCE_SECONDS):
-                raise RuntimeError(f"{self.name} did not {what}:\n{''.join(self._lines)}")
+    def wait_for(self, pattern: str, count: int = 1) -> None:
+        """Block until its output has this so many times."""
+        self._said.wait_for(pattern, PATIENCE_SECONDS, count)
 
-    def wait_for(self, pattern: str) -> None:
-        """Block until a line of its output has this."""
-        self._wait(lambda: any(re.search(pattern, line) for line in self._lines), f"say {pattern}")
+    def warm_up(self) -> None:
+        """Block until it has stored a version and is idle.
+
+        That may take more than one: some say a little too early that they watch.
+        """
+        self.wait_for(self.contestant.ready)
+        for _ in range(WARM_UPS):
+            if self.update(timeout=PATIENCE_SECONDS / WARM_UPS)[1]:
+                return
+        raise RuntimeError(f"{self.name} stored nothing:\n{self.output}")
 
     def tell(self) -> None:
-        if self.process.stdin and self.contestant.is_floor:
+        if self.contestant.is_floor:
             with contextlib.suppress(BrokenPipeError):  # its output says why
-                self.process.stdin.write(f"{self.place.lnd.path}\n")
-                self.process.stdin.flush()
+                self._stdin.write(f"{self.place.lnd.path}\n".encode())
+                self._stdin.flush()
 
     def update(
         self, channels: int = 10, timeout: float = PATIENCE_SECONDS
@@ -417,12 +413,12 @@ class Running:
 
         For a floor, the version counts as renamed when the put began.
         """
-        done = self.done
+        ended = len(re.findall(self.contestant.done, self.output, re.MULTILINE))
         version = self.place.lnd.write(channels)
         self.tell()
         stored = self.place.line.wait_for(version.sha256, timeout)
         if stored:
-            self._wait(lambda: self.done > done, "end the upload")
+            self.wait_for(self.contestant.done, ended + 1)
             if self.contestant.is_floor:
                 version = dataclasses.replace(version, renamed_at=self.puts()[-1][0])
         return version, stored
@@ -431,20 +427,3 @@ class Running:
         """Return when each put of a floor began and ended."""
         found = re.findall(r"^put (\S+) (\S+)", self.output, re.MULTILINE)
         return [(float(began), float(ended)) for began, ended in found]
-
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream:
-                with contextlib.suppress(BrokenPipeError):  # it ended by itself
-                    stream.close()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            with self._changed:
-                self._lines.append(line)
-                self.done += bool(re.search(self.contestant.done, line))
-                self._changed.notify_all()

@@ -176,17 +176,16 @@ class Target(NamedTuple):
 
     what: str
     limit: float
-    cells: list[tuple[Cell, Cell | None]]  # the worst one counts
+    cells: list[tuple[Cell, ...]]  # the worst one counts
 
     def measured(self, results: Results) -> float | None:
         """Return the median or the ratio of medians, as it is told; None if it was not measured."""
         values = []
         for cells in self.cells:
-            rows = [results.find(*cell) for cell in cells if cell]
-            medians = [row.median for row in rows if row]
-            if len(medians) < len(rows):
+            rows = [row for cell in cells if (row := results.find(*cell))]
+            if len(rows) < len(cells):
                 return None
-            values.append(medians[0] / (medians[1:] or [1.0])[0])
+            values.append(rows[0].median / (rows[1].median if rows[1:] else 1.0))
         return float(f"{max(values):.3g}")
 
     def verdict(self, results: Results) -> str:
@@ -199,9 +198,9 @@ def beside(group: str, other: str, figure: str = "", case: Case | None = None) -
     return Cell(group, PROGRAM, figure, case), Cell(group, other, figure, case)
 
 
-def trips(connection: str) -> Cell:
+def trips(connection: str) -> tuple[Cell]:
     """Return the cell of the round trips of an update over https."""
-    return Cell(COUNTED, case={"scheme": "https", "connection": connection})
+    return (Cell(COUNTED, case={"scheme": "https", "connection": connection}),)
 
 
 NEAR: Case = {"round trip": "0 ms"}
@@ -218,8 +217,8 @@ TARGETS = [
         1.08,
         [beside(rename_to_stored(*each), BARE, case=FAR) for each in CONNECTIONS],
     ),
-    Target("round trips of an update over https, warm", 1, [(trips("warm"), None)]),
-    Target("round trips of an update over https, cold", 3, [(trips("cold"), None)]),
+    Target("round trips of an update over https, warm", 1, [trips("warm")]),
+    Target("round trips of an update over https, cold", 3, [trips("cold")]),
     Target(
         "time of a drained version, against bare puts in a loop on the same line",
         1.05,
@@ -235,7 +234,7 @@ TARGETS = [
         1.05,
         [beside(REST, TWIN.name, "PSS")],
     ),
-    Target("idle processor time, ms an hour", 90, [(Cell(REST, figure="CPU time"), None)]),
+    Target("idle processor time, ms an hour", 90, [(Cell(REST, figure="CPU time"),)]),
     Target(
         "time from start to first version stored, against `aws s3 cp`",
         0.8,
@@ -249,21 +248,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
 
 
-def markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-class Table(NamedTuple):
-    """One table: a line for each contestant, a column for each case."""
-
-    title: str
-    header: list[str]
-    lines: list[list[str]]
-    note: str = ""
-
-    def markdown(self) -> str:
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.lines]
-        return f"### {self.title}\n\n{self.note}{markdown(lines)}\n"
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """Return a table, whose numbers are in all columns but the first."""
+    ruled = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
 
 def entry(row: Row | None, program: Row | None, bare: Row | None) -> str:
@@ -278,7 +266,7 @@ def entry(row: Row | None, program: Row | None, bare: Row | None) -> str:
     return text
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: Results) -> list[str]:
     groups: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.values:
@@ -286,7 +274,8 @@ def tables(results: Results) -> list[Table]:
     return [table(title, rows) for title, rows in groups.items()]
 
 
-def table(title: str, rows: list[Row]) -> Table:
+def table(title: str, rows: list[Row]) -> str:
+    """Return one table: a line for each contestant, a column for each case."""
     columns = list(dict.fromkeys((row.column, row.unit) for row in rows))
     found = {(row.contestant, row.column): row for row in rows}
     lines = []
@@ -300,18 +289,19 @@ def table(title: str, rows: list[Row]) -> Table:
     units = {unit for _, unit in columns}
     if len(units) == 1:
         title = f"{title}, {units.pop()}".strip(", ")
-        return Table(title, ["", *(column for column, _ in columns)], lines)
-    return Table(title, ["", *(f"{column}, {unit}".strip(", ") for column, unit in columns)], lines)
+        columns = [(column, "") for column, _ in columns]
+    header = ["", *(f"{column}, {unit}".strip(", ") for column, unit in columns)]
+    return f"### {title}\n\n{markdown(header, lines)}\n"
 
 
-def targets(results: Results) -> Table:
+def targets(results: Results) -> str:
     lines = []
     for target in TARGETS:
         value = target.measured(results)
         measured = "" if value is None else number(value)
         lines.append([target.what, f"≤ {target.limit:g}", measured, target.verdict(results)])
-    note = f"{summary(results)}\n\n"
-    return Table("Targets", ["ratio or number", "target", "measured", ""], lines, note)
+    whole = markdown(["ratio or number", "target", "measured", ""], lines)
+    return f"### Targets\n\n{summary(results)}\n\n{whole}\n"
 
 
 def summary(results: Results) -> str:
@@ -342,22 +332,19 @@ def beside_loops(results: Results) -> str:
         f"versions lost {lost[2]}": (LOST, lost[2], None),
         "memory while nothing happens, MB (PSS)": (REST, "PSS", None),
     }
-    lines = [
-        [f"`make bench`, {results.date[:10]}", PROGRAM, *(f"`{name}`" for name in names[1:])],
-        ["---", *["---:"] * len(names)],
-    ]
+    header = [f"`make bench`, {results.date[:10]}", PROGRAM, *(f"`{name}`" for name in names[1:])]
+    lines = []
     for label, (group, figure, case) in figures.items():
         rows = [results.find(group, name, figure, case) for name in names]
         lines.append([label, *(number(row.median) for row in rows if row)])
-    return markdown(lines)
+    return markdown(header, lines)
 
 
 def documents(results: Results) -> dict[Path, str]:
     """Return what is made from the results: the documents with their tables, and the plots."""
-    whole = [targets(results), *tables(results)]
     made = {
         README: beside_loops(results),
-        DOCUMENT: "\n".join([setting(results), *(each.markdown() for each in whole)]),
+        DOCUMENT: "\n".join([setting(results), targets(results), *tables(results)]),
     }
     for path, content in made.items():
         head, _, rest = path.read_text().partition(BEGIN)
@@ -372,7 +359,7 @@ def console() -> Console:
 
 def show(results: Results, to: Console) -> None:
     for each in [*tables(results), targets(results)]:
-        to.print(Markdown(each.markdown()))
+        to.print(Markdown(each))
     to.print(setting(results), highlight=False)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,28 +35,28 @@ UPDATES_MAX = 20
 class Effort(NamedTuple):
     """How much is measured; times in seconds."""
 
-    rounds: int
+    rounds: int = 2
     # Until this is used up, there are more updates: the kernel tells the time of ended children in
     # 10 ms.
-    cpu: float
+    cpu: float = 0.15
     # Before memory is measured; this program closes its connection when it has been idle for five.
-    rest: float
-    idle: float  # once, in the last round
-    staged: int
-    attempts: float  # to reach S3, while memory is watched
+    rest: float = 7.0
+    idle: float = 60.0  # once, in the last round
+    staged: int = 10_000
+    attempts: float = 5.0  # to reach S3, while memory is watched
 
 
-FULL = Effort(rounds=2, cpu=0.15, rest=7.0, idle=60.0, staged=10_000, attempts=5.0)
+FULL = Effort()
 QUICK = Effort(rounds=1, cpu=0.05, rest=0.5, idle=2.0, staged=1_000, attempts=1.0)
 
 
-def at_work_and_at_rest(world: World, rows: Rows, *, quick: bool) -> None:
+def at_work_and_at_rest(world: World, rows: Rows, effort: Effort) -> None:
     """Measure all contestants, started anew in each round: at work one after the other, at rest at
     the same time.
 
     They live beside each other, and so share libraries to the same degree.
     """
-    effort, contestants = QUICK if quick else FULL, [*world.contestants, TWIN]
+    contestants = [*world.contestants, TWIN]
     for number in range(effort.rounds):
         with world.line() as line, world.running(contestants, line) as started:
             for each in started:
@@ -100,9 +101,7 @@ def at_rest(contestants: Sequence[Running], seconds: float, rows: Rows) -> None:
 
 
 def calm(contestant: Running) -> Usage:
-    """Block until its processes do next to nothing for a moment, since something may follow an
-    upload; return what they used until then.
-    """
+    """Wait until its processes do next to nothing, after an upload; return what they had used."""
     before = usage(family(contestant.process.pid))
     for _ in range(LOOKS_MAX):
         time.sleep(LOOK_SECONDS)
@@ -113,9 +112,8 @@ def calm(contestant: Running) -> Usage:
     raise RuntimeError(f"{contestant.name} does not come to rest")
 
 
-def out_of_reach(world: World, rows: Rows, *, quick: bool) -> None:
+def out_of_reach(world: World, rows: Rows, effort: Effort) -> None:
     """Measure this program's memory while S3 is out of reach, with little and much staged."""
-    effort = QUICK if quick else FULL
     with world.line(far=True) as line:
         line.take_down()
         places = {count: world.place(f"staged-{count}", line) for count in (0, effort.staged)}
@@ -123,9 +121,10 @@ def out_of_reach(world: World, rows: Rows, *, quick: bool) -> None:
             place.stage(count)
         for _ in range(effort.rounds):
             with contextlib.ExitStack() as stack:
-                started = {count: Running(THIS, place) for count, place in places.items()}
-                for each in started.values():
-                    stack.callback(each.stop)
+                started = {
+                    count: stack.enter_context(Running(THIS, place))
+                    for count, place in places.items()
+                }
                 for each in started.values():
                     each.wait_for("cannot store")
                 time.sleep(effort.attempts)
@@ -145,16 +144,13 @@ class Memory(NamedTuple):
 
 def memory(pids: Iterable[int]) -> Memory:
     """Return the memory of these processes now; one that has ended has none."""
-    total = Memory(0, 0)
+    kilobytes: Counter[str] = Counter()
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            sizes = dict(re.findall(r"^(Pss|Rss):\s+(\d+) kB", text, re.MULTILINE))
-            if sizes:  # a process that is ending has none
-                total = Memory(
-                    total.pss + int(sizes["Pss"]) / 1024, total.rss + int(sizes["Rss"]) / 1024
-                )
-    return total
+            for name, size in re.findall(r"^(Pss|Rss):\s+(\d+) kB", text, re.MULTILINE):
+                kilobytes[name] += int(size)
+    return Memory(kilobytes["Pss"] / 1024, kilobytes["Rss"] / 1024)
 
 
 def peak_rss(pid: int) -> float:
@@ -176,17 +172,16 @@ def usage(pids: Iterable[int]) -> Usage:
     """Return what these processes have used: to the nanosecond, and, cut to the tick, what their
     children had used when they ended. The wake-ups of what has ended are lost.
     """
-    total = Usage(0, 0)
+    cpu, wake_ups = 0.0, 0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             statuses = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/status")]
-            woken = re.findall(
-                r"^voluntary_ctxt_switches:\s*(\d+)", "".join(statuses), re.MULTILINE
-            )
             ended = sum(map(int, fields[13:15])) / TICKS
-            total = Usage(total.cpu + clock(pid) + ended, total.wake_ups + sum(map(int, woken)))
-    return total
+            cpu += clock(pid) + ended
+            woken = re.findall(r"\nvoluntary_ctxt_switches:\s*(\d+)", "".join(statuses))
+            wake_ups += sum(map(int, woken))
+    return Usage(cpu, wake_ups)
 
 
 def clock(pid: int) -> float:

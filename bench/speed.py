@@ -10,7 +10,6 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from kit import script_environment
 from kit.lnd import CHANNEL_SIZE, EMPTY_SIZE
 
 from bench.peers import (
@@ -80,11 +79,8 @@ QUICK = Effort(
 )
 
 
-def updates(world: World, rows: Rows, *, quick: bool) -> None:
-    """Measure updates: on loopback, all sizes over http and the usual one over https; with round
-    trips, the usual one.
-    """
-    effort = QUICK if quick else FULL
+def updates(world: World, rows: Rows, effort: Effort) -> None:
+    """Measure updates: on loopback, all sizes over http; at a distance, the usual one."""
     for scheme in effort.near:
         with world.line(scheme) as line, world.running(world.contestants, line) as running:
             usual = at_distance(rows, effort, scheme, 0, running, rounds=effort.rounds)
@@ -160,7 +156,7 @@ def count(rows: Rows, scheme: str, running: Sequence[Running]) -> None:
             rows.add(COUNTED, "", "", each.name, line.counts.round_trips, **case)
 
 
-def starts(world: World, rows: Rows, *, quick: bool) -> None:
+def starts(world: World, rows: Rows, effort: Effort) -> None:
     """Measure from the start of a process until S3 has stored the file: this program, `aws s3 cp`,
     and a bare put.
 
@@ -171,30 +167,26 @@ def starts(world: World, rows: Rows, *, quick: bool) -> None:
     chosen = [each for each in world.contestants if each.name in wanted]
     with world.line() as line:
         places = [world.place(f"start-{each.name}", line) for each in chosen]
-        for number in range(-1, (QUICK if quick else FULL).starts):
+        for number in range(-1, effort.starts):
             for contestant, place in zip(chosen, places, strict=True):
                 version = place.lnd.write()
                 command = contestant.once(place) if isinstance(contestant, Loop) else ()
                 began = time.monotonic()
-                process = Running(contestant, place, command)
-                try:
+                with Running(contestant, place, command) as process:
                     process.tell()
                     stored = line.wait_for(version.sha256)
-                finally:
-                    process.stop()
                 if not stored:
                     raise RuntimeError(f"{contestant.name} stored nothing:\n{process.output}")
                 if number >= 0:
                     rows.add(START, "", "ms", contestant.name, (stored.at - began) * 1e3)
 
 
-def drain(world: World, rows: Rows, *, quick: bool) -> None:
+def drain(world: World, rows: Rows, effort: Effort) -> None:
     """Measure how long this program takes for each version of a backlog, in round trips of the
     line, and count them.
 
     Beside it the floor: a bare put after the other on the same line.
     """
-    effort = QUICK if quick else FULL
     trip = DRAIN_ROUND_TRIP_SECONDS
     case: Case = {"staged": effort.drained, "round trip": f"{trip * 1e3:.0f} ms"}
 
@@ -206,7 +198,7 @@ def drain(world: World, rows: Rows, *, quick: bool) -> None:
         line.set_round_trip(trip)
         with drained(world, line, effort.drained, effort.drained) as moments:
             add(PROGRAM, [mean_gap(moments)], line.counts.round_trips / len(moments))
-        with Running(BARE_PUT, world.place("bare", line)) as floor:
+        with world.running([BARE_PUT], line) as [floor]:
             line.reset_counts()
             for _ in range(BARE_PUTS):
                 floor.update(channels=1)
@@ -214,9 +206,9 @@ def drain(world: World, rows: Rows, *, quick: bool) -> None:
         add(BARE, [end - begin for begin, end in puts], line.counts.round_trips / BARE_PUTS)
 
 
-def backlogs(world: World, rows: Rows, *, quick: bool) -> None:
+def backlogs(world: World, rows: Rows, effort: Effort) -> None:
     """Measure whether each of the same number of versions takes longer if more of them wait."""
-    for _ in range((QUICK if quick else FULL).drains):
+    for _ in range(effort.drains):
         for staged in BACKLOGS:
             with world.line() as line, drained(world, line, staged, BACKLOGS[0]) as moments:
                 rows.add(BACKLOG, "", "ms", PROGRAM, mean_gap(moments) * 1e3, staged=staged)
@@ -227,13 +219,10 @@ def drained(world: World, line: Line, staged: int, wanted: int) -> Iterator[list
     """Drain a backlog, newest first; yield when each version was stored, once that many are."""
     place = world.place("drain", line)
     last = place.stage(staged)[-wanted]
-    running = Running(THIS, place)
-    try:
+    with Running(THIS, place) as running:
         if not line.wait_for(last, PATIENCE_SECONDS + wanted * (0.1 + 4 * line.round_trip)):
             raise RuntimeError(f"staged versions were not stored:\n{running.output}")
         yield sorted(each.at for each in line.stored())[: wanted + 1]
-    finally:
-        running.stop()
 
 
 def mean_gap(moments: Sequence[float]) -> float:
@@ -241,9 +230,8 @@ def mean_gap(moments: Sequence[float]) -> float:
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
-def reading(world: World, rows: Rows, *, quick: bool) -> None:
+def reading(world: World, rows: Rows, effort: Effort) -> None:
     """Measure `list` and `restore` of this program with many versions in the bucket."""
-    effort = QUICK if quick else FULL
     with world.line(far=True) as line:
         place = world.place("reading", line)
         for name, data in versions(effort.objects):
@@ -253,18 +241,11 @@ def reading(world: World, rows: Rows, *, quick: bool) -> None:
             for command in (["list"], ["restore", "--output", str(output)]):
                 line.reset_counts()
                 began = time.monotonic()
-                process = subprocess.Popen(
-                    [*THIS.command(place), *command],
-                    env=script_environment(THIS.environment(place), str(place.home)),
-                    cwd=place.home,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                )
-                peak = peak_until_end(process)
-                seconds = time.monotonic() - began
-                said = process.communicate()[1].decode()
-                if process.returncode:
-                    raise RuntimeError(f"{command[0]} failed:\n{said}")
+                with Running(THIS, place, [*THIS.command(place), *command]) as running:
+                    peak = peak_until_end(running.process)
+                    seconds = time.monotonic() - began
+                if running.process.returncode:
+                    raise RuntimeError(f"{command[0]} failed:\n{running.output}")
                 for figure, unit, value in (
                     ("time on loopback", "s", seconds),
                     ("counted, handshake included", "round trips", line.counts.round_trips),

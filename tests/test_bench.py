@@ -8,15 +8,13 @@ import contextlib
 import hashlib
 import http.client
 import re
-import shlex
 import subprocess
 import sys
-import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Answer, FakeS3
+from kit import FakeS3, answers
 from kit.line import Line, content
 from kit.lnd import CHANNEL_SIZE, EMPTY_SIZE
 
@@ -46,30 +44,35 @@ for _ in range(2):
 """
 
 
-def put(line: Line, *bodies: bytes) -> float:
-    """Put these bodies over one connection, and return the seconds of the last."""
+@contextlib.contextmanager
+def connected(line: Line, *bodies: bytes) -> Iterator[http.client.HTTPConnection]:
+    """Put these bodies over one connection, and yield it."""
     connection = http.client.HTTPConnection(line.endpoint.partition("//")[2], timeout=10)
-    began = 0.0
-    for number, body in enumerate(bodies):
-        began = time.monotonic()
-        connection.request("PUT", f"/bucket/{number}", body)
-        connection.getresponse().read()
-    taken = time.monotonic() - began
-    connection.close()
-    return taken
+    with contextlib.closing(connection):
+        for number, body in enumerate(bodies):
+            connection.request("PUT", f"/bucket/{number}", body)
+            connection.getresponse().read()
+        yield connection
+
+
+def put(line: Line, *bodies: bytes) -> float:
+    """Put these bodies over one connection, and return how long it took."""
+    began = time.monotonic()
+    with connected(line, *bodies):
+        return time.monotonic() - began
 
 
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_a_line_tells_what_is_stored_when(tmp_path: Path) -> None:
+def test_a_line_tells_what_is_stored_when(fake: FakeS3, tmp_path: Path) -> None:
     """Each PUT that S3 acknowledged is told with its key, size and digest, and no other."""
     bodies = [b"first", b"", b"x" * 1_000_000]
-    with FakeS3() as fake, Line(fake.port, tmp_path) as line:
+    with Line(fake.port, tmp_path) as line:
         began = time.monotonic()
         put(line, *bodies)
-        fake.script(Answer(503, "SlowDown"))
+        fake.script(answers.SLOW_DOWN)
         put(line, b"refused")
         stored = [line.wait_for(digest(data)) for data in bodies]
         assert [each[1:] for each in stored if each] == [
@@ -80,26 +83,25 @@ def test_a_line_tells_what_is_stored_when(tmp_path: Path) -> None:
         assert len(line.stored()) == 3
 
 
-@pytest.mark.parametrize("seconds", [0.04, 0.15])
-def test_a_line_delays_and_counts(tmp_path: Path, seconds: float) -> None:
+def test_a_line_delays_and_counts(fake: FakeS3, tmp_path: Path) -> None:
     """A request takes a round trip, a connection one more; stored is in the middle."""
-    with FakeS3() as fake, Line(fake.port, tmp_path, far=True) as line:
+    seconds = 0.15
+    with Line(fake.port, tmp_path, far=True) as line:
         line.set_round_trip(seconds)
         assert put(line, b"cold") >= 2 * seconds
         assert line.counts.round_trips == 2
         line.reset_counts()
         began = time.monotonic()
-        assert put(line, b"one", b"two") >= seconds
+        assert put(line, b"one", b"two") >= 3 * seconds
         assert line.counts.round_trips == 3
-        ended = time.monotonic()
         stored = line.wait_for(digest(b"two"))
         assert stored
-        assert began + 2.5 * seconds <= stored.at <= ended - 0.5 * seconds
+        assert began + 2.5 * seconds <= stored.at <= time.monotonic() - 0.5 * seconds
 
 
-def test_a_line_is_down_and_up(tmp_path: Path) -> None:
+def test_a_line_is_down_and_up(fake: FakeS3, tmp_path: Path) -> None:
     """In an outage connections are cut and refused; after it all is as before."""
-    with FakeS3() as fake, Line(fake.port, tmp_path, far=True) as line:
+    with Line(fake.port, tmp_path, far=True) as line:
         put(line, b"before")
         line.take_down()
         with pytest.raises(ConnectionError):
@@ -111,20 +113,14 @@ def test_a_line_is_down_and_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_a_line_cuts(tmp_path: Path, far: bool) -> None:  # noqa: FBT001 - a case
+def test_a_line_cuts(fake: FakeS3, tmp_path: Path, far: bool) -> None:  # noqa: FBT001 - a case
     """What is cut is closed for both sides."""
-    with FakeS3() as fake, Line(fake.port, tmp_path, far=far) as line:
-        connection = http.client.HTTPConnection(line.endpoint.partition("//")[2], timeout=10)
-        connection.request("PUT", "/bucket/key", b"data")
-        connection.getresponse().read()
-        timer = threading.Timer(0.05, line.cut)
-        timer.start()
+    with Line(fake.port, tmp_path, far=far) as line, connected(line, b"data") as connection:
+        line.cut()
         try:
             assert connection.sock.recv(1) == b""
         except ConnectionResetError:
             assert far
-        timer.join()
-        connection.close()
 
 
 def test_chunks_of_the_sdk_are_put_together() -> None:
@@ -135,15 +131,12 @@ def test_chunks_of_the_sdk_are_put_together() -> None:
     assert content(b"PUT / HTTP/1.1", chunks) == chunks
 
 
-def python(code: str) -> str:
-    """Return the shell's command for some Python code."""
-    return shlex.join([sys.executable, "-c", code])
-
-
 @contextlib.contextmanager
-def shell(script: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a shell script that ends with its stdin, at the latest."""
-    command = ["sh", "-c", f"{script}\ncat >/dev/null"]
+def running(code: str, *, as_child: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """Run some Python code, or as the child of a shell that says when it is over."""
+    command = [sys.executable, "-c", code]
+    if as_child:
+        command = ["sh", "-c", '"$@"; echo over; cat >/dev/null', "sh", *command]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
     ) as process:
@@ -166,7 +159,7 @@ def tell(process: subprocess.Popen[str]) -> None:
 
 def test_cpu_time_of_ended_children_counts() -> None:
     """The CPU time of a group is there when the child that used it is not."""
-    with shell(f"{python(BURN)}; echo over") as process:
+    with running(BURN, as_child=True) as process:
         used = float(said(process))
         assert said(process) == "over\n"
         assert family(process.pid)[0] == process.pid
@@ -175,7 +168,7 @@ def test_cpu_time_of_ended_children_counts() -> None:
 
 def test_peak_of_memory_of_a_child() -> None:
     """The peak holds what a child had that is gone, and what is measured afterwards does not."""
-    with shell(f"{python(FILL)}; echo over") as process:
+    with running(FILL, as_child=True) as process:
         with watched(process.pid) as seen:
             assert said(process) == "\n"
             began = time.monotonic()
@@ -189,16 +182,18 @@ def test_peak_of_memory_of_a_child() -> None:
 
 
 def test_peak_of_memory_that_was_given_back() -> None:
-    """The kernel remembers the largest RSS of a process."""
-    with shell(f"exec {python(GIVE_BACK)}") as process:
+    """The kernel remembers the largest RSS of a process; what processes have now is added up."""
+    with running(GIVE_BACK) as process:
         assert said(process) == "\n"
-        assert memory([process.pid]).rss < MEGABYTES < peak_rss(process.pid)
+        one, two = memory([process.pid]), memory([process.pid] * 2)
+        assert one.rss < MEGABYTES < peak_rss(process.pid)
+        assert two.rss == pytest.approx(2 * one.rss, rel=0.1)
         tell(process)
 
 
 def test_wake_ups() -> None:
     """Each time that a process waits and goes on is one wake-up, and takes some CPU time."""
-    with shell(f"exec {python(SLEEP)}") as process:
+    with running(SLEEP) as process:
         assert said(process) == "\n"
         before = usage([process.pid])
         tell(process)
@@ -242,13 +237,14 @@ def test_a_table_has_medians_spreads_and_ratios() -> None:
     rows.add("group", "figure", "ms", BARE, 1.0, 2.0, 3.0, size="45 B")
     rows.add("group", "figure", "ms", PROGRAM, 4.0, 1.0, 2.0, 3.0, 5.0, size="45 B")
     rows.add("group", "figure", "ms", CURL, size="45 B")
-    table = report.tables(made_up(rows))[0]
-    assert table.header == ["", "figure, size 45 B"]
-    assert table.title == "group, ms"
-    assert table.lines == [
-        [PROGRAM, "3 (1.5 to 4.5), 1.5 of bare"],
-        [BARE, "2 (1 to 3), 0.667x"],
-        [RCLONE, "40, 13.3x"],
+    assert report.tables(made_up(rows))[0].splitlines() == [
+        "### group, ms",
+        "",
+        "|  | figure, size 45 B |",
+        "| --- | ---: |",
+        f"| {PROGRAM} | 3 (1.5 to 4.5), 1.5 of bare |",
+        f"| {BARE} | 2 (1 to 3), 0.667x |",
+        f"| {RCLONE} | 40, 13.3x |",
     ]
 
 
@@ -288,8 +284,7 @@ def test_results_are_stored_as_they_are(tmp_path: Path) -> None:
     """What is stored is read, and written as the same bytes: a row in a line."""
     Results.load().save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == report.STORED.read_bytes()
-    rows = len(Results.load().rows)
-    assert report.STORED.read_text().count('\n  {"group"') == rows
+    assert report.STORED.read_text().count('\n  {"group"') == len(Results.load().rows)
 
 
 @pytest.mark.parametrize(

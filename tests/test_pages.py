@@ -18,7 +18,7 @@ import pytest
 import yaml
 from kit import CHECKOUT, run_script
 from shared import blocks, done_well
-from stores.template import DAYS, NONCURRENT, PREFIX, read_template, template_settings
+from stores.bucket import DAYS, NONCURRENT, PREFIX, read_template, template_settings
 
 import s3_backup_lnd_channels as program
 

@@ -5,7 +5,6 @@ root and named volumes; against the kit's S3 server on loopback. See `make test-
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 from container.prepare import CACHE, IMAGE, PODMAN
-from kit import Lnd, S3Server, Written
+from kit import Lnd, S3Server, Script, Written, allow, reader_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,19 +23,13 @@ if TYPE_CHECKING:
 
 PREFIX = "alice/"
 STUCK_SECONDS = 90.0
-HEALTHY, UNHEALTHY = 0, 1
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-_numbers = itertools.count(1)
 
 
 def podman(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run podman to its end."""
+    command = [*PODMAN, *arguments]
     done = subprocess.run(
-        [*PODMAN, *arguments],
-        check=False,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=STUCK_SECONDS,
+        command, check=False, capture_output=True, encoding="utf-8", timeout=STUCK_SECONDS
     )
     assert not check or done.returncode == 0, f"podman {arguments[0]}: {done.stderr}"
     return done
@@ -46,27 +39,16 @@ class Sidecar:
     """How the image is run: the settings, the volumes and the options of container/compose.yaml."""
 
     def __init__(self, server: S3Server, lnd: Lnd) -> None:
-        """Make a bucket, a put-only key and a new named volume; LND's directory is as LND's uid
-        left it.
-        """
+        """Make a bucket, a put-only key, and a volume of the bucket's name."""
         self.server, self.lnd, self.bucket = server, lnd, server.create_bucket()
-        self.volume = f"staging-{os.getpid()}-{next(_numbers)}"
-        self.staging: str | Path = self.volume
+        self.staging: str | Path = self.bucket
         self.user = "10001:10001"
         self.more: list[str] = []
         key = server.put_only_user(self.bucket, PREFIX)
-        self.settings = {
-            "S3_BUCKET_NAME": self.bucket,
-            "S3_BACKUP_PREFIX": PREFIX,
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL_S3": server.endpoint,
-            "AWS_ACCESS_KEY_ID": key.access_key,
-            "AWS_SECRET_ACCESS_KEY": key.secret_key,
-        }
-        podman("volume", "create", self.volume)
+        self.settings = reader_settings(server, self.bucket, PREFIX, key)
+        podman("volume", "create", self.bucket)
 
     def options(self) -> list[str]:
-        """Return the options of a run."""
         return [
             *("--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"),
             *("--network=host", "--cgroups=disabled", f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}"),
@@ -81,53 +63,35 @@ class Sidecar:
         """Run one command of the program in a container of its own."""
         return podman("run", "--rm", *self.options(), IMAGE, *arguments, check=False)
 
-    def staged_below(self) -> Path:
-        """Return the host's path of the named volume."""
-        return CACHE / "store" / "volumes" / self.volume / "_data"
-
     def stored(self) -> list[bytes]:
-        """Return the versions in the bucket."""
         return [entry.data for entry in self.server.objects(self.bucket).values()]
 
 
-class Running:
+class Running(Script):
     """The daemon in a container; leaving the `with` block removes it."""
 
     def __init__(self, sidecar: Sidecar) -> None:
         """Start it as compose does, without a command of its own."""
-        self.name = f"{sidecar.volume}-{next(_numbers)}"
-        podman("run", "--detach", f"--name={self.name}", *sidecar.options(), IMAGE)
+        self.name = sidecar.bucket
+        command = [*PODMAN, "run", f"--name={self.name}", *sidecar.options()]
+        super().__init__({}, IMAGE, command=command)
 
     def __enter__(self) -> Self:
-        """Return it."""
+        self.wait_for_log("watching")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Remove it, running or not."""
+    def close(self) -> None:
         podman("rm", "--force", "--time=0", self.name)
-
-    def log(self) -> str:
-        """Return what it said until now."""
-        return podman("logs", self.name).stderr
+        super().close()
 
     def wait_until(self, verb: str, version: Written) -> None:
-        """Block until the log tells of this version: stored or captured."""
+        """Block until the version is stored, or captured."""
         self.wait_for_log(rf"{verb} \S+-{version.sha256[-6:]}\b")
 
-    def wait_for_log(self, pattern: str) -> None:
-        """Block until the pattern is in the log."""
-        deadline = time.monotonic() + STUCK_SECONDS / 3
-        while not re.search(pattern, self.log()):
-            assert time.monotonic() < deadline, f"{pattern!r} did not come:\n{self.log()}"
-            time.sleep(0.1)
-
-    def health(self) -> int:
+    def is_healthy(self) -> bool:
         """Run the image's health check once, as the engine would, and return its verdict."""
-        return podman("healthcheck", "run", self.name, check=False).returncode
-
-    def exit_code(self) -> int:
-        """Return the exit code of the daemon, which has ended."""
-        return int(podman("wait", self.name).stdout)
+        code = podman("healthcheck", "run", self.name, check=False).returncode
+        return {0: True, 1: False}[code]
 
 
 @pytest.fixture(scope="module")
@@ -139,18 +103,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def sidecar(server: S3Server, tmp_path: Path) -> Iterator[Sidecar]:
-    """Return a sidecar with everything new, beside an LND that keeps the file in a directory of its
-    own.
-    """
+    """Return a sidecar with everything new, beside an LND that has a directory for the file."""
     lnd = Lnd(tmp_path / "lnd-scb")
     lnd.directory.chmod(0o755)  # a volume is, and LND makes no directory there but its archive
     made = Sidecar(server, lnd)
     yield made
-    podman("volume", "rm", "--force", made.volume)
+    podman("volume", "rm", "--force", made.bucket)
 
 
 def test_the_image_runs_as_nobody_and_checks_its_health_seldom() -> None:
-    """The user is a number other than 0, and the health check comes every five minutes at most."""
     [image] = json.loads(podman("image", "inspect", IMAGE).stdout)
     assert image["Config"]["User"] == "10001:10001"
     assert image["Config"]["Entrypoint"] == ["lnd-backup"]
@@ -179,7 +140,7 @@ def test_a_new_volume_works_for_every_user(sidecar: Sidecar, user: str) -> None:
     done = sidecar.command("once")
     assert done.returncode == 0, done.stderr
     assert sidecar.stored() == [written.data]
-    staging = (sidecar.staged_below() / "lnd-backup").stat()
+    staging = (CACHE / "store/volumes" / sidecar.bucket / "_data/lnd-backup").stat()
     assert f"{staging.st_uid}:{staging.st_gid}" == user
     assert staging.st_mode & 0o777 == 0o700
     assert sidecar.command("check").returncode == 0
@@ -191,10 +152,7 @@ def test_a_reader_lists_and_restores(sidecar: Sidecar, tmp_path: Path) -> None:
     written = sidecar.lnd.write(3)
     assert sidecar.command("once").returncode == 0
     reader = sidecar.server.reader_user(sidecar.bucket)
-    sidecar.settings |= {
-        "AWS_ACCESS_KEY_ID": reader.access_key,
-        "AWS_SECRET_ACCESS_KEY": reader.secret_key,
-    }
+    sidecar.settings = reader_settings(sidecar.server, sidecar.bucket, PREFIX, reader)
     out = tmp_path / "recovery"
     out.mkdir()
     os.chown(out, 10001, 10001)
@@ -206,33 +164,29 @@ def test_a_reader_lists_and_restores(sidecar: Sidecar, tmp_path: Path) -> None:
 
 
 def test_it_stops_after_lnd_in_order(sidecar: Sidecar) -> None:
-    """The daemon, process 1 of its container, stores each version and the one that LND writes last,
-    and leaves with exit code 0 within the grace period.
-    """
+    """The daemon, as process 1, stores each version and LND's last one, and leaves in time."""
     with Running(sidecar) as daemon:
         for channels in (1, 2, 3):
-            version = sidecar.lnd.write(channels)
-            daemon.wait_until("stored", version)
+            daemon.wait_until("stored", sidecar.lnd.write(channels))
         sidecar.lnd.write(4)
         began = time.monotonic()
         podman("stop", "--time=30", daemon.name)
         assert time.monotonic() - began < 12
-        assert daemon.exit_code() == 0
+        assert daemon.wait() == 0
     assert set(sidecar.stored()) == {version.data for version in sidecar.lnd.written}
 
 
 def test_a_second_signal_ends_process_1_at_once(sidecar: Sidecar) -> None:
     """The kernel spares process 1 what it does not handle; a second signal ends it all the same."""
     with Running(sidecar) as daemon:
-        version = sidecar.lnd.write(1)
-        daemon.wait_until("stored", version)
+        daemon.wait_until("stored", sidecar.lnd.write(1))
         sidecar.server.suspend()
         try:
             daemon.wait_until("captured", sidecar.lnd.write(2))
             podman("kill", "--signal=TERM", daemon.name)
             daemon.wait_for_log(r"(?i)stop")
             podman("kill", "--signal=TERM", daemon.name)
-            assert daemon.exit_code() == 143
+            assert daemon.wait() == 143
         finally:
             sidecar.server.resume()
 
@@ -240,8 +194,7 @@ def test_a_second_signal_ends_process_1_at_once(sidecar: Sidecar) -> None:
 def test_what_waits_outlives_the_container(sidecar: Sidecar) -> None:
     """Versions captured while S3 is away lie on the volume, and the next container sends them."""
     with Running(sidecar) as daemon:
-        first = sidecar.lnd.write(1)
-        daemon.wait_until("stored", first)
+        daemon.wait_until("stored", sidecar.lnd.write(1))
         with gone(sidecar.server):
             last = sidecar.lnd.write(2)
             daemon.wait_until("captured", last)
@@ -254,45 +207,38 @@ def test_what_waits_outlives_the_container(sidecar: Sidecar) -> None:
 def test_the_health_check_tells_a_refused_backup_from_an_absent_s3(sidecar: Sidecar) -> None:
     """Healthy: the bucket holds the version, or S3 cannot be asked (75). Unhealthy: it does not."""
     with Running(sidecar) as daemon:
-        assert daemon.health() == UNHEALTHY  # LND has written nothing yet
-        version = sidecar.lnd.write(1)
-        daemon.wait_until("stored", version)
-        assert daemon.health() == HEALTHY
+        assert not daemon.is_healthy()  # LND has written nothing yet
+        daemon.wait_until("stored", sidecar.lnd.write(1))
+        assert daemon.is_healthy()
         with gone(sidecar.server):
             assert podman("exec", daemon.name, "lnd-backup", "check", check=False).returncode == 75
-            assert daemon.health() == HEALTHY
+            assert daemon.is_healthy()
         refuse_puts(sidecar.server, sidecar.bucket)
-        refused = sidecar.lnd.write(2)
-        daemon.wait_until("captured", refused)
-        assert daemon.health() == HEALTHY  # it was written just now
+        daemon.wait_until("captured", sidecar.lnd.write(2))
+        assert daemon.is_healthy()  # it was written just now
         long_ago = time.time() - 11 * 60
         os.utime(sidecar.lnd.path, (long_ago, long_ago))
-        assert daemon.health() == UNHEALTHY
+        assert not daemon.is_healthy()
 
 
 @pytest.mark.parametrize(
-    ("owner", "mode", "directory", "code"),
+    ("user", "group", "mode", "directory", "code"),
     [
         # A volume whose top the program may write to: it makes a directory of its own.
-        pytest.param((0, 2000), 0o2775, "/staging/lnd-backup", 0, id="fsGroup"),
-        pytest.param((1000, 1000), 0o755, "/staging/lnd-backup", 0, id="chowned"),
-        pytest.param((1000, 1000), 0o700, "/staging", 0, id="chowned-itself"),
-        pytest.param((1000, 1000), 0o755, "/staging", 0, id="chowned-itself-open"),
+        pytest.param(0, 2000, 0o2775, "/staging/lnd-backup", 0, id="fsGroup"),
+        pytest.param(1000, 1000, 0o755, "/staging/lnd-backup", 0, id="chowned"),
+        pytest.param(1000, 1000, 0o700, "/staging", 0, id="chowned-itself"),
+        pytest.param(1000, 1000, 0o755, "/staging", 0, id="chowned-itself-open"),
         # And one that it refuses.
-        pytest.param((0, 2000), 0o2775, "/staging", 78, id="fsGroup-itself"),
-        pytest.param((0, 0), 0o755, "/staging/lnd-backup", 78, id="root"),
+        pytest.param(0, 2000, 0o2775, "/staging", 78, id="fsGroup-itself"),
+        pytest.param(0, 0, 0o755, "/staging/lnd-backup", 78, id="root"),
     ],
 )
 def test_who_may_own_the_staging_volume(
-    sidecar: Sidecar,
-    tmp_path: Path,
-    owner: tuple[int, int],
-    mode: int,
-    directory: str,
-    code: int,
+    sidecar: Sidecar, tmp_path: Path, user: int, group: int, mode: int, directory: str, code: int
 ) -> None:
     """The table in docs/containers.md: which owners of the volume work, and which do not."""
-    own_volume(sidecar, tmp_path / "volume", owner, mode)
+    own_volume(sidecar, tmp_path / "volume", user, group, mode)
     sidecar.settings["BACKUP_DIRECTORY"] = directory
     sidecar.lnd.write(1)
     done = sidecar.command("once")
@@ -315,7 +261,7 @@ def test_fsgroup_applied_again_takes_the_staging_directory_away(
     """Kubernetes lets the group write to all that is in the volume, at each start of a pod unless
     fsGroupChangePolicy is OnRootMismatch. A directory that others may write to is refused.
     """
-    own_volume(sidecar, tmp_path / "volume", (0, 2000), 0o2775)
+    own_volume(sidecar, tmp_path / "volume", 0, 2000, 0o2775)
     sidecar.lnd.write(1)
     assert sidecar.command("once").returncode == 0
     staging = tmp_path / "volume" / "lnd-backup"
@@ -323,21 +269,18 @@ def test_fsgroup_applied_again_takes_the_staging_directory_away(
     assert sidecar.command("once").returncode == 78
 
 
-def own_volume(sidecar: Sidecar, directory: Path, owner: tuple[int, int], mode: int) -> None:
-    """Use somebody's directory of the host for the volume, and run as user 1000 with its group. It
-    is mounted as it is, by Docker and Kubernetes alike.
-    """
+def own_volume(sidecar: Sidecar, directory: Path, user: int, group: int, mode: int) -> None:
+    """Mount somebody's directory of the host, as it is, and run as user 1000 with its group."""
     directory.mkdir()
-    os.chown(directory, *owner)
+    os.chown(directory, user, group)
     directory.chmod(mode)
     sidecar.staging = directory
     sidecar.user = "1000:1000"
-    sidecar.more = [f"--group-add={owner[1]}"]
+    sidecar.more = [f"--group-add={group}"]
 
 
 @contextlib.contextmanager
 def gone(server: S3Server) -> Iterator[None]:
-    """Take the server away for a while."""
     server.stop()
     try:
         yield
@@ -346,8 +289,6 @@ def gone(server: S3Server) -> Iterator[None]:
 
 
 def refuse_puts(server: S3Server, bucket: str) -> None:
-    """Give the bucket a policy that refuses every put."""
-    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
-    statement = deny | {"Resource": f"arn:aws:s3:::{bucket}/*"}
+    statement = allow("s3:PutObject", f"{bucket}/*") | {"Effect": "Deny", "Principal": "*"}
     policy = {"Version": "2012-10-17", "Statement": [statement]}
     server.admin.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))

@@ -1,16 +1,14 @@
-"""Makes the image for `make test-container`: a minimal Debian by mmdebstrap for the base, wheels at
-hand, and podman's build without a daemon.
-"""
+"""Makes the image for `make test-container`: on a minimal Debian, with wheels that are at hand."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[2]
+from kit import CHECKOUT
+from stores.servers import install_missing
+
 CACHE = CHECKOUT / ".cache" / "container"
 BASE, IMAGE = "localhost/lnd-backup-base", "localhost/lnd-backup"
 
@@ -27,17 +25,11 @@ PODMAN = [
 ]
 
 
-def main() -> int:
-    """Install the tools, or make the base and the image of a suite; return the exit code."""
-    match sys.argv[1:]:
-        case ["tools"]:
-            missing = install()
-            print(missing, end="", file=sys.stderr)
-            return 1 if missing else 0
-        case ["image", suite]:
-            build(suite)
-            return 0
-    return 2
+def install() -> None:
+    if os.geteuid() != 0:
+        sys.exit("cannot build and run containers: only root can: sudo make test-container")
+    if missing := install_missing(NEEDED):
+        sys.exit(f"cannot build and run containers: missing: apt install {missing}")
 
 
 def build(suite: str) -> None:
@@ -59,28 +51,6 @@ def build(suite: str) -> None:
     run(*PODMAN, "image", "prune", "--force")
 
 
-def install() -> str:
-    """Install the missing tools by apt where that is possible, and return what is wrong."""
-    if os.geteuid() != 0:
-        return "cannot build and run containers: only root can: sudo make test-container\n"
-    missing = [package for command, package in NEEDED.items() if not shutil.which(command)]
-    if missing and shutil.which("apt-get"):
-        print(f"installing {' '.join(missing)}")
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
-        subprocess.run([*apt, "update"], check=False, stdout=subprocess.DEVNULL)
-        subprocess.run(
-            [*apt, "install", "-y", "--no-install-recommends", *missing],
-            check=False,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-        )
-    left = [package for command, package in NEEDED.items() if not shutil.which(command)]
-    return (
-        f"cannot build and run containers: missing: apt install {' '.join(left)}\n" if left else ""
-    )
-
-
 def wheels_at_hand() -> list[str]:
     """Fetch the wheels with this machine's pip, and return the options that let the build use these
     alone: what this machine needs to reach an index is nothing for the image.
@@ -96,13 +66,13 @@ def wheels_at_hand() -> list[str]:
 
 
 def run(*command: str) -> None:
-    """Run a command that must succeed; of its output only what it says when it fails is shown."""
-    done = subprocess.run(
-        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
-    )
-    if done.returncode:
-        sys.exit(f"{done.stdout[-4000:]}\nfailed: {' '.join(command)}")
+    """Run a command that must succeed, and that says on stderr why it does not."""
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    match sys.argv[1:]:
+        case ["tools"]:
+            install()
+        case ["image", suite]:
+            build(suite)

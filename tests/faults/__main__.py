@@ -1,20 +1,16 @@
-"""`make faults`: tries to make the program lose something, and prints what it was tried against and
-what came of it.
-"""
+"""`make faults`: tries to make the program lose something, and prints what came of it."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from faults import rows, steps, table
 from kit import S3Server
-from stores.servers import NotInstalledError, install_from_debian
+from stores.servers import install_missing
 
 # What is needed beside the virtual environments, by the Debian package that brings it.
 NEEDED = {
@@ -34,9 +30,10 @@ def main() -> int:
     only = "run only these: the tests that pytest -k takes by this, the steps whose row holds it"
     add("--only", default="", help=only)
     options = parser.parse_args()
-    if wrong := prepare():
-        print(wrong, file=sys.stderr)
-        return 1
+    if os.geteuid():
+        sys.exit("make faults needs root: it mounts file systems, and traces processes")
+    if missing := install_missing(NEEDED):
+        sys.exit(f"make faults needs what is not there: install {missing}")
     tallies: list[table.Tally] = []
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         if options.part != "tests":
@@ -53,27 +50,7 @@ def under_strace(directory: Path, only: str) -> list[table.Tally]:
         S3Server(directory / "s3-http") as http,
         S3Server(directory / "s3-https", tls=True) as https,
     ):
-        over_http = steps.Place.at(http, directory / "http")
-        over_https = steps.Place.at(https, directory / "https")
-        return steps.inject_all(over_http, over_https, only)
-
-
-def prepare() -> str | None:
-    """Install what is missing, where that is possible; return what is still missing, and what to
-    do.
-    """
-    if os.geteuid():
-        return "make faults needs root: it mounts file systems, and traces processes"
-    if missing():
-        print(f"installing {missing()}", file=sys.stderr, flush=True)
-        with contextlib.suppress(NotInstalledError):
-            install_from_debian(*missing().split())
-    return f"make faults needs what is not there: install {missing()}" if missing() else None
-
-
-def missing() -> str:
-    """Return the packages whose command is not there."""
-    return " ".join(package for command, package in NEEDED.items() if not shutil.which(command))
+        return steps.inject_all(http, https, only)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""The node being a node, the long way: tests for `make faults` alone, in a mount namespace of their
-own.
-"""
+"""The node being a node: tests for `make faults` alone, in a mount namespace of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import shutil
 import signal
@@ -28,33 +25,32 @@ from kit import (
     answers,
     assert_nothing_lost,
     channel_backup,
-    settings_at,
     version_name,
 )
-from shared import OFTEN, TRY_AGAIN, staged
+from shared import OFTEN, TRY_AGAIN, Session, staged
+
+from bench.resources import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-BUCKET = "bucket"
-UPDATES = 100_000
-AWAY_STAGED = 10_000
-SUSPENDED_SECONDS = 60.0
 DAY, YEAR = 86_400, 31_557_600
-FIRST = datetime(2026, 1, 1, tzinfo=UTC)
-FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
 @pytest.fixture
-def env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, str]:
-    """Return the settings of the program."""
-    return settings_at(fake.endpoint, lnd, staging, bucket=BUCKET, prefix=prefix)
+def s3(fake: FakeS3) -> FakeS3:
+    """Return the scripted S3, so that the fixtures of all tests work on it."""
+    return fake
 
 
 @pytest.fixture
-def check(lnd: Lnd, fake: FakeS3, prefix: str, staging: Path) -> partial[None]:
-    """Return the invariant, to be called at the end."""
-    return partial(assert_nothing_lost, lnd, fake, BUCKET, prefix, staging)
+def bucket() -> str:
+    return "some-bucket"
+
+
+@pytest.fixture
+def env(fake_env: dict[str, str]) -> dict[str, str]:
+    return fake_env
 
 
 def finish(env: dict[str, str], lnd: Lnd) -> None:
@@ -62,6 +58,11 @@ def finish(env: dict[str, str], lnd: Lnd) -> None:
     with Daemon(env) as daemon:
         daemon.wait_for_stored(lnd.write())
         assert daemon.stop() == 0
+
+
+def kill(daemon: Daemon) -> None:
+    daemon.signal(signal.SIGKILL)
+    daemon.wait()
 
 
 def names_in(fake: FakeS3) -> list[str]:
@@ -72,21 +73,22 @@ def names_in(fake: FakeS3) -> list[str]:
 # --- the disk ---
 
 
+def run(*command: str | Path) -> None:
+    subprocess.run(command, check=True)
+
+
 @pytest.fixture
 def small_disk(staging: Path) -> Iterator[Path]:
     """Put the staging directory on a file system of its own with room for a few versions."""
-    options = ["-t", "tmpfs", "-o", "size=64k,mode=700"]
-    subprocess.run(["mount", *options, "none", staging], check=True)  # noqa: S607
+    run("mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", staging)
     yield staging
-    subprocess.run(["umount", "--lazy", staging], check=True)  # noqa: S607
+    run("umount", "--lazy", staging)
 
 
 def test_staging_disk_is_full(
     env: dict[str, str], lnd: Lnd, fake: FakeS3, small_disk: Path, check: partial[None]
 ) -> None:
-    """While the disk is full versions go out from memory; the newest, if it was not sent, is staged
-    when there is room again.
-    """
+    """While the disk is full versions go out from memory; with room again the newest is staged."""
     filler = small_disk / ".filler"
     with Daemon(env | OFTEN) as daemon:
         daemon.wait_for_stored(lnd.write())
@@ -103,8 +105,7 @@ def test_staging_disk_is_full(
         for _ in range(3):
             daemon.wait_for_captured(lnd.write())
         daemon.wait_for_looks()
-        daemon.signal(signal.SIGKILL)
-        daemon.wait()
+        kill(daemon)
     fake.release()
     finish(env, lnd)
     assert {path.name for path in small_disk.iterdir()} == {".lock", ".receipt"}
@@ -112,43 +113,38 @@ def test_staging_disk_is_full(
 
 
 def test_staging_disk_becomes_read_only(
-    env: dict[str, str], lnd: Lnd, tmp_path: Path, fake: FakeS3, prefix: str
+    env: dict[str, str], lnd: Lnd, tmp_path: Path, fake: FakeS3, bucket: str, prefix: str
 ) -> None:
-    """When the file system gives up and goes read-only, versions go out from memory; mounted anew
-    it is used again.
-    """
+    """On a disk gone read-only versions go out from memory; mounted anew it is used again."""
     image, disk = tmp_path / "image", tmp_path / "disk"
     disk.mkdir()
-    with image.open("wb") as file:
-        file.truncate(16 << 20)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)  # noqa: S607
-    mount = ["mount", "-o", "loop,errors=remount-ro"]
-    subprocess.run([*mount, image, disk], check=True)
+    image.touch()
+    os.truncate(image, 16 << 20)
+    run("mkfs.ext4", "-q", image)
+    mount = partial(run, "mount", "-o", "loop,errors=remount-ro")
+    mount(image, disk)
     env["BACKUP_DIRECTORY"] = str(disk / "staging")
     with Daemon(env) as daemon:
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_stored(lnd.write())
-        subprocess.run(["mount", "-o", "remount,abort", disk], check=True)  # noqa: S607 - as an error on disk does
+        run("mount", "-o", "remount,abort", disk)  # as an error on disk does
         for _ in range(5):
             daemon.wait_for_stored(lnd.write())
         daemon.wait_for_log("error: cannot .*Read-only")  # whichever meets it first
         assert daemon.stop() == 0
-    subprocess.run(["umount", disk], check=True)  # noqa: S607
+    run("umount", disk)
     # A copy, since another test's mount namespace may hold the file system, and would hand it out
     # again as it is.
-    copy = shutil.copy(image, tmp_path / "copy")
-    subprocess.run([*mount, copy, disk], check=True)
+    mount(shutil.copy(image, tmp_path / "copy"), disk)
     finish(env, lnd)
     try:
-        assert_nothing_lost(lnd, fake, BUCKET, prefix, disk / "staging", refreshes=2)
+        assert_nothing_lost(lnd, fake, bucket, prefix, disk / "staging", refreshes=2)
     finally:
-        subprocess.run(["umount", disk], check=True)  # noqa: S607
+        run("umount", disk)
 
 
 def lowest_free_descriptor(daemon: Daemon) -> int:
-    """Return the lowest descriptor that is free whenever the daemon does nothing; it uses some in
-    every look.
-    """
+    """Return the lowest descriptor that is free between the looks, each of which uses some."""
     lowest = []
     for _ in range(10):
         daemon.wait_for_looks(1)
@@ -157,12 +153,9 @@ def lowest_free_descriptor(daemon: Daemon) -> int:
     return min(lowest)
 
 
-def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: partial[None]) -> None:
-    """Without a free descriptor nothing can be read, and the log says so; with one it goes on by
-    itself.
-    """
-    with Daemon(env | OFTEN) as daemon:
-        daemon.wait_for_stored(lnd.write())
+def test_no_descriptors(backed_up: Session, lnd: Lnd) -> None:
+    """Without a free descriptor the log says that nothing can be read; with one it goes on."""
+    with backed_up(OFTEN) as daemon:
         daemon.wait_for_looks()
         limit = partial(resource.prlimit, daemon.pid, resource.RLIMIT_NOFILE)
         limits = limit()
@@ -172,8 +165,6 @@ def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: partial[None]) -> 
         limit(limits)
         daemon.wait_for_stored(version)
         daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-    check()
 
 
 # --- the clock ---
@@ -182,27 +173,22 @@ def test_no_descriptors(env: dict[str, str], lnd: Lnd, check: partial[None]) -> 
 def test_clock_jumps(
     env: dict[str, str], lnd: Lnd, fake: FakeS3, check: partial[None], tmp_path: Path
 ) -> None:
-    """A year forward, a day back and home again, while it runs and between two runs: names increase
-    all the same.
-    """
-    if not FAKETIME:
-        pytest.fail("libfaketime is missing: apt install faketime")
+    """A year forward, a day back and home again, within a run and between two: names increase."""
     clock = tmp_path / "clock"
+    clock.write_text("+0")
     faked = {
-        "LD_PRELOAD": str(FAKETIME[0]),
+        "LD_PRELOAD": str(next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
-    clock.write_text("+0")
     for jumps in ([0, YEAR, -DAY, 0], [-DAY, 0, YEAR, 0]):
         with Daemon(env | faked) as daemon:
             for jump in jumps:
                 clock.write_text(f"{jump:+d}")
                 daemon.wait_for_stored(lnd.write())
-            daemon.signal(signal.SIGKILL)
-            daemon.wait()
+            kill(daemon)
     names = names_in(fake)
     assert max(names)[:8] > f"{time.gmtime().tm_year + 1}", "the clock was not moved"
     # A receipt from the future, or one that the jump made too old, proves nothing.
@@ -211,28 +197,22 @@ def test_clock_jumps(
 
 @pytest.mark.once
 @pytest.mark.timeout(180)
-def test_suspended_for_a_minute(
-    env: dict[str, str], lnd: Lnd, fake: FakeS3, check: partial[None]
-) -> None:
-    """Stopped for a minute in the middle of an upload, the daemon finishes it, or does it again
-    under the same name.
-    """
+def test_suspended_for_a_minute(session: Session, lnd: Lnd, fake: FakeS3) -> None:
+    """Stopped for a minute in an upload, it ends it, or does it again under the same name."""
     fake.hold()
-    lnd.write()
-    with Daemon(env) as daemon:
+    first = lnd.write()
+    # A refresh of the last one, if the first had to be sent after it.
+    with session(refreshes=1) as daemon:
         fake.wait_for_requests(1)
         daemon.signal(signal.SIGSTOP)
         last = lnd.write()
-        time.sleep(SUSPENDED_SECONDS)  # as long as a short suspend
+        time.sleep(60)  # as long as a short suspend
         daemon.signal(signal.SIGCONT)
         fake.release()
-        for version in lnd.written:
-            daemon.wait_for_stored(version)
-        assert last is version
-        assert daemon.stop() == 0
-    for ending, most in ((lnd.written[0].sha256[-6:], 1), (last.sha256[-6:], 2)):
-        assert len({name for name in names_in(fake) if name.endswith(ending)}) <= most
-    check(refreshes=1)  # the last one, if the first had to be sent after it
+        daemon.wait_for_stored(first)
+        daemon.wait_for_stored(last)
+    for version, most in ((first, 1), (last, 2)):
+        assert len({name for name in names_in(fake) if name.endswith(version.sha256[-6:])}) <= most
 
 
 # --- processes ---
@@ -253,25 +233,21 @@ def test_two_daemons_at_once(env: dict[str, str], lnd: Lnd, check: partial[None]
     check()
 
 
-STATES = ("starting", "idle", "sending", "versions waiting", "between attempts", "stopping")
-
-
 def bring_to(state: str, daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
     """Let LND write, and bring the daemon, which is just ready, to this state."""
-    held = state in ("sending", "versions waiting", "stopping")
-    before = len(fake.requests)
-    if held:
-        fake.hold()
     if state == "between attempts":
         fake.set_default(answers.SLOW_DOWN)
-    version = lnd.write()
-    if held:
-        fake.wait_for_requests(before + 1)
-    if state == "idle":
-        daemon.wait_for_stored(version)
-    if state == "between attempts":
+        lnd.write()
         daemon.wait_for_log("cannot store")
         fake.set_default(answers.STORED)
+        return
+    if state in ("sending", "versions waiting", "stopping"):
+        fake.hold()
+    version = lnd.write()
+    if state == "idle":
+        daemon.wait_for_stored(version)
+    elif state != "starting":
+        fake.wait_for_requests(1)
     if state in ("versions waiting", "stopping"):
         for _ in range(5):
             daemon.wait_for_captured(lnd.write())
@@ -279,22 +255,16 @@ def bring_to(state: str, daemon: Daemon, lnd: Lnd, fake: FakeS3) -> None:
         daemon.begin_to_stop()
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    "state", ["starting", "idle", "sending", "versions waiting", "between attempts", "stopping"]
+)
 def test_killed_in_each_state(
-    state: str,
-    env: dict[str, str],
-    lnd: Lnd,
-    fake: FakeS3,
-    check: partial[None],
-    staging: Path,
+    state: str, env: dict[str, str], lnd: Lnd, fake: FakeS3, check: partial[None], staging: Path
 ) -> None:
-    """Killed in any state as the OOM killer does it, the next start sends what was staged, under
-    the same names.
-    """
+    """Killed in any state, it sends at the next start what was staged, under the same names."""
     with Daemon(env) as daemon:
         bring_to(state, daemon, lnd, fake)
-        daemon.signal(signal.SIGKILL)
-        daemon.wait()
+        kill(daemon)
     waiting = staged(staging)
     fake.release()
     finish(env, lnd)
@@ -317,21 +287,17 @@ def test_a_hundred_thousand_updates(
     check: partial[None],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Under updates as fast as the file system takes them it captures what it can, and the last one
-    without fail.
-    """
+    """Of updates at full speed it captures what it can, and the last one without fail."""
     lnd.archive = False
+    record_property("injected", updates := 100_000)
     with Daemon(env) as daemon:
-        for _ in range(UPDATES):
-            lnd.write(data=os.urandom(45))
-        last = lnd.written[-1]
-        assert daemon.systemd  # it is still there
+        for _ in range(updates):
+            last = lnd.write(data=os.urandom(45))
         daemon.wait_for_log(f"stored .*{last.sha256[-6:]}", timeout=120)
         daemon.signal(signal.SIGTERM)
         daemon.wait(timeout=120)
     with Script(env, "once") as rest:  # what did not fit into the grace period
         assert rest.wait(timeout=300) == 0
-    record_property("injected", UPDATES)
     check(replaced_ok=True, refreshes=None)
     assert Counter(names_in(fake)).most_common(1)[0][1] <= 2, "a version was sent again and again"
 
@@ -339,42 +305,24 @@ def test_a_hundred_thousand_updates(
 @pytest.mark.cold
 @pytest.mark.once
 @pytest.mark.timeout(900)
-def test_a_month_away(
-    env: dict[str, str],
-    lnd: Lnd,
-    fake: FakeS3,
-    staging: Path,
-    check: partial[None],
-    record_property: Callable[[str, object], None],
-) -> None:
-    """After an outage with 10,000 versions staged all are delivered, newest first, with hardly more
-    memory.
-    """
-    for number in range(AWAY_STAGED):
+def test_a_month_away(session: Session, lnd: Lnd, fake: FakeS3, staging: Path) -> None:
+    """After an outage 10,000 versions go out, newest first, with hardly more memory."""
+    for number in range(10_000):
         data = channel_backup(1)
-        path = staging / version_name(data, FIRST + number * timedelta(minutes=4))
+        at = datetime(2026, 1, 1, tzinfo=UTC) + number * timedelta(minutes=4)
+        path = staging / version_name(data, at)
         path.write_bytes(data)
         path.chmod(0o600)
         lnd.placed.append(data)
     waiting = staged(staging)
     fake.hold()
     last = lnd.write()
-    with Daemon(env) as daemon:
+    with session(refreshes=1) as daemon:
         fake.wait_for_requests(1)
-        before = _memory(daemon.pid)
+        before = memory([daemon.pid]).pss
         fake.release()
         daemon.wait_for_log(f"stored .*{waiting[0]}", timeout=600)
-        assert _memory(daemon.pid) < 1.2 * before
-        assert daemon.stop() == 0
-    assert names_in(fake)[0].endswith(last.sha256[-6:])
-    assert names_in(fake)[1:-1] == waiting[::-1]
-    assert names_in(fake)[-1].endswith(last.sha256[-6:])  # once more
-    record_property("injected", 1)
-    check(refreshes=1)
-
-
-def _memory(pid: int) -> int:
-    """Return the memory of a process in kB."""
-    found = re.search(r"^Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1])
+        assert memory([daemon.pid]).pss < 1.2 * before
+    names = names_in(fake)
+    assert names[1:-1] == waiting[::-1]
+    assert [name[-6:] for name in (names[0], names[-1])] == [last.sha256[-6:]] * 2

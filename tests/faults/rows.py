@@ -1,25 +1,23 @@
-"""The faults that tests inject: which tests belong to which row of the table, and how they are run
-and counted.
-"""
+"""The faults that tests inject: the rows of the table, and how their tests are run and counted."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
 
-from faults.counting import RECORD, ROUNDS
-from faults.table import COLUMNS, Tally
+from faults.table import Tally
 from kit import CHECKOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
     from pathlib import Path
 
+BURST = "SIGKILL in a burst"
 OUTAGE = "test_outage.py::test_a_fault_is_told_survived_and_over"
 # Row of the table: the tests, below tests/.
 ROWS = {
@@ -54,7 +52,7 @@ ROWS = {
     "suspended for a minute while sending": ["faults/node.py::test_suspended_for_a_minute"],
     "two daemons at once": ["faults/node.py::test_two_daemons_at_once"],
     "SIGKILL in each state": ["faults/node.py::test_killed_in_each_state"],
-    "SIGKILL in a burst": ["test_disk.py::test_kills_at_any_moment_lose_nothing_that_was_staged"],
+    BURST: ["test_disk.py::test_kills_at_any_moment_lose_nothing_that_was_staged"],
     "100,000 updates at full speed": ["faults/node.py::test_a_hundred_thousand_updates"],
     "an outage with 10,000 versions staged": ["faults/node.py::test_a_month_away"],
 }
@@ -63,44 +61,49 @@ KILLS_IN_A_BURST = 10  # in one run of that test
 
 
 def inject_by_tests(directory: Path, rounds: int, only: str) -> list[Tally]:
-    """Run the tests in a mount namespace of their own, and return what came of them, by row."""
-    record = directory / "record"
-    names = [OUTAGE, *itertools.chain.from_iterable(ROWS.values())]
-    tests = [f"tests/{name}" for name in names]
+    """Run the tests in a mount namespace of their own; return what came of each, by row."""
+    tests = [f"tests/{name}" for name in [OUTAGE, *itertools.chain(*ROWS.values())]]
     namespace = ["unshare", "-m", "--propagation", "private"]
     pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb", "no", "-r", "N"]
-    subprocess.run(
-        [*namespace, *pytest, "-p", "faults.counting", "-n", "2", "-k", only, *tests],
-        cwd=CHECKOUT,
-        env=os.environ | {"PYTHONPATH": "tests", RECORD: str(record), ROUNDS: str(rounds)},
-        stdout=sys.stderr,
-        check=False,  # what failed is in the record
-    )
-    return read_record(record.read_text().splitlines() if record.exists() else [])
-
-
-def read_record(lines: Iterable[str]) -> list[Tally]:
-    """Return a tally for each row of which the record tells."""
-    rows: dict[str, Tally] = {}
-    for line in lines:
-        facts: dict[str, Any] = json.loads(line)
-        row = row_of(facts["test"])
-        tally = rows.setdefault(row, Tally(row))
-        kills = KILLS_IN_A_BURST if row == "SIGKILL in a burst" else 1
-        facts["injected"] = facts.get("injected", 0) * kills
-        tally.numbers.update({name: facts.get(name, 0) for name in COLUMNS})
-        if "failed" in facts:  # one that is skipped has injected nothing, which shows in the table
-            tally.complaints.append(f"{facts['test']}: {facts['failed']}")
-    order = list(ROWS)
+    plugin = ["-p", "faults.counting", "-o", "junit_family=xunit1"]
+    tallies: list[Tally] = []
+    for number in range(rounds):
+        report = directory / f"round-{number}.xml"
+        chosen = ["-n", "2", "-k", only, "-m", "not once" if number else ""]
+        subprocess.run(
+            [*namespace, *pytest, *plugin, *chosen, f"--junit-xml={report}", *tests],
+            cwd=CHECKOUT,
+            env=os.environ | {"PYTHONPATH": "tests"},
+            stdout=sys.stderr,
+            check=False,  # what failed is in the report
+        )
+        if report.exists():
+            tallies += read_report(report)
     # The rows of S3, which are not in that list, come first.
-    return sorted(
-        rows.values(), key=lambda tally: order.index(tally.fault) if tally.fault in order else -1
-    )
+    order = list(ROWS)
+    return sorted(tallies, key=lambda each: order.index(each.fault) if each.fault in order else -1)
+
+
+def read_report(report: Path) -> Iterator[Tally]:
+    """Yield a tally for each test of a report."""
+    for case in ET.parse(report).iter("testcase"):  # noqa: S314 - pytest wrote it
+        tally = Tally(row_of(case.attrib["name"]))
+        for found in case.iter("property"):
+            tally.numbers[found.attrib["name"]] += int(found.attrib["value"])
+        wrong = [each for each in case if each.tag in ("failure", "error")]
+        # One that is skipped has injected nothing, which shows in the table.
+        if wrong or case.find("skipped") is not None:
+            tally.numbers["injected"] = 0
+        elif not tally.numbers["injected"]:
+            tally.numbers["injected"] = KILLS_IN_A_BURST if tally.fault == BURST else 1
+        tally.complaints += [
+            f"{case.attrib['name']}: {(each.text or '')[-3000:]}" for each in wrong
+        ]
+        yield tally
 
 
 def row_of(test: str) -> str:
-    """Return the row of a test by its id."""
-    name, _, parameters = test.rpartition("::")[2].partition("[")
-    if found := re.match(r"(.*)-(https?)-round", parameters):
+    name, _, parameters = test.partition("[")
+    if found := re.fullmatch(r"(.*)-https?\]", parameters):
         return f"S3: {found[1].replace('-', ' ')}"
     return ROW_OF.get(name, name)

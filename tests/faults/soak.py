@@ -9,6 +9,7 @@ and not when exactly.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import random
 import secrets
@@ -20,20 +21,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit import (
-    Daemon,
-    FaultProxy,
-    Lnd,
-    S3Server,
-    assert_nothing_lost,
-    settings_for,
-)
+from kit import Daemon, FaultProxy, Lnd, S3Server, assert_nothing_lost, settings_for
 from shared import done_well, staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kit import Allowed, Mode
+    from kit import Mode
 
 PREFIX = "alice/"
 STEPS = 40
@@ -61,71 +53,49 @@ class Round:
         self.lnd, self.staging = Lnd(directory / "lnd"), directory / "staging"
         self.bucket = server.create_bucket()
         self.proxy = FaultProxy(server.host, server.port)
-        self.daemon: Daemon | None = None
-        self.starts = 0
+        self.daemons: list[Daemon] = []  # the last one runs
         self.seen: set[str] = set()
         self.history: list[str] = []
         self.done: Counter[str] = Counter()
 
     def run(self) -> None:
         """Go through the schedule, then let all be well and check the whole invariant."""
-        actions: list[Callable[[], None]] = [
-            *[self.write] * 6,
-            *[self.burst] * 2,
-            *[self.fail] * 3,
-            *[self.heal] * 2,
-            *[self.kill] * 2,
-            self.stop,
-            self.suspend,
-            self.pause,
-            self.move_directory,
-        ]
+        actions = {
+            self.write: 6,
+            self.burst: 2,
+            self.fail: 3,
+            self.heal: 2,
+            self.kill: 2,
+            self.stop: 1,
+            self.suspend: 1,
+            self.pause: 1,
+            self.move_directory: 1,
+        }
+        schedule = self.chance.choices(list(actions), list(actions.values()), k=STEPS)
         more = {"RESCAN_SECONDS": "1", "SHUTDOWN_GRACE_SECONDS": "1"}
-        with self.proxy:
-            self.env = more | settings_for(
-                self.server,
-                self.bucket,
-                PREFIX,
-                self.lnd,
-                self.staging,
-                endpoint=self.proxy.endpoint(),
-            )
-            try:
-                self.start()
-                for _ in range(STEPS):
-                    action = self.chance.choice(actions)
-                    self.note(action.__name__)
-                    action()
-                    self.check_staged()
-                self.end()
-            finally:
-                self.close()
-            # Each start, and each drain of several versions, puts the version on disk once more.
-            allowed: Allowed = {"replaced_ok": True, "refreshes": None}
-            place = (self.server, self.bucket, PREFIX, self.staging)
-            assert_nothing_lost(self.lnd, *place, **allowed)
-
-    def note(self, what: str) -> None:
-        self.done[what] += 1
-        self.history.append(f"{time.monotonic():.3f} {what}")
+        with contextlib.ExitStack() as self.stack:
+            self.stack.enter_context(self.proxy)
+            place = (self.server, self.bucket, PREFIX, self.lnd, self.staging)
+            self.env = more | settings_for(*place, endpoint=self.proxy.endpoint())
+            self.start()
+            for action in schedule:
+                self.done[action.__name__] += 1
+                self.history.append(f"{time.strftime('%F %T')} {action.__name__}")
+                action()
+                self.check_staged()
+            self.end()
+        # Each start, and each drain of several versions, puts the version on disk once more.
+        kept = (self.server, self.bucket, PREFIX, self.staging)
+        assert_nothing_lost(self.lnd, *kept, replaced_ok=True, refreshes=None)
 
     def start(self) -> None:
-        """Start the daemon, and keep the log of the one before."""
-        self.close()
-        self.daemon = Daemon(self.env).__enter__()
-        self.starts += 1
-
-    def close(self) -> None:
-        if self.daemon:
-            self.history.append(self.daemon.log)
-            self.daemon.close()
+        self.daemons.append(self.stack.enter_context(Daemon(self.env)))
 
     def running(self) -> Daemon:
         """Return the daemon, which has to run."""
-        assert self.daemon
-        code = self.daemon.returncode
-        assert code is None, f"the daemon ended by itself with {code}"
-        return self.daemon
+        daemon = self.daemons[-1]
+        assert daemon.returncode is None, f"it ended by itself with {daemon.returncode}"
+        return daemon
 
     # --- what may happen ---
 
@@ -178,9 +148,8 @@ class Round:
         self.running()
         now = set(staged(self.staging))
         self.seen |= now
-        pages = self.server.admin.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=PREFIX
-        )
+        list_all = self.server.admin.get_paginator("list_objects_v2").paginate
+        pages = list_all(Bucket=self.bucket, Prefix=PREFIX)
         entries = [entry for page in pages for entry in page.get("Contents", [])]
         stored = {entry["Key"].removeprefix(PREFIX) for entry in entries}
         assert self.seen <= now | stored, f"lost: {sorted(self.seen - now - stored)}"
@@ -193,7 +162,6 @@ class Round:
         daemon.wait_for_log(rf"stored \S+-{last.sha256[-6:]}\b", timeout=PATIENCE_SECONDS)
         assert daemon.stop() == 0
         done_well(self.env)  # whatever the grace period was too short for
-        self.starts += 1
         assert {path.name for path in self.staging.iterdir()} == {".lock", ".receipt"}
         stored = self.server.objects(self.bucket, PREFIX)
         assert stored[max(stored)].data == last.data
@@ -207,7 +175,7 @@ def main() -> int:
     parser.add_argument("seed", type=int, nargs="?", help=first)
     options = parser.parse_args()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
-    until, totals, versions = time.monotonic() + options.seconds, Counter[str](), 0
+    until, totals = time.monotonic() + options.seconds, Counter[str]()
     with (
         tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as name,
         S3Server(Path(name, "s3")) as server,
@@ -221,14 +189,15 @@ def main() -> int:
             try:
                 one.run()
             except Exception as error:  # noqa: BLE001 - whatever it is, the seed is said
-                print(*one.history, f"{type(error).__name__}: {error}", sep="\n")
+                logs = [daemon.log for daemon in one.daemons]
+                print(*one.history, *logs, f"{type(error).__name__}: {error}", sep="\n")
                 print(f"failed: make soak SECONDS=1 SEED={seed + rounds}")
                 return 1
-            totals += one.done
-            versions += len(one.lnd.written)
-            told = f"{len(one.lnd.written)} versions, {one.starts} starts"
+            one.done |= {"version": len(one.lnd.written), "start": len(one.daemons)}
+            told = f"{one.done['version']} versions, {one.done['start']} starts"
             print(f"seed {seed + rounds}: {told}", flush=True)
-    print(f"{rounds} rounds, {versions} versions, nothing lost; {dict(totals)}")
+            totals += one.done
+    print(f"{rounds} rounds, nothing lost; {dict(totals)}")
     return 0
 
 

@@ -1,11 +1,8 @@
-"""Killed at every step, and every step failing: the program under strace, from its first look to
-its last receipt.
-"""
+"""The program under strace: killed at every step, and every step failing, from its first look."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import re
 import shutil
@@ -14,21 +11,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
-from faults.order import ORDER, order_of
 from faults.strace import KIND_OF, TURN, Call, Strace, counts
 from faults.table import Tally
-from kit import VERSION_NAME, Lnd, S3Server, Script, find_problems, settings_for
+from kit import VERSION_NAME, Lnd, S3Server, Script, find_problems, settings_for, version_name
 from kit.script import warm_starts, write_launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from kit import Allowed, Written
     from kit.invariant import Problems
@@ -43,12 +38,8 @@ NEVER_LASTING = ("EINTR",)
 PATIENCE_SECONDS = 10.0
 LASTING_SECONDS = 2.0
 CALM = 10  # so many times the turns and failures of an undisturbed run are still no busy loop
-EARLIER = "20260101T000000.000000Z"
 GRACE_SECONDS = 10.0
-IN_ORDER = "none: the order of its steps"
 LOOK_SECONDS = 0.02
-
-WARM = contextlib.ExitStack()
 
 # Run before the program: stop it when it is about to open or make a directory for the first time.
 HELD = """
@@ -65,10 +56,9 @@ sys.addaudithook(hold)
 """
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One run with one fault: from the n-th call on of this name, which kills, or fails once or for
-    a while.
+    a while; without a name there is none.
     """
 
     scenario: str
@@ -80,88 +70,47 @@ class Case:
     @property
     def fault(self) -> str:
         """Return its row in the table."""
-        if not self.call:
-            return "none"
         if not self.error:
-            return f"killed at: {KIND_OF[self.call]}"
+            return f"killed at: {KIND_OF[self.call]}" if self.call else ""
         if self.lasting:
             return f"calls fail for {LASTING_SECONDS:.0f} s: {self.error}"
         return f"a call fails: {self.error}"
 
-    def injections(self) -> list[str]:
-        """Return what strace is told; nothing in an undisturbed run."""
-        if not self.call:
-            return []
+    @property
+    def injection(self) -> str:
+        """Return what strace is told."""
         what = f"error={self.error}" if self.error else "signal=KILL"
-        return [f"{self.call}:{what}:when={self.number}{'+' if self.lasting else ''}"]
-
-    def __str__(self) -> str:
-        return ", ".join([self.scenario, *self.injections()])
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the cases run: a server that another process runs, one bucket, one key, and a directory
-    for all of them.
-    """
-
-    directory: Path
-    server_directory: Path
-    port: int
-    bucket: str
-    settings: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def at(cls, server: S3Server, directory: Path) -> Self:
-        """Make a bucket and a key that may put into it, and nothing else."""
-        directory.mkdir()
-        bucket = server.create_bucket()
-        settings = settings_for(server, bucket, "", Lnd(directory / "unused"), directory)
-        return cls(directory, server.directory, server.port, bucket, tuple(settings.items()))
-
-
-@cache
-def server_at(place: Place) -> S3Server:
-    """Return the server, to read from; another process runs it."""
-    server = S3Server(place.server_directory)
-    server.port = place.port
-    if (place.server_directory / "ca.pem").exists():
-        server.scheme, server.ca_file = "https", place.server_directory / "ca.pem"
-    return server
+        when = f"{self.number}{'+' if self.lasting else ''}"
+        return f"{self.call}:{what}:when={when}" if self.call else ""
 
 
 class Run:
-    """One LND, one staging directory and one prefix, with the program at work on them."""
+    """One LND, one staging directory and one bucket, with the program at work on them."""
 
-    def __init__(self, place: Place, case: Case) -> None:
-        self.case, self.place, self.server = case, place, server_at(place)
-        self.directory = Path(tempfile.mkdtemp(dir=place.directory))
-        self.prefix = f"{self.directory.name}/"
+    def __init__(self, server: S3Server, case: Case) -> None:
+        self.server, self.case = server, case
+        self.directory = Path(tempfile.mkdtemp(dir=server.directory))
+        self.bucket = server.create_bucket()
         self.lnd = Lnd(self.directory / "lnd")
         self.staging = self.directory / "staging"
         self.trace = self.directory / "trace"
-        self.env = dict(place.settings) | {
-            "MONITOR_FILE_PATH": str(self.lnd.path),
-            "BACKUP_DIRECTORY": str(self.staging),
-            "S3_BACKUP_PREFIX": self.prefix,
-            "RESCAN_SECONDS": "2",
-        }
+        settings = settings_for(server, self.bucket, "", self.lnd, self.staging)
+        self.env = settings | {"RESCAN_SECONDS": "2"}
         self.tally = Tally(case.fault)
         self.log = ""
 
     def note(self, log: str, strace: Strace, code: int | None) -> None:
-        """Note what the program did, and how often the fault was injected."""
+        """Note what it said, and how often the fault was injected."""
         self.log = log
         injected = strace.injected() if self.case.error else int(code == -signal.SIGKILL)
         self.tally.numbers["injected"] = injected
 
     def problems(self, **allowed: Unpack[Allowed]) -> Problems:
-        """Return what breaks the invariant now."""
-        bucket = self.place.bucket
-        return find_problems(self.lnd, self.server, bucket, self.prefix, self.staging, **allowed)
+        return find_problems(self.lnd, self.server, self.bucket, "", self.staging, **allowed)
 
     def complain(self, what: str) -> None:
-        self.tally.complaints.append(f"[{self.case}] {what}\n{self.log}")
+        case = self.case
+        self.tally.complaints.append(f"[{case.scenario}, {case.injection}] {what}\n{self.log}")
 
     def damage(self, what: Iterable[str]) -> None:
         for each in what:
@@ -169,14 +118,11 @@ class Run:
             self.complain(each)
 
     def staged(self) -> dict[str, bytes]:
-        """Return the staged versions by name."""
         paths = self.staging.iterdir() if self.staging.is_dir() else ()
         return {path.name: path.read_bytes() for path in paths if VERSION_NAME.fullmatch(path.name)}
 
     def stored(self) -> dict[str, bytes]:
-        """Return the stored versions by name."""
-        objects = self.server.objects(self.place.bucket, self.prefix)
-        return {key.removeprefix(self.prefix): entry.data for key, entry in objects.items()}
+        return {name: each.data for name, each in self.server.objects(self.bucket).items()}
 
     def receipt(self) -> str:
         with contextlib.suppress(FileNotFoundError):
@@ -239,19 +185,17 @@ class Program(Script):
 
 
 def run_once(run: Run) -> list[Call]:
-    """`once`, with a version that an earlier run had to leave staged: from its first touch of the
-    staging directory.
-    """
+    """`once`, with a version left staged, from its first touch of the staging directory on."""
     earlier = run.lnd.write(channels=3)
     run.staging.mkdir(mode=0o700)
-    name = f"{EARLIER}-{hashlib.sha256(earlier.data).hexdigest()[-6:]}"
-    (run.staging / name).write_bytes(earlier.data)
-    (run.staging / name).chmod(0o600)
+    path = run.staging / version_name(earlier.data, datetime(2026, 1, 1, tzinfo=UTC))
+    path.write_bytes(earlier.data)
+    path.chmod(0o600)
     run.lnd.write(channels=10)
     launcher = write_launcher(run.directory / "launcher.py", HELD.format(at=str(run.staging)))
     with Program(run.env, "once", launcher=launcher) as program:
         program.wait_until_held()
-        with Strace(program, run.trace, *run.case.injections()) as strace:
+        with Strace(program, run.trace, run.case.injection) as strace:
             program.signal(signal.SIGCONT)
             program.wait_until(lambda _: strace.injected())
         code = program.wait()
@@ -285,7 +229,7 @@ def run_on(run: Run, is_up: Callable[[str], object]) -> list[Call]:
     with Program(run.env, "run") as program:
         if not program.wait_until(is_up):
             raise AssertionError(f"the daemon did not come up:\n{program.log}")
-        with Strace(program, run.trace, *run.case.injections()) as strace:
+        with Strace(program, run.trace, run.case.injection) as strace:
             second, stopping = run.lnd.write(channels=300), False
             program.wait_until(lambda log: strace.injected() or is_stored(second)(log))
             if run.case.lasting:
@@ -341,9 +285,9 @@ SCENARIOS = {"once": run_once, "run": run_daemon, "run over https": run_cold_dae
 
 
 @cache
-def undisturbed(place: Place, scenario: str) -> list[Call]:
+def undisturbed(server: S3Server, scenario: str) -> list[Call]:
     """Run a scenario without a fault, and return its calls."""
-    run = Run(place, Case(scenario, "", 0))
+    run = Run(server, Case(scenario, "", 0))
     calls = SCENARIOS[scenario](run)
     run.judge()
     if run.tally.complaints:
@@ -351,30 +295,60 @@ def undisturbed(place: Place, scenario: str) -> list[Call]:
     return calls
 
 
-def check_order(place: Place) -> Tally:
-    """Read the order of operations off the trace of an undisturbed run, and compare it with what it
-    has to be.
-    """
+# What survives a power cut depends on the order of these, and no file shows it.
+DELETED = "the version is deleted"
+ORDER = [
+    "the version is synced",
+    "the version gets its name",
+    "the directory is synced",
+    "the version is sent",
+    "S3 acknowledges it",
+    "the receipt is synced",
+    "the receipt gets its name",
+    "the directory is synced",
+    DELETED,
+]
+IN_ORDER = "none: the order of its steps"
+
+
+def order_of(calls: Iterable[Call]) -> list[str]:
+    """Return what happened to the first version that got its name, up to its deletion."""
+    lines = [call.line for call in calls]
+    named = re.compile(r'renameat\w*\(\d+<([^>]+)>, "[^"]+", .*"(\d{8}T[^"]+)"')
+    directory, version = map(re.escape, named.findall("\n".join(lines))[0])
+    patterns = {
+        rf"fsync\(\d+<{directory}/\.{version}\.partial>": "the version is synced",
+        rf'(rename|link)\w*\(.*"\.{version}\.partial", .*"{version}"': "the version gets its name",
+        rf"fsync\(\d+<{directory}>": "the directory is synced",
+        rf"send\w+\(.*PUT /\S*/{version} HTTP": "the version is sent",
+        r"recv\w+\(.*HTTP/1\.1 200 ": "S3 acknowledges it",
+        rf"fsync\(\d+<{directory}/\.\.receipt\.partial>": "the receipt is synced",
+        r'(rename|link)\w*\(.*"\.\.receipt\.partial", .*"\.receipt"': "the receipt gets its name",
+        rf'unlink\w*\(.*"{version}"': DELETED,
+    }
+    found = [
+        what for line in lines for pattern, what in patterns.items() if re.search(pattern, line)
+    ]
+    return found[: found.index(DELETED) + 1] if DELETED in found else found
+
+
+def check_order(calls: Iterable[Call]) -> Tally:
+    """Compare the order of operations in an undisturbed run with what it has to be."""
     tally = Tally(IN_ORDER, Counter(injected=1, at_stake=1))
-    calls = undisturbed(place, "run")
-    text = "\n".join(call.line for call in calls)
-    rename = re.compile(r'renameat\w*\(\d+<([^>]+)>, "[^"]+", .*"(\d{8}T[^"]+)"')
-    staging, name = rename.findall(text)[0]
-    found = order_of(calls, name, staging)
-    if found != ORDER:
+    if (found := order_of(calls)) != ORDER:
         tally.numbers["damaged"] += 1
         tally.complaints.append(f"the order is {found}, where it has to be {ORDER}")
     return tally
 
 
-def attempt(place: Place, case: Case) -> Tally:
+def attempt(server: S3Server, case: Case) -> Tally:
     """Run one case, and return what came of it."""
-    run = Run(place, case)
+    run = Run(server, case)
     try:
         calls = SCENARIOS[case.scenario](run)
         run.judge()
         if case.lasting:
-            normal = counts(undisturbed(place, case.scenario))
+            normal = counts(undisturbed(server, case.scenario))
             busy = Counter(call.name for call in calls)
             for name in (TURN, case.call):
                 if busy[name] > CALM * max(normal.get(name, 0), 5) * LASTING_SECONDS:
@@ -402,8 +376,8 @@ def errors_of(call: str) -> tuple[str, ...]:
     return ERRORS[:1] if kind in ASIDE else ERRORS + ERRORS_OF.get(kind, ())
 
 
-def cases(scenario: str, normal: dict[str, int]) -> Iterator[Case]:
-    """Return every case of a scenario, in which each call is made so many times."""
+def cases(scenario: str, normal: Mapping[str, int]) -> Iterator[Case]:
+    """Yield every case of a scenario, in which each call is made so many times."""
     for call, number in normal.items():
         if call == TURN:
             continue
@@ -416,26 +390,22 @@ def cases(scenario: str, normal: dict[str, int]) -> Iterator[Case]:
                     yield Case(scenario, call, 1, error, lasting=True)
 
 
-def start_warm() -> None:
-    """Let each start of this process, a worker, be a warm one."""
-    WARM.enter_context(warm_starts())
-
-
-def inject_all(http: Place, https: Place, only: str) -> list[Tally]:
+def inject_all(http: S3Server, https: S3Server, only: str) -> list[Tally]:
     """Run every case of every scenario whose fault is named so, and return what came of them."""
-    places = {"once": http, "run": http, "run over https": https}
-    context = get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, mp_context=context, initializer=start_warm) as pool:
-        calls = {name: pool.submit(undisturbed, place, name) for name, place in places.items()}
-        tallies = [pool.submit(check_order, http).result()]
-        futures = []
-        for name, place in places.items():
-            every = cases(name, counts(calls[name].result()))
-            futures += [pool.submit(attempt, place, case) for case in every if only in case.fault]
-        for number, future in enumerate(futures, 1):
-            tallies.append(tally := future.result())
+    servers = {"once": http, "run": http, "run over https": https}
+    with warm_starts(), ThreadPoolExecutor(WORKERS) as pool:
+        calls = dict(zip(servers, pool.map(undisturbed, servers.values(), servers), strict=True))
+        tallies = [check_order(calls["run"])]
+        jobs = [
+            pool.submit(attempt, server, case)
+            for name, server in servers.items()
+            for case in cases(name, counts(calls[name]))
+            if only in case.fault
+        ]
+        for number, job in enumerate(jobs, 1):
+            tallies.append(tally := job.result())
             for complaint in tally.complaints:
                 print(complaint, file=sys.stderr, flush=True)
             if number % 50 == 0:
-                print(f"{number} of {len(futures)} runs under strace", file=sys.stderr, flush=True)
+                print(f"{number} of {len(jobs)} runs under strace", file=sys.stderr, flush=True)
     return sorted(tallies, key=lambda tally: FAULTS.index(tally.fault))

@@ -1,6 +1,4 @@
-"""strace, attached to the running program: it writes down the system calls, and lets some of them
-fail or kill.
-"""
+"""strace on the running program: it writes system calls down, and lets some fail or kill."""
 
 from __future__ import annotations
 
@@ -44,10 +42,10 @@ class Call(NamedTuple):
 class Strace:
     """strace on one process and the threads that it will start; leaving the block lets go of it."""
 
-    def __init__(self, program: Script, output: Path, *inject: str) -> None:
-        """Return when it is attached; `inject` are its fault injections."""
+    def __init__(self, program: Script, output: Path, inject: str = "") -> None:
+        """Return when it is attached, and injects a fault, if one is given."""
         self.program, self.output = program, output
-        options = [option for each in inject for option in ("-e", f"inject={each}")]
+        options = ["-e", f"inject={inject}"] if inject else []
         calls = ",".join(["?" + name for name in KIND_OF] + [TURN])
         trace = ["strace", "-f", "-y", "-s", "300", "-o", str(output), "-e", f"trace={calls}"]
         command = [*trace, *options, "-p", str(program.pid)]
@@ -72,36 +70,32 @@ class Strace:
         if self.process.stderr:
             self.process.stderr.close()
 
-    def calls(self) -> list[Call]:
-        """Return the calls up to now, in the order in which they began."""
-        return read_calls(self.output)
-
     def injected(self) -> int:
         """Return how many calls it let fail."""
         return self.output.read_text(errors="replace").count(" (INJECTED)")
 
+    def calls(self) -> list[Call]:
+        """Return the calls up to now, in the order in which they began; one that another thread
+        interrupted is in one piece.
+        """
+        calls: list[Call] = []
+        unfinished: dict[str, int] = {}
+        for line in self.output.read_text(errors="replace").splitlines():
+            thread, _, rest = line.partition(" ")
+            if resumed := re.match(r"<\.\.\. \w+ resumed>(.*)", rest.lstrip()):
+                if thread in unfinished:
+                    number = unfinished.pop(thread)
+                    calls[number] = calls[number]._replace(line=calls[number].line + resumed[1])
+            elif call := re.match(r"(\w+)\(", rest.lstrip()):
+                if line.endswith("<unfinished ...>"):
+                    unfinished[thread] = len(calls)
+                calls.append(Call(thread, call[1], line))
+        return calls
 
-def read_calls(output: Path) -> list[Call]:
-    """Return the calls in strace's output, those that another thread interrupted in one piece."""
-    calls: list[Call] = []
-    unfinished: dict[str, int] = {}
-    for line in output.read_text(errors="replace").splitlines():
-        thread, _, rest = line.partition(" ")
-        if resumed := re.match(r"<\.\.\. \w+ resumed>(.*)", rest.lstrip()):
-            if thread in unfinished:
-                number = unfinished.pop(thread)
-                calls[number] = calls[number]._replace(line=calls[number].line + resumed[1])
-        elif call := re.match(r"(\w+)\(", rest.lstrip()):
-            if line.endswith("<unfinished ...>"):
-                unfinished[thread] = len(calls)
-            calls.append(Call(thread, call[1], line))
-    return calls
 
-
-def counts(calls: list[Call]) -> dict[str, int]:
+def counts(calls: list[Call]) -> Counter[str]:
     """Return for each call how often one thread makes it at most: strace counts by thread."""
-    by_thread = Counter((call.name, call.thread) for call in calls)
-    most: dict[str, int] = {}
-    for (name, _), number in by_thread.items():
-        most[name] = max(most.get(name, 0), number)
+    most: Counter[str] = Counter()
+    for thread in {call.thread for call in calls}:
+        most |= Counter(call.name for call in calls if call.thread == thread)
     return most

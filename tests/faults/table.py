@@ -1,6 +1,4 @@
-"""The table of `make faults`: what was done to the program, how often, and what became of the
-versions.
-"""
+"""The table of `make faults`: what was done, how often, and what became of the versions."""
 
 from __future__ import annotations
 

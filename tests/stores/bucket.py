@@ -12,31 +12,87 @@ import json
 import os
 import subprocess
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from botocore.exceptions import ClientError
-from kit import CHECKOUT, Credentials, Lnd, S3Server, reader_settings, run_script
+from kit import CHECKOUT, Credentials, Lnd, S3Server, reader_settings
+from shared import done_well, restore
 
 from .servers import NotInstalledError, is_denied, make_venv
-from .template import (
-    DAYS,
-    NONCURRENT,
-    PREFIX,
-    TEMPLATE,
-    filled,
-    lifecycle,
-    names,
-    read_template,
-    template_settings,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-SCRIPT = CHECKOUT / "docs/aws-bucket.sh"
+SCRIPT, TEMPLATE = CHECKOUT / "docs/aws-bucket.sh", CHECKOUT / "docs/aws-bucket.yaml"
+PREFIX, DAYS, NONCURRENT = "node1/", 30, 90
 SERVICES = "s3,iam,sts,cloudformation"
 PARAMETERS = ("BucketName", "Prefix", "RetentionDays", "NoncurrentDays")  # that have no default
+
+
+def read_template() -> dict[str, Any]:
+    """Return the template, its tags as the functions that they are short for."""
+    # A loader of its own, since constructors belong to the class.
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    for tag, name in (("!Ref", "Ref"), ("!Sub", "Fn::Sub")):
+        loader.add_constructor(
+            tag, lambda reader, node, name=name: {name: reader.construct_scalar(node)}
+        )
+    template: dict[str, Any] = yaml.load(TEMPLATE.read_text(encoding="utf-8"), loader)  # noqa: S506 - a SafeLoader
+    return template
+
+
+def filled(value: Any, names: dict[str, Any]) -> Any:  # noqa: ANN401 - any part of the template
+    """Return a part of the template with its parameters filled in."""
+    if isinstance(value, dict) and "Ref" in value:
+        return names[value["Ref"]]
+    if isinstance(value, dict) and "Fn::Sub" in value:
+        text = value["Fn::Sub"]
+        for name, each in names.items():
+            text = text.replace(f"${{{name}}}", str(each))
+        return text
+    if isinstance(value, dict):
+        return {key: filled(each, names) for key, each in value.items()}
+    return [filled(each, names) for each in value] if isinstance(value, list) else value
+
+
+def names(bucket: str) -> dict[str, Any]:
+    """Return what the template's parameters and references stand for."""
+    return {
+        "AWS::Partition": "aws",
+        "Bucket": bucket,
+        "BucketName": bucket,
+        "Prefix": PREFIX,
+        "RetentionMode": "GOVERNANCE",
+        "RetentionDays": DAYS,
+        "NoncurrentDays": NONCURRENT,
+    }
+
+
+def lifecycle(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the template's lifecycle in the words of the S3 API."""
+    rules = [dict(rule) for rule in properties["LifecycleConfiguration"]["Rules"]]
+    return {"Rules": [{"ID": rule.pop("Id"), "Filter": {"Prefix": ""}} | rule for rule in rules]}
+
+
+def template_settings(bucket: str) -> dict[str, Any]:
+    """Return what the template says, in the form of `Account.settings`."""
+    resources = filled(read_template()["Resources"], names(bucket))
+    bucket_is = resources["Bucket"]["Properties"]
+    said = {
+        "versioning": bucket_is["VersioningConfiguration"]["Status"],
+        "lock": bucket_is["ObjectLockConfiguration"],
+        "lifecycle": sorted(lifecycle(bucket_is)["Rules"], key=lambda rule: str(rule["ID"])),
+        "public": bucket_is["PublicAccessBlockConfiguration"],
+        "policy": resources["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"],
+    }
+    for role, user in (("node", "NodeUser"), ("reader", "ReaderUser")):
+        said[role] = [
+            policy["PolicyDocument"] for policy in resources[user]["Properties"]["Policies"]
+        ]
+    return said
 
 
 class Account:
@@ -61,8 +117,7 @@ class Account:
         done = subprocess.run(
             command, env=self._env, capture_output=True, encoding="utf-8", check=False
         )
-        said = f"{done.stdout[-800:]} {done.stderr[-800:]}"
-        assert done.returncode == 0, f"{command[:4]} exited {done.returncode}: {said}"
+        assert done.returncode == 0, f"{command[:4]}: {done.stdout[-800:]} {done.stderr[-800:]}"
         return done.stdout
 
     def lint(self) -> str:
@@ -131,8 +186,7 @@ def use(account: Account, bucket: str, users: tuple[str, str], home: Path) -> No
         "MONITOR_FILE_PATH": str(lnd.path),
         "BACKUP_DIRECTORY": str(home / "staging"),
     }
-    done = run_script(putting, "once")
-    assert done.returncode == 0, done.stderr
+    done_well(putting)
     [stored] = account.s3.list_object_versions(Bucket=bucket)["Versions"]
     where: dict[str, Any] = {"Bucket": bucket, "Key": stored["Key"]}
     thief, exact = account.server.client(node), where | {"VersionId": stored["VersionId"]}
@@ -154,8 +208,7 @@ def use(account: Account, bucket: str, users: tuple[str, str], home: Path) -> No
         ),
         "administrator deletes a locked version": lambda: account.s3.delete_object(**exact),
     }
-    allowed = [what for what, call in refused.items() if not is_denied(call)]
-    assert allowed == [], f"the node's key can: {allowed}"
+    assert [what for what, call in refused.items() if not is_denied(call)] == []
     # This it may; it hides the version, and does not change it.
     thief.put_object(**where, Body=b"over it")
     helper = account.server.client(reader)
@@ -164,17 +217,9 @@ def use(account: Account, bucket: str, users: tuple[str, str], home: Path) -> No
     assert is_denied(lambda: helper.delete_object(**where))
     assert account.s3.head_object(**exact)["ObjectLockMode"] == "GOVERNANCE"
     newer = lnd.write()
-    assert run_script(putting, "once").returncode == 0
-    reading = reader_settings(account.server, bucket, PREFIX, reader)
-    done = run_script(reading, "restore", "--output", str(home / "restored"))
-    assert done.returncode == 0, done.stderr
-    assert (home / "restored").read_bytes() == newer.data
-
-
-def over_http_is_denied(account: Account, bucket: str, users: tuple[str, str]) -> bool:
-    """Tell whether over http the node's key is refused what it may do over https."""
-    node = account.server.client(account.key(users[0]))
-    return is_denied(lambda: node.put_object(Bucket=bucket, Key=f"{PREFIX}x", Body=b"x"))
+    done_well(putting)
+    restore(reader_settings(account.server, bucket, PREFIX, reader), home)
+    assert (home / "channel.backup").read_bytes() == newer.data
 
 
 def measure(directory: Path) -> tuple[list[str], list[str]]:
@@ -185,18 +230,19 @@ def measure(directory: Path) -> tuple[list[str], list[str]]:
             account = Account(server, directory)
             shown.append(f"{account.lint()}: nothing to say of docs/aws-bucket.yaml")
             for how, make in (("aws-bucket.yaml", account.deploy), ("aws-bucket.sh", account.make)):
-                bucket = f"by-{how[-4:].strip('.')}-1"
+                bucket = f"by-{how.rpartition('.')[2]}-1"
                 users = make(bucket)
                 settings = account.settings(bucket, users)
                 assert settings == template_settings(bucket), settings
                 use(account, bucket, users, directory / how)
-                shown.append(
-                    f"{how}: deployed; the node's key puts and nothing else, the reader's "
-                    f"lists and gets"
-                )
+                told = "deployed; the node's key puts and nothing else, the reader's lists and gets"
+                shown.append(f"{how}: {told}")
         with S3Server(directory / "http", services=SERVICES) as server:
             account = Account(server, directory)
-            assert over_http_is_denied(account, "by-yaml-2", account.deploy("by-yaml-2"))
+            # What the node's key may do over https.
+            node = server.client(account.key(account.deploy("by-yaml-2")[0]))
+            put = partial(node.put_object, Bucket="by-yaml-2", Key=f"{PREFIX}x", Body=b"x")
+            assert is_denied(put)
             shown.append("over http: refused")
     except (AssertionError, NotInstalledError, ClientError, OSError) as error:
         return shown, [f"the bucket of docs/: after {shown}: {type(error).__name__}: {error}"]

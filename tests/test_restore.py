@@ -40,7 +40,6 @@ from shared import (
     NOON,
     command_for_the_one_before,
     env_file,
-    expect_tidy,
     restore,
     restored_bytes,
 )
@@ -57,9 +56,7 @@ UNKNOWN = "20260301T120000.000000Z-a1b2c3"
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C reach what is started, also where the tests themselves run in the background and
-    are deaf to it.
-    """
+    """Let Ctrl-C reach what is started, also where the tests themselves are deaf to it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
@@ -94,9 +91,7 @@ def test_a_key(put: partial[str], reader: Env, home: Path, prefix: str) -> None:
 
 @pytest.mark.parametrize("key", [f"alice/{UNKNOWN}", UNKNOWN, "no such"])
 def test_an_unknown_key(put: partial[str], reader: Env, home: Path, key: str) -> None:
-    """A key that is not there is exit 1, and is named; the hint is one for somebody who restores:
-    how to find another version, nothing of staging or of trying again.
-    """
+    """It is named, and the hint is how to find another version, not to try again."""
     put(NOON, channel_backup(5))
     done = restore(reader, home, "--key", key, code=1)
     error, hint = (line for line in done.stderr.splitlines() if "error: " in line)
@@ -138,13 +133,12 @@ def test_before(
 
 @pytest.mark.parametrize("ahead", [timedelta(0), timedelta(seconds=20), timedelta(days=365)])
 def test_before_a_name(put: partial[str], reader: Env, home: Path, ahead: timedelta) -> None:
-    """`--before` takes a version's name as well, as `list` prints it, and never means that version
-    itself, wherever the clock was that named it.
-    """
+    """A version's name, as `list` prints it, never means that version, whatever its clock."""
     older = channel_backup(1)
     first = put(NOON, older).removeprefix("alice/")
     second = put(datetime.now(UTC) + ahead, channel_backup(2)).removeprefix("alice/")
-    assert "no version" in restore(reader, home, "--before", first, code=1).stderr
+    said = restore(reader, home, "--before", first, code=1).stderr
+    assert "alice/: there is no version before" in said
     assert restored_bytes(reader, home, "--before", second) == older
 
 
@@ -172,13 +166,6 @@ def test_no_version_has_channels(put: partial[str], reader: Env, home: Path) -> 
     assert restored_bytes(reader, home, "--key", key) == wanted
 
 
-def test_others_are_left_alone(put: partial[str], reader: Env, home: Path) -> None:
-    """Other nodes' versions and foreign files are not restored; the prefix is told."""
-    put(NOON, channel_backup(5), name="regtest/" + version_name(b"", NOON))
-    put(NOON, channel_backup(5), name="channel.backup")
-    assert re.search("alice/: .*no version", restore(reader, home, code=1).stderr)
-
-
 # --- Only what is verified ---
 
 
@@ -203,9 +190,7 @@ def put_damaged(put: partial[str], at: datetime, damage: str) -> str:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_version(put: partial[str], reader: Env, home: Path, damage: str) -> None:
-    """When bytes, size, metadata or name disagree nothing is written, by choice or by key, and no
-    command leads in a circle.
-    """
+    """Nothing is written, by choice or by key, and no command leads in a circle."""
     bad = put_damaged(put, NOON, damage)
     done = restore(reader, home, code=1)
     assert re.search(f"{bad}.*damaged", done.stderr)
@@ -223,9 +208,7 @@ def test_too_short_to_be_a_version(put: partial[str], reader: Env, home: Path) -
 def test_several_damaged_versions(
     put: partial[str], reader: Env, home: Path, tmp_path: Path
 ) -> None:
-    """Each damaged version is named; the commands that are printed for the one before run as they
-    are printed, and lead to the next good one.
-    """
+    """The commands run as they are printed, and lead from each to the next good one."""
     wanted = channel_backup(5)
     put(NOON, channel_backup(4))
     put(NOON + HOUR, wanted)
@@ -270,17 +253,18 @@ def test_a_bit_flipped_on_the_way(
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_s3_away_in_the_middle(put: partial[str], s3: S3Server, reader: Env, home: Path) -> None:
+def test_s3_away_in_the_middle(
+    put: partial[str], s3: S3Server, s3_line: FaultProxy, reader: Env, home: Path
+) -> None:
     """When the download is cut it is exit 75, nothing is left, and the next try works."""
     data = os.urandom(2 << 20)
     put(NOON, data)
-    with FaultProxy(s3.host, s3.port) as line:
-        line.set("throttle", bps=400_000)
-        env = reader | {"AWS_ENDPOINT_URL_S3": line.endpoint(s3.scheme)}
-        with Script(env, "restore", cwd=home) as script:
-            line.wait_until(lambda counts: counts.bytes_down > 200_000)
-            line.set("pass", cut=True)
-            assert script.wait() == 75, script.log
+    s3_line.set("throttle", bps=400_000)
+    env = reader | {"AWS_ENDPOINT_URL_S3": s3_line.endpoint(s3.scheme)}
+    with Script(env, "restore", cwd=home) as script:
+        s3_line.wait_until(lambda counts: counts.bytes_down > 200_000)
+        s3_line.set("pass", cut=True)
+        assert script.wait() == 75, script.log
     assert (script.stdout, list(home.iterdir())) == ("", [])
     assert "Traceback" not in script.log
     assert restored_bytes(reader, home) == data
@@ -317,9 +301,7 @@ def test_an_interrupt(reader: Env, home: Path, begin: bytes) -> None:
 def test_a_captive_portal(
     fake: FakeS3, fake_reader: Env, home: Path, portal: Answer, code: int
 ) -> None:
-    """The page of a captive portal is not taken for a bucket without versions, nor for a version;
-    with an ETag it passes for a damaged one.
-    """
+    """It is no bucket without versions, nor a version; with an ETag it seems damaged."""
     fake.set_default(portal, "GET")
     assert "the answer is not S3's" in restore(fake_reader, home, code=75).stderr
     said = restore(fake_reader, home, "--key", UNKNOWN, code=code).stderr
@@ -331,32 +313,20 @@ def test_a_captive_portal(
 
 @pytest.mark.parametrize(
     ("may", "command"),
-    [("put", "list"), ("put", "restore"), ("put", "restore --key"), ("list", "restore")],
+    [("put", "list"), ("put", "restore"), ("put", f"restore --key {UNKNOWN}"), ("list", "restore")],
 )
 def test_a_key_that_may_not_read(
     put: partial[str], s3: S3Server, bucket: str, prefix: str, home: Path, may: str, command: str
 ) -> None:
-    """A key that may only put, or list and not get, is exit 1; the hint is to use the reader's key,
-    and nobody is told to let the node's key read.
-    """
-    key = put(NOON, channel_backup(5))
+    """The hint is to use the reader's key; nobody is told to let the node's key read."""
+    put(NOON, channel_backup(5))
     lister, put_only = s3.user(allow("s3:ListBucket", bucket)), s3.put_only_user(bucket, prefix)
     env = reader_settings(s3, bucket, prefix, lister if may == "list" else put_only)
-    words = [*command.split(), *([key] if "--key" in command else [])]
-    done = run_script(env, *words, cwd=home)
-    assert done.returncode == 1
-    expect_tidy(home, done, set())
+    done = run_script(env, *command.split(), cwd=home)
+    assert (done.returncode, done.stdout, list(home.iterdir())) == (1, "", [])
+    assert "Traceback" not in done.stderr
     assert re.search(r"hint: .*\breader('s)? key", done.stderr)
     assert not re.search('"Effect"|"Allow"', done.stderr)
-
-
-def test_what_a_restore_needs(
-    put: partial[str], s3: S3Server, bucket: str, prefix: str, home: Path
-) -> None:
-    """With leave to list the bucket and to get below the prefix, and nothing else, it works."""
-    put(NOON, channel_backup(5))
-    user = s3.user(allow("s3:ListBucket", bucket), allow("s3:GetObject", f"{bucket}/alice/*"))
-    restore(reader_settings(s3, bucket, prefix, user), home)
 
 
 # --- What to do next ---
@@ -364,9 +334,7 @@ def test_what_a_restore_needs(
 
 @pytest.mark.parametrize("output", ["channel.backup", "two words.backup", "it's $HOME;#.backup"])
 def test_the_next_steps(put: partial[str], reader: Env, home: Path, output: str) -> None:
-    """`--output` names the one file that is written. What is printed can be pasted: the path,
-    quoted, in each command; verifying first.
-    """
+    """What is printed can be pasted: the path, quoted, in each command; verifying first."""
     wanted = channel_backup(5)
     put(NOON, wanted)
     done = restore(reader, home, "--output", output)
@@ -417,10 +385,7 @@ def test_the_steps_of_the_recovery_page(
     for example, value in own.items():
         assert example in steps
         steps = steps.replace(example, value)
-    python = home / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o700)
+    (home / "venv").symlink_to(sys.prefix)
     (home / SCRIPT.name).symlink_to(SCRIPT)
     done = subprocess.run(
         ["/usr/bin/env", "bash", "-euc", steps],

@@ -7,13 +7,11 @@ import os
 import re
 import shlex
 import stat
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from kit import (
-    SCRIPT,
     Answer,
     FakeS3,
     Lnd,
@@ -29,22 +27,15 @@ from shared import (
     HOUR,
     NOON,
     command_for_the_one_before,
-    expect_tidy,
-    ordinary,
     restore,
     restored_bytes,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from functools import partial
 
     from shared import Done, Env
-
-
-def wrapped(env: Env, home: Path, wrapper: Sequence[str]) -> Done:
-    """Run `restore` by another command, in that directory."""
-    return run_script(env, "restore", cwd=home, command=[*wrapper, sys.executable, str(SCRIPT)])
 
 
 # --- Where it is written ---
@@ -74,9 +65,6 @@ def test_the_output_exists(
 
 LNDS_DIRECTORIES = {  # what is there, what is to be written, and what is monitored
     "wallet": ("data/wallet.db", "data/restored", ""),
-    "channels": ("data/channel.db", "data/restored", ""),
-    "macaroon": ("data/readonly.macaroon", "data/restored", ""),
-    "archives": ("data/chan-backup-archives", "data/restored", ""),
     "by a link": ("data/wallet.db", "link/restored", ""),
     "where it runs": ("data/wallet.db", "restored", ""),
     "below lnd.conf": ("data/lnd.conf", "data/below/restored", ""),
@@ -93,9 +81,7 @@ LNDS_DIRECTORIES = {  # what is there, what is to be written, and what is monito
 def test_the_output_in_lnds_directory(
     put: partial[str], reader: Env, tmp_path: Path, case: str
 ) -> None:
-    """Nothing is written into a directory that looks like LND's, below LND's home also before there
-    is a wallet, or beside the monitored file, by whatever way it is named.
-    """
+    """By whatever way it is named, and below LND's home also before there is a wallet."""
     put(NOON, channel_backup(5))
     there, output, monitored = LNDS_DIRECTORIES[case]
     directory = tmp_path / "data"
@@ -107,9 +93,7 @@ def test_the_output_in_lnds_directory(
     before = Lnd(directory).fingerprint()
     given = output if output == "restored" else str(tmp_path / output)
     env = reader | ({"MONITOR_FILE_PATH": str(tmp_path / monitored)} if monitored else {})
-    done = run_script(env, "restore", "--output", given, cwd=directory)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "directory of LND's" in done.stderr
+    assert "directory of LND's" in restore(env, directory, "--output", given, code=1).stderr
     assert Lnd(directory).fingerprint() == before
 
 
@@ -125,28 +109,13 @@ def test_an_output_that_cannot_be_costs_no_download(
     assert fake.requests == []
 
 
-def test_no_permission_to_write(put: partial[str], reader: Env, home: Path) -> None:
-    """Without permission to write it is exit 1 with the path and the reason."""
-    put(NOON, channel_backup(5))
-    home.chmod(0o500)
-    try:
-        done = wrapped(reader, home, ordinary())
-    finally:
-        home.chmod(0o700)
-    assert done.returncode == 1
-    assert f"{home / 'channel.backup'}: Permission denied" in done.stderr
-    expect_tidy(home, done, set())
-
-
 def test_a_full_disk(put: partial[str], reader: Env, home: Path) -> None:
     """When the disk takes only a part it is exit 1 and nothing is left; with room it works."""
     data = os.urandom(1 << 20)
     put(NOON, data)
     limited = ["/bin/sh", "-c", 'ulimit -f 1024; exec "$@"', "sh"]  # blocks of 512 bytes
-    done = wrapped(reader, home, limited)
-    assert done.returncode == 1
-    assert str(home / "channel.backup") in done.stderr
-    expect_tidy(home, done, set())
+    done = restore(reader, home, code=1, wrapper=limited)
+    assert f"{home}/channel.backup: File too large" in done.stderr
     assert restored_bytes(reader, home) == data
 
 
@@ -154,8 +123,7 @@ def test_a_full_disk(put: partial[str], reader: Env, home: Path) -> None:
 def test_the_mode(put: partial[str], reader: Env, home: Path, umask: str) -> None:
     """The file is its owner's alone, whatever the umask."""
     put(NOON, channel_backup(5))
-    done = wrapped(reader, home, ["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"])
-    assert done.returncode == 0, done.stderr
+    restore(reader, home, wrapper=["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"])
     assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
 
 
@@ -194,21 +162,16 @@ def lncli(done: Done, step: str = "restorechanbackup") -> list[str]:
     return [shlex.split(line)[0] for line in lines]
 
 
-SHRINKING: dict[str, tuple[list[int], dict[str, int]]] = {  # sizes; which is in which file
-    "no drop": ([700, 1400, 1400], {"": 2}),
-    "one": ([2000, 1400, 1400, 1500], {"": 3, ".2": 0}),
-    "the latest three of four": (
-        [8000, 7000, 7000, 6000, 6500, 5000, 4000],
-        {"": 6, ".2": 5, ".3": 4, ".4": 2},
-    ),
-    "a drop and nothing after": ([2000, 1700], {"": 1, ".2": 0}),
-    "no drop by a byte": ([2000, 1701], {"": 1}),
-    "a recovery under the old prefix": (
-        [5000, 1179, 801, 423, 45],
-        {"": 3, ".2": 2, ".3": 1, ".4": 0},
-    ),
-    "an empty version between": ([5000, 45, 900], {"": 2, ".2": 0}),
-    "garbage between": ([700, 7, 650], {"": 2}),
+ENDS = ("", ".2", ".3", ".4")
+SHRINKING: dict[str, tuple[list[int], list[int]]] = {  # sizes; which of them are restored
+    "no drop": ([700, 1400, 1400], [2]),
+    "one": ([2000, 1400, 1400, 1500], [3, 0]),
+    "the latest three of four": ([8000, 7000, 7000, 6000, 6500, 5000, 4000], [6, 5, 4, 2]),
+    "a drop and nothing after": ([2000, 1700], [1, 0]),
+    "no drop by a byte": ([2000, 1701], [1]),
+    "a recovery under the old prefix": ([5000, 1179, 801, 423, 45], [3, 2, 1, 0]),
+    "an empty version between": ([5000, 45, 900], [2, 0]),
+    "garbage between": ([700, 7, 650], [2]),
 }
 
 
@@ -220,9 +183,10 @@ def test_the_versions_before_the_drops(
     """The last version before each of the three latest drops is restored as well, each is told with
     its key and digest, and all of them are given to LND in order. More drops are warned of.
     """
-    sizes, expected = SHRINKING[case]
+    sizes, numbers = SHRINKING[case]
     data, keys = history(put, *sizes)
     done = restore(reader, home)
+    expected = dict(zip(ENDS, numbers, strict=False))
     assert restored(home) == {end: data[number] for end, number in expected.items()}
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in home.iterdir())
     files = {f"{home}/channel.backup{end}": number for end, number in expected.items()}
@@ -238,9 +202,7 @@ def test_the_versions_before_the_drops(
 
 @pytest.mark.unmeasured
 def test_which_drops_count(put: partial[str], reader: Env, home: Path) -> None:
-    """With `--key` there is one file; with `--before` drops count up to that time; the numbers
-    follow the name of the output.
-    """
+    """With `--key` none, with `--before` those until then; the output's name is numbered."""
     data, keys = history(put, 5000, 4000, 3000, 2000)
     restore(reader, home, "--key", keys[2], "--output", "key")
     restore(reader, home, "--before", (NOON + 2 * HOUR).isoformat(), "--output", "before")
@@ -318,9 +280,7 @@ os.fsync = fsync
 def test_a_file_system_that_lacks_something(
     put: partial[str], reader: Env, home: Path, started_by: Callable[[str], None]
 ) -> None:
-    """Where there are no hard links (exFAT, SMB), no modes, and no sync of a directory, the version
-    is written whole, and nothing is overwritten.
-    """
+    """Without links (exFAT, SMB), modes, and the sync of a directory it is written whole."""
     wanted = channel_backup(2)
     put(NOON, wanted)
     started_by(FILES_AND_NOTHING_MORE)

@@ -29,7 +29,7 @@ from kit import (
 from shared import NOON, NOWHERE, done_well, ordinary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from functools import partial
     from pathlib import Path
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FIVE_HOURS = 5 * 3600
 TEN_MINUTES = 600
 VERDICTS = {0: True, 1: False, 75: None}
-NO_OBJECT = {"key": None, "captured_at": None, "stored_at": None}
+NO_OBJECT: dict[str, Any] = {"key": None, "captured_at": None, "stored_at": None}
 
 
 @pytest.fixture
@@ -58,9 +58,11 @@ def stored_node(fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]) -> E
     return fake_env
 
 
-def check(env: Env, code: int, **expected: object) -> dict[str, Any]:
+def check(
+    env: Env, code: int, *, command: Sequence[str] = (), **expected: object
+) -> dict[str, Any]:
     """Run `check --json`, expect this exit code and these fields, and return all fields."""
-    done = run_script(env, "check", "--json")
+    done = run_script(env, "check", "--json", command=command)
     assert "Traceback" not in done.stderr
     assert done.returncode == code, done.stderr
     fields: dict[str, Any] = json.loads(done.stdout)
@@ -226,12 +228,9 @@ def test_a_staging_directory_of_somebody_else(
     staging.chmod(0)
     try:
         command = [*ordinary(), sys.executable, str(SCRIPT)]
-        done = run_script(env, "check", "--json", command=command)
+        answer = check(env, code, command=command, proof=proof, staged=None)
     finally:
         staging.chmod(0o700)
-    answer = json.loads(done.stdout)
-    assert (done.returncode, answer["current"]) == (code, VERDICTS[code]), done.stderr
-    assert (answer["proof"], answer["staged"]) == (proof, None)
     assert reason in answer["reason"]
 
 

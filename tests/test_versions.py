@@ -50,8 +50,9 @@ def test_name_is_the_time_of_capture_and_the_end_of_the_digest() -> None:
 def test_names_increase_whatever_the_clock_says(captures: list[tuple[datetime, str]]) -> None:
     """They strictly increase, and stay names; the first tells the reading exactly."""
     names = [""]
-    for now, digest in captures:
-        names.append(name_at(now, digest, names[-1]))
+    with mock.patch.object(program, "datetime", wraps=datetime) as clock:
+        for clock.now.return_value, digest in captures:
+            names.append(program.new_name(digest, names[-1]))
     assert all(earlier < later for earlier, later in pairwise(names))
     assert all(VERSION_NAME.fullmatch(name) and program.captured_at(name) for name in names[1:])
     assert [name[-6:] for name in names[1:]] == [digest[-6:] for _, digest in captures]

@@ -361,7 +361,6 @@ def test_nothing_was_stored_for_twice_the_refresh(
     expect_verdict(stored_node | {"REFRESH_SECONDS": "0"}, verdict, code)
 
 
-@pytest.mark.unmeasured
 def test_no_credentials_to_check_with(stored_node: Env) -> None:
     """Without any credentials S3 cannot be asked, and trying again does not help."""
     none = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}

@@ -161,6 +161,12 @@ def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
 
 
 @pytest.fixture
+def node_reader(env: dict[str, str], reader: dict[str, str]) -> dict[str, str]:
+    """Return the settings of a node with a key that may list and get."""
+    return env | reader
+
+
+@pytest.fixture
 def put(s3: S3Server, bucket: str) -> partial[str]:
     """Return what puts a version into the bucket."""
     return partial(put_version, s3, bucket)

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,12 @@ def expect_last(fake: FakeS3, version: bytes) -> None:
 # --- How a command ends ---
 
 
+def listed(env: Env) -> list[dict[str, Any]]:
+    """Return what `list --json` prints."""
+    rows: list[dict[str, Any]] = json.loads(done_well(env, "list", "--json").stdout)
+    return rows
+
+
 def refused(env: dict[str, str], *names: str, args: tuple[str, ...] = ("once",)) -> str:
     """Run a command that is refused, each of these settings being named, and return what it
     says.
@@ -235,38 +241,38 @@ def statements(text: str) -> list[dict[str, Any]]:
     return [json.loads(found) for found in re.findall(r'\{[^{}]*"Effect"[^{}]*\}', text)]
 
 
-def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
-    """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
+def restore(env: Env, home: Path, *args: str, code: int = 0, wrapper: Sequence[str] = ()) -> Done:
+    """Run `restore` in that directory, maybe by another command, and expect this exit code, no
+    traceback, nothing on stdout after a failure, and no leftovers.
+    """
     before = set(home.iterdir())
-    done = run_script(env, "restore", *args, cwd=home)
+    command = [*wrapper, sys.executable, str(SCRIPT)] if wrapper else ()
+    done = run_script(env, "restore", *args, cwd=home, command=command)
     assert done.returncode == code, done.stderr
-    expect_tidy(
-        home,
-        done,
-        before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()),
-    )
+    assert "Traceback" not in done.stderr
+    assert (done.stdout == "") == (code != 0)
+    left = [path.name for path in home.iterdir() if path not in before]
+    assert not any(name.startswith(".") for name in left)
+    assert code == 0 or not left
     return done
 
 
+def restored_bytes(env: Env, home: Path, *args: str) -> bytes:
+    """Run `restore` in that directory, and return what it wrote under the default name."""
+    restore(env, home, *args)
+    return (home / "channel.backup").read_bytes()
+
+
 def command_for_the_one_before(done: Done) -> list[str]:
-    """Return the words of the command in the hint, without Python and the script; none if there is
-    none.
+    """Return the words of the printed command, without Python and the script; none if there is
+    none. That of a hint comes before that of the next steps.
     """
-    found = re.search(rf"hint: .*({re.escape(shlex.quote(sys.executable))} .*)", done.stderr)
+    found = re.search(f"{re.escape(shlex.quote(sys.executable))} .*", done.stderr + done.stdout)
     if not found:
         return []
-    _, script, *words = shlex.split(found[1])
+    _, script, *words = shlex.split(found[0])
     assert Path(script) == SCRIPT
     return words
-
-
-def expect_tidy(home: Path, done: Done, expected: set[Path]) -> None:
-    """Expect no traceback, nothing on stdout after a failure, and no file but those expected."""
-    assert "Traceback" not in done.stderr
-    assert (done.stdout == "") == (done.returncode != 0)
-    left = set(home.iterdir()) - expected
-    assert not {path for path in left if path.name.startswith(".")}
-    assert done.returncode == 0 or not left
 
 
 def ordinary() -> list[str]:

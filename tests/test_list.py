@@ -2,116 +2,77 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from kit import (
     SCRIPT,
     FakeS3,
-    FaultProxy,
     Lnd,
     RawS3,
-    Request,
     S3Server,
     Script,
-    allow,
     answers,
     channel_backup,
-    hurried,
     reader_settings,
     run_on_terminal,
     run_script,
     version_name,
 )
 from kit.answers import entry, framed, listing
-from shared import HOUR, NOON, NOWHERE, restore
+from shared import HOUR, NOON, NOWHERE, done_well, listed, refused, restore, restored_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
     from functools import partial
     from pathlib import Path
 
-HURRY = 10  # so much shorter is the program's patience
-ONE_MINUTE = 60.0
-CROWD = 1100  # more than a page
+    from shared import Env
+
 DATA = channel_backup(10)
-FIELDS = {"key", "name", "captured_at", "stored_at", "size_bytes", "empty"}
+SECOND = timedelta(seconds=1)
 
 
-def listed(env: dict[str, str]) -> list[dict[str, Any]]:
-    """Return what `list --json` prints."""
-    done = run_script(env, "list", "--json")
-    assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
-
-
-def keys(env: dict[str, str]) -> list[str]:
+def keys(env: Env) -> list[str]:
     """Return the keys of the versions as they are listed."""
     return [row["key"] for row in listed(env)]
 
 
-def plain(env: dict[str, str]) -> list[str]:
+def plain(env: Env) -> list[str]:
     """Return the rows of the table that `list` prints into a pipe."""
-    done = run_script(env, "list")
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[1:]
-
-
-def on_terminal(env: dict[str, str], *args: str) -> str:
-    """Run the program with a terminal as its stdout, and return what is seen there."""
-    code, seen = run_on_terminal(env, *args)
-    assert code == 0, seen
-    return seen
-
-
-def printable(text: str) -> bool:
-    """Tell whether a terminal shows the text as it is."""
-    return text.translate({ord("\n"): None, ord("\t"): None}).isprintable()
+    return done_well(env, "list").stdout.splitlines()[1:]
 
 
 # --- Order and marks ---
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_newest_first(put: partial[str], reader: dict[str, str]) -> None:
+def test_newest_first(put: partial[str], reader: Env) -> None:
     """Versions are listed newest first, whatever the order in which they were stored."""
     stored = [put(NOON + HOUR * hours, DATA) for hours in (1, 3, 0, 2)]
     assert keys(reader) == sorted(stored, reverse=True)
 
 
-def test_a_year_ahead_is_not_the_newest(
-    put: partial[str], reader: dict[str, str], home: Path
-) -> None:
-    """A version that was named a year ahead, perhaps by a thief, stands where S3's own time puts
-    it, and is marked; one named in time is not. The one stored later is restored.
-    """
+def test_a_year_ahead_is_not_the_newest(put: partial[str], reader: Env, home: Path) -> None:
+    """Named by a thief perhaps, it stands where S3's own time puts it, and is marked."""
     ahead = put(datetime.now(UTC) + timedelta(days=365), DATA)
     time.sleep(1.1)  # S3's own time is told in seconds
     data = channel_backup(3)
     latest, old = put(datetime.now(UTC), data), put(NOON, DATA)
     assert keys(reader) == [latest, ahead, old]
-    assert [line[:30] for line in plain(reader) if "named later than stored" in line] == [
-        ahead[-30:]
-    ]
-    restore(reader, home)
-    assert (home / "channel.backup").read_bytes() == data
+    marked = [line for line in plain(reader) if "named later than stored" in line]
+    assert [f"alice/{line.split()[0]}" for line in marked] == [ahead]
+    assert restored_bytes(reader, home) == data
 
 
 @pytest.mark.unmeasured
-def test_drops_are_marked(put: partial[str], reader: dict[str, str]) -> None:
-    """A version that is at least 300 bytes smaller than the one before it is marked, and no other
-    is; an empty one counts, and is marked as that as well.
-    """
+def test_drops_are_marked(put: partial[str], reader: Env) -> None:
+    """They are at least 300 bytes smaller than the one before; empty ones are marked, too."""
     sizes = [1000, 700, 401, 2000, 1300, 1300, 45, 700, 401, 101, 45, 45]
     dropped = [False, True, False, False, True, False, True, False, False, True, False, False]
     for hours, size in enumerate(sizes):
@@ -126,175 +87,117 @@ def test_drops_are_marked(put: partial[str], reader: dict[str, str]) -> None:
 # --- What is shown, and what is counted ---
 
 
-def test_others_are_counted(
-    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str]
-) -> None:
+def test_others_are_counted(put: partial[str], reader: Env) -> None:
     """Foreign files and the prefixes of other nodes are counted or left out, never shown."""
     key = put(NOON, DATA)
-    put(NOON, DATA, prefix="bob/")
-    put(NOON, DATA, prefix="alice/regtest/")
     put(NOON + HOUR, DATA, prefix="alice/regtest/")
-    put(NOON, DATA, prefix="alice")
-    for foreign in (
-        "alice/readme.txt",
-        "alice/20260230T000000.000000Z-a1b2c3",
-        "alice/20260301T120000Z-a1b2c3",
-        "alice/",
-    ):
-        s3.admin.put_object(Bucket=bucket, Key=foreign, Body=b"foreign")
-    done = run_script(reader, "list", "--json")
+    for prefix in ("bob/", "alice/regtest/", "alice"):
+        put(NOON, DATA, prefix=prefix)
+    for name in ("readme.txt", "20260230T000000.000000Z-a1b2c3", "20260301T120000Z-a1b2c3"):
+        put(NOON, b"foreign", name=name)
+    put(NOON, b"foreign", prefix="", name="alice/")
+    done = done_well(reader, "list", "--json")
     assert [row["key"] for row in json.loads(done.stdout)] == [key]
-    assert re.search(r"version.*\b1\b.*other.*\b5\b|\b1 version.*\b5 other", done.stderr)
+    assert "alice/: 1; other keys, not shown: 5" in done.stderr
 
 
-def test_an_empty_bucket(reader: dict[str, str]) -> None:
-    """An empty bucket is no failure: nothing is printed, and an empty array as JSON."""
-    assert listed(reader) == []
-    assert plain(reader) == []
-
-
-def test_an_empty_prefix(put: partial[str], reader: dict[str, str]) -> None:
+def test_an_empty_prefix(put: partial[str], reader: Env) -> None:
     """Without a prefix the versions at the top of the bucket are shown, and those below are not."""
     key = put(NOON, DATA, prefix="")
     put(NOON, DATA)
     assert keys(reader | {"S3_BACKUP_PREFIX": ""}) == [key]
 
 
-def test_what_a_delete_marker_hides_is_not_shown(
-    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str]
-) -> None:
-    """In a bucket with versioning, what a delete marker hides is not shown."""
-    s3.admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    kept, hidden = put(NOON, DATA), put(NOON + HOUR, DATA)
-    s3.admin.delete_object(Bucket=bucket, Key=hidden)
-    assert keys(reader) == [kept]
-
-
-@pytest.mark.unmeasured
-@pytest.mark.parametrize("prefix", ["", "bob/regtest"])
-def test_folders_in_place_of_versions(put: partial[str], reader: dict[str, str]) -> None:
+@pytest.mark.parametrize("prefix", ["bob/regtest", ""])
+def test_folders_in_place_of_versions(put: partial[str], reader: Env) -> None:
     """A list without a version names the folders, escaped, and no key that lies in them."""
     for folder in ("Alice/", "bob/mainnet/", "carol\x1b[31m/"):
         key = put(NOON, DATA, prefix=folder)
-    done = run_script(reader, "list")
-    assert done.returncode == 0
+    assert listed(reader) == []
+    done = done_well(reader, "list")
     assert not re.search(r"\d{8}T", done.stdout)
     for folder in ("Alice/", "bob/", "carol"):
         assert folder in done.stderr
     assert key[-30:] not in done.stderr
-    assert printable(done.stderr)
+    assert done.stderr.replace("\n", "").isprintable()
 
 
 @pytest.mark.unmeasured
-def test_more_folders_than_anybody_reads(reader: dict[str, str]) -> None:
+def test_more_folders_than_anybody_reads(reader: Env) -> None:
     """Of folders without end some are named."""
-    pages = itertools.count()
-
-    def page(request: Request) -> Iterable[bytes]:
-        if "prefix=alice" in request.path:
-            return framed([listing()])
-        number = next(pages)
-        folders = (f"{'x' * 200}{number}-{each}/" for each in range(500))
-        found = (f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in folders)
-        return framed([listing(*found, truncated="true", token=f"token-{number}")])
-
-    with RawS3(page) as raw:
-        done = run_script(reader | {"AWS_ENDPOINT_URL_S3": raw.endpoint}, "list")
-        assert len(raw.requests) < 20
-    assert done.returncode == 0, done.stderr
-    assert f"{'x' * 200}0-0/" in done.stderr
+    folders = (f"<Prefix>{'x' * 200}{number}/</Prefix>" for number in range(500))
+    found = [f"<CommonPrefixes>{folder}</CommonPrefixes>" for folder in folders]
+    page = listing(*found, truncated="true", token="more")
+    with RawS3(lambda asked: framed([listing() if "prefix=" in asked.path else page])) as raw:
+        done = done_well(reader | {"AWS_ENDPOINT_URL_S3": raw.endpoint}, "list")
+        assert len(raw.requests) == 2
+    assert f"{'x' * 200}0/" in done.stderr
     assert max(map(len, done.stderr.splitlines())) < 10_000
 
 
 # --- Forms ---
 
 
-def test_json(put: partial[str], reader: dict[str, str]) -> None:
-    """Each element tells key, name, size, whether it is empty, and both times in ISO 8601 and UTC;
-    on a terminal, too.
-    """
+def test_json(put: partial[str], reader: Env) -> None:
+    """Each element tells key, name, size, and both times in ISO 8601 and UTC."""
     at = NOON + timedelta(microseconds=123456)
     key = put(at, os.urandom(1234))
-    before = datetime.now(UTC)
     (row,) = listed(reader)
-    assert row.keys() >= FIELDS
     expected = {"key": key, "name": key[-30:], "size_bytes": 1234, "empty": False}
-    assert row | expected == row
-    captured, stored = (
-        datetime.fromisoformat(row[field]) for field in ("captured_at", "stored_at")
-    )
-    assert captured == at
-    assert (captured.utcoffset(), stored.utcoffset()) == (timedelta(0), timedelta(0))
-    assert abs(stored - before) < timedelta(seconds=30)
-    assert json.loads(on_terminal(reader, "list", "--json")) == [row]
+    assert row | expected | {"captured_at": at.isoformat()} == row
+    stored = datetime.fromisoformat(row["stored_at"])
+    assert stored.utcoffset() == timedelta(0)
+    assert abs(stored - datetime.now(UTC)) < timedelta(seconds=60)
+    _, seen = run_on_terminal(reader, "list", "--json")
+    assert json.loads(seen) == [row]
 
 
-def test_the_table(put: partial[str], reader: dict[str, str]) -> None:
-    """On a terminal and in a pipe there is the same table: one line for each version, with its
-    size and when it was stored.
-    """
+def test_the_table(put: partial[str], reader: Env) -> None:
+    """It is the same on a terminal and in a pipe: a line for each version."""
     stored = [put(NOON + HOUR, os.urandom(12_345_678)), put(NOON, channel_backup(0))]
     lines = plain(reader)
-    assert on_terminal(reader, "list").splitlines()[1:] == lines
+    _, seen = run_on_terminal(reader, "list")
+    assert seen.splitlines()[1:] == lines
     assert [f"alice/{line.split()[0]}" for line in lines] == stored
     assert [line.split()[1].replace(",", "") for line in lines] == ["12345678", "45"]
     assert all(f"{datetime.now(UTC):%Y-%m-%d}" in line for line in lines)
     assert all(line.isascii() and line.isprintable() for line in lines)
 
 
-def test_foreign_keys_cannot_forge_lines(
-    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str]
-) -> None:
+def test_foreign_keys_cannot_forge_lines(put: partial[str], reader: Env) -> None:
     """Control characters in keys and prefixes reach neither the terminal nor the log."""
     key = put(NOON, DATA)
-    for foreign in (
-        f"{key}\n",
-        f"{key}\x1b[31m",
-        "alice/\x1b]0;title\x07/x",
-        "alice/\u202egnp",
-    ):
-        s3.admin.put_object(Bucket=bucket, Key=foreign, Body=b"foreign")
-    done = run_script(reader, "list")
-    seen = on_terminal(reader, "list").replace("\r\n", "\n")
-    assert printable(done.stdout + done.stderr + seen)
+    for foreign in (f"{key}\n", f"{key}\x1b[31m", "alice/\x1b]0;title\x07/x", "alice/\u202egnp"):
+        put(NOON, b"foreign", prefix="", name=foreign)
+    done = done_well(reader, "list")
+    _, seen = run_on_terminal(reader, "list", log=True)
+    shown = done.stdout + done.stderr + seen.replace("\r", "")
+    assert shown.replace("\n", "").isprintable()
     assert len(done.stdout.splitlines()) == 2  # the head, and a version
-
-
-# --- Thousands ---
-
-
-def plant(server: S3Server, bucket: str, count: int) -> list[str]:
-    """Put versions where a server that does not run yet keeps them; return their names."""
-    directory = server.directory / "s3/000000000000" / bucket / "alice"
-    directory.mkdir(parents=True)
-    for second in range(count):
-        data = channel_backup(1)
-        (directory / version_name(data, NOON + timedelta(seconds=second))).write_bytes(data)
-    return sorted(path.name for path in directory.iterdir())
 
 
 def test_thousands_of_versions(tmp_path: Path, prefix: str) -> None:
     """Versions of more than one page are listed in order, and the newest is restored."""
     server, bucket = S3Server(tmp_path / "s3"), "crowded"
-    planted = plant(server, bucket, CROWD)
+    versions = [channel_backup(1) for _ in range(1100)]
+    names = [version_name(data, NOON + n * SECOND) for n, data in enumerate(versions)]
+    directory = server.directory / "s3/000000000000" / bucket / prefix
+    directory.mkdir(parents=True)
+    for name, data in zip(names, versions, strict=True):
+        (directory / name).write_bytes(data)
     with server:
         reader = reader_settings(server, bucket, prefix, server.reader_user(bucket))
-        assert keys(reader) == [f"alice/{name}" for name in reversed(planted)]
-        done = run_script(reader, "restore", "--output", str(tmp_path / "restored"))
-    assert done.returncode == 0, done.stderr
-    newest = (tmp_path / "restored").read_bytes()
-    assert planted[-1].endswith(hashlib.sha256(newest).hexdigest()[-6:])
+        assert keys(reader) == [prefix + name for name in reversed(names)]
+        assert restored_bytes(reader, tmp_path) == versions[-1]
 
 
 MANY = answers.Answer(  # more than the buffer of stdout takes
-    body=listing(
-        *(entry(f"alice/{version_name(DATA, NOON + n * timedelta(seconds=1))}") for n in range(100))
-    )
+    body=listing(*(entry(f"alice/{version_name(DATA, NOON + n * SECOND)}") for n in range(100)))
 )
 
 
 @pytest.mark.parametrize("options", ["", "--json"])
-def test_a_reader_that_goes_away(fake: FakeS3, fake_reader: dict[str, str], options: str) -> None:
+def test_a_reader_that_goes_away(fake: FakeS3, fake_reader: Env, options: str) -> None:
     """`list | head` is no fault: who has read enough is not shown a traceback."""
     fake.set_default(MANY, "GET")
     piped = f'"{sys.executable}" "{SCRIPT}" list {options} | true'
@@ -306,25 +209,18 @@ def test_a_reader_that_goes_away(fake: FakeS3, fake_reader: dict[str, str], opti
 
 @pytest.mark.parametrize("command", ["list", "list --json", "check", "check --json", "restore"])
 def test_an_answer_that_cannot_be_printed(
-    put: partial[str],
-    fake: FakeS3,
-    env: dict[str, str],
-    reader: dict[str, str],
-    lnd: Lnd,
-    home: Path,
-    command: str,
+    put: partial[str], fake: FakeS3, node_reader: Env, lnd: Lnd, home: Path, command: str
 ) -> None:
     """When stdout takes nothing it is exit 1 and one line; what is restored is the whole version or
     nothing. When there is no stdout, the exit code is enough.
     """
     newest = lnd.write()
     put(NOON, newest.data)
-    env |= reader
     if command.startswith("list"):
         fake.set_default(MANY, "GET")
-        env["AWS_ENDPOINT_URL_S3"] = fake.endpoint
+        node_reader["AWS_ENDPOINT_URL_S3"] = fake.endpoint
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = run_script(env, *command.split(), cwd=home, stdout=full)
+        done = run_script(node_reader, *command.split(), cwd=home, stdout=full)
     assert done.returncode == 1
     assert len(re.findall("error: (?!hint)", done.stderr)) == 1
     assert "No space left on device" in done.stderr
@@ -333,7 +229,7 @@ def test_an_answer_that_cannot_be_printed(
         assert path.read_bytes() == newest.data
         path.unlink()
     closed = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(SCRIPT)]
-    with Script(env, *command.split(), cwd=home, command=closed) as script:
+    with Script(node_reader, *command.split(), cwd=home, command=closed) as script:
         assert script.wait() == 0
         assert "a fault of this program" not in script.log
 
@@ -341,56 +237,14 @@ def test_an_answer_that_cannot_be_printed(
 # --- What is missing, and what is not needed ---
 
 
-def test_a_put_only_key(s3: S3Server, bucket: str, prefix: str) -> None:
-    """A key that may only put is exit 1; the hint is to use the reader's key, and nobody is told
-    to let the node's key read.
-    """
-    env = reader_settings(s3, bucket, prefix, s3.put_only_user(bucket, prefix))
-    done = run_script(env, "list")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "Traceback" not in done.stderr
-    assert re.search(r"hint: .*\breader('s)? key", done.stderr)
-    assert not re.search('"Effect"|"Allow"', done.stderr)
-
-
-def test_a_list_needs_no_get(put: partial[str], s3: S3Server, bucket: str, prefix: str) -> None:
-    """With the permission to list alone, the list is there."""
-    key = put(NOON, DATA)
-    user = s3.user(allow("s3:ListBucket", bucket))
-    assert keys(reader_settings(s3, bucket, prefix, user)) == [key]
-
-
-@pytest.mark.parametrize("args", [("list", "--json"), ("restore",)], ids=["list", "restore"])
-def test_s3_refuses_connections(reader: dict[str, str], args: tuple[str, ...]) -> None:
-    """Exit 75 at once when nobody listens."""
-    began = time.monotonic()
-    done = run_script(reader | {"AWS_ENDPOINT_URL_S3": NOWHERE}, *args)
-    assert (done.returncode, done.stdout) == (75, "")
-    assert time.monotonic() - began < ONE_MINUTE
-    assert "Traceback" not in done.stderr
-
-
-def test_s3_does_not_answer(
-    s3: S3Server,
-    env: dict[str, str],
-    reader: dict[str, str],
-    lnd: Lnd,
-    home: Path,
-    started_by: Callable[[str], None],
-) -> None:
-    """Connections that are never answered are exit 75 within a minute."""
-    started_by(hurried(HURRY))
+@pytest.mark.parametrize("command", ["list", "check", "restore"])
+def test_s3_refuses_connections(node_reader: Env, lnd: Lnd, command: str) -> None:
+    """Exit 75 when nobody listens."""
     lnd.write()
-    commands = ["list", "check", "restore"]
-    with FaultProxy(s3.host, s3.port) as proxy, ThreadPoolExecutor(len(commands)) as pool:
-        proxy.set("blackhole")
-        silent = env | reader | {"AWS_ENDPOINT_URL_S3": proxy.endpoint()}
-        began = time.monotonic()
-        done = list(pool.map(lambda command: run_script(silent, command, cwd=home), commands))
-        assert time.monotonic() - began < ONE_MINUTE / HURRY + 2
-    assert [each.returncode for each in done] == [75, 75, 75]
-    assert not any("Traceback" in each.stderr for each in done)
-    assert not list(home.iterdir())
+    done = run_script(node_reader | {"AWS_ENDPOINT_URL_S3": NOWHERE}, command)
+    assert done.returncode == 75
+    assert done.stdout == "" or command == "check"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -405,14 +259,9 @@ def test_s3_does_not_answer(
         (answers.WRONG_REGION, 1),
         (answers.NO_SUCH_BUCKET, 1),
     ],
-    ids=["slow", "internal", "clock", "dropped", "portal", "expired", "region", "bucket"],
 )
-def test_errors_of_s3(
-    fake: FakeS3, fake_reader: dict[str, str], answer: answers.Answer, code: int
-) -> None:
-    """What trying again may help is exit 75, what it will not is exit 1, each with something to
-    do. The page of a captive portal is no empty bucket.
-    """
+def test_errors_of_s3(fake: FakeS3, fake_reader: Env, answer: answers.Answer, code: int) -> None:
+    """What trying again may help is exit 75, what it will not is exit 1, each with a hint."""
     fake.set_default(answer, "GET")
     done = run_script(fake_reader, "list")
     assert (done.returncode, done.stdout) == (code, "")
@@ -420,50 +269,24 @@ def test_errors_of_s3(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"AWS_SECRET_ACCESS_KEY": "", "AWS_ACCESS_KEY_ID": ""}, "Unable to locate credentials"),
-        ({"AWS_SECRET_ACCESS_KEY": "wr0ng-s3cr3t"}, "check the access key"),
-    ],
-    ids=["none", "wrong"],
-)
-def test_a_wrong_key(reader: dict[str, str], wrong: dict[str, str], said: str) -> None:
-    """A wrong secret is exit 1 and a matter of the access key, not of permissions; so is none."""
-    done = run_script(reader | wrong, "list")
+def test_a_wrong_key(reader: Env) -> None:
+    """A wrong secret is exit 1 and a matter of the access key, not of permissions."""
+    done = run_script(reader | {"AWS_SECRET_ACCESS_KEY": "wr0ng-s3cr3t"}, "list")
     assert (done.returncode, done.stdout) == (1, "")
-    assert said in done.stderr
+    assert "check the access key" in done.stderr
     assert "wr0ng-s3cr3t" not in done.stderr
-    assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "node",
-    [
-        {},
-        {"MONITOR_FILE_PATH": "", "BACKUP_DIRECTORY": ""},
-        {"MONITOR_FILE_PATH": "~/nowhere", "BACKUP_DIRECTORY": "~/nowhere"},
-        {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "/nowhere/at/all"},
-        {"MONITOR_FILE_PATH": "/", "BACKUP_DIRECTORY": "/dev/null"},
-        {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"},
-    ],
-    ids=["absent", "empty", "tilde", "nowhere", "impossible", "reporting"],
-)
-def test_the_node_is_not_needed(
-    put: partial[str], reader: dict[str, str], home: Path, node: dict[str, str]
-) -> None:
-    """The bucket's settings suffice for `list` and `restore`; the node's may be absent, empty or
-    wrong, and nothing is said of them.
-    """
+def test_the_node_is_not_needed(put: partial[str], reader: Env, home: Path) -> None:
+    """Its settings may be wrong for `list` and `restore`, and nothing is said of them."""
     key = put(NOON, DATA)
-    done = run_script(reader | node, "list", "--json")
-    assert [row["key"] for row in json.loads(done.stdout)] == [key]
-    said = done.stderr + restore(reader | node, home).stderr
+    env = reader | {"MONITOR_FILE_PATH": "/nowhere/wallet.db", "BACKUP_DIRECTORY": "~/nowhere"}
+    env |= {"METRICS_FILE": "/nowhere/lnd.prom", "HEARTBEAT_URL": "nowhere"}
+    assert keys(env) == [key]
+    said = restore(env, home).stderr
     assert not re.search("MONITOR_FILE_PATH|BACKUP_DIRECTORY|nowhere", said)
 
 
-def test_a_wrong_bucket_name(reader: dict[str, str]) -> None:
+def test_a_wrong_bucket_name(reader: Env) -> None:
     """What is needed must be right: a bucket that cannot be one is exit 78."""
-    done = run_script(reader | {"S3_BUCKET_NAME": "s3://bucket/alice"}, "list")
-    assert (done.returncode, done.stdout) == (78, "")
-    assert "S3_BUCKET_NAME" in done.stderr
+    refused(reader | {"S3_BUCKET_NAME": "s3://bucket/alice"}, "S3_BUCKET_NAME", args=("list",))

@@ -7,12 +7,11 @@ import os
 import re
 import shlex
 import stat
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from kit import (
-    SCRIPT,
     Answer,
     FakeS3,
     Lnd,
@@ -27,78 +26,45 @@ from kit.script import LATE_ENOUGH
 from shared import (
     HOUR,
     NOON,
-    Done,
     command_for_the_one_before,
-    expect_tidy,
-    ordinary,
     restore,
+    restored_bytes,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from functools import partial
-    from pathlib import Path
 
-
-def wrapped(env: dict[str, str], home: Path, wrapper: Sequence[str]) -> Done:
-    """Run `restore` by another command, in that directory."""
-    return run_script(env, "restore", cwd=home, command=[*wrapper, sys.executable, str(SCRIPT)])
+    from shared import Done, Env
 
 
 # --- Where it is written ---
 
 
-def test_the_output(put: partial[str], reader: dict[str, str], home: Path) -> None:
-    """`--output` names the file, and nothing else appears beside it."""
-    wanted = channel_backup(5)
-    put(NOON, wanted)
-    restore(reader, home, "--output", "sub.backup")
-    assert [path.name for path in home.iterdir()] == ["sub.backup"]
-    assert (home / "sub.backup").read_bytes() == wanted
+THERE: dict[str, Callable[[Path], object]] = {
+    "file": lambda path: path.write_bytes(b"mine"),
+    "directory": Path.mkdir,
+    "dangling": lambda path: path.symlink_to("elsewhere"),
+    "fifo": os.mkfifo,
+}
 
 
-@pytest.mark.parametrize("what", ["file", "empty", "directory", "dangling", "fifo"])
+@pytest.mark.parametrize("make", THERE.values(), ids=THERE)
 def test_the_output_exists(
-    put: partial[str], reader: dict[str, str], home: Path, what: str
+    put: partial[str], reader: Env, home: Path, make: Callable[[Path], object]
 ) -> None:
     """What exists is never overwritten, followed or written into."""
     put(NOON, channel_backup(5))
     there = home / "channel.backup"
-    if what == "directory":
-        there.mkdir()
-    elif what == "dangling":
-        there.symlink_to(home / "elsewhere")
-    elif what == "fifo":
-        os.mkfifo(there)
-    else:
-        there.write_bytes(b"mine" if what == "file" else b"")
+    make(there)
     before = Lnd(home).fingerprint()
     assert str(there) in restore(reader, home, code=1).stderr
     restore(reader, home, "--output", str(there), code=1)
     assert Lnd(home).fingerprint() == before
 
 
-def test_the_output_appears_meanwhile(
-    fake: FakeS3, fake_reader: dict[str, str], home: Path
-) -> None:
-    """A file that appears while the version is being downloaded is not overwritten, either."""
-    data = channel_backup(5)
-    fake.set_default(Answer(body=data), "GET")
-    fake.hold()
-    with Script(fake_reader, "restore", "--key", version_name(data, NOON), cwd=home) as script:
-        fake.wait_for_requests(1, method="GET")
-        (home / "channel.backup").write_bytes(b"mine")
-        fake.release()
-        assert script.wait() == 1
-        assert "Traceback" not in script.log
-    assert [path.read_bytes() for path in home.iterdir()] == [b"mine"]
-
-
 LNDS_DIRECTORIES = {  # what is there, what is to be written, and what is monitored
     "wallet": ("data/wallet.db", "data/restored", ""),
-    "channels": ("data/channel.db", "data/restored", ""),
-    "macaroon": ("data/readonly.macaroon", "data/restored", ""),
-    "archives": ("data/chan-backup-archives", "data/restored", ""),
     "by a link": ("data/wallet.db", "link/restored", ""),
     "where it runs": ("data/wallet.db", "restored", ""),
     "below lnd.conf": ("data/lnd.conf", "data/below/restored", ""),
@@ -113,11 +79,9 @@ LNDS_DIRECTORIES = {  # what is there, what is to be written, and what is monito
 
 @pytest.mark.parametrize("case", LNDS_DIRECTORIES)
 def test_the_output_in_lnds_directory(
-    put: partial[str], reader: dict[str, str], tmp_path: Path, case: str
+    put: partial[str], reader: Env, tmp_path: Path, case: str
 ) -> None:
-    """Nothing is written into a directory that looks like LND's, below LND's home also before there
-    is a wallet, or beside the monitored file, by whatever way it is named.
-    """
+    """By whatever way it is named, and below LND's home also before there is a wallet."""
     put(NOON, channel_backup(5))
     there, output, monitored = LNDS_DIRECTORIES[case]
     directory = tmp_path / "data"
@@ -129,73 +93,41 @@ def test_the_output_in_lnds_directory(
     before = Lnd(directory).fingerprint()
     given = output if output == "restored" else str(tmp_path / output)
     env = reader | ({"MONITOR_FILE_PATH": str(tmp_path / monitored)} if monitored else {})
-    done = run_script(env, "restore", "--output", given, cwd=directory)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "directory of LND's" in done.stderr
+    assert "directory of LND's" in restore(env, directory, "--output", given, code=1).stderr
     assert Lnd(directory).fingerprint() == before
 
 
-@pytest.mark.parametrize(
-    "which", [(), ("--key", "alice/20260301T120000.000000Z-a1b2c3")], ids=["newest", "key"]
-)
 def test_an_output_that_cannot_be_costs_no_download(
-    fake: FakeS3, fake_reader: dict[str, str], home: Path, which: tuple[str, ...]
+    fake: FakeS3, fake_reader: Env, home: Path
 ) -> None:
     """What cannot be written is told before S3 is asked for anything, with what to do."""
     (home / "there").touch()
     for output in ("nowhere/channel.backup", "there"):
-        done = run_script(fake_reader, "restore", "--output", output, *which, cwd=home)
-        assert (done.returncode, done.stdout) == (1, "")
+        done = restore(fake_reader, home, "--output", output, code=1)
         assert str(home / output) in done.stderr
         assert re.search("hint: .*--output", done.stderr)
     assert fake.requests == []
-    assert [path.name for path in home.iterdir()] == ["there"]
 
 
-def test_no_permission_to_write(put: partial[str], reader: dict[str, str], home: Path) -> None:
-    """Without permission to write it is exit 1 with the path and the reason."""
-    put(NOON, channel_backup(5))
-    home.chmod(0o500)
-    try:
-        done = wrapped(reader, home, ordinary())
-    finally:
-        home.chmod(0o700)
-    assert done.returncode == 1
-    assert f"{home / 'channel.backup'}: Permission denied" in done.stderr
-    expect_tidy(home, done, set())
-
-
-def test_a_full_disk(put: partial[str], reader: dict[str, str], home: Path) -> None:
+def test_a_full_disk(put: partial[str], reader: Env, home: Path) -> None:
     """When the disk takes only a part it is exit 1 and nothing is left; with room it works."""
     data = os.urandom(1 << 20)
     put(NOON, data)
     limited = ["/bin/sh", "-c", 'ulimit -f 1024; exec "$@"', "sh"]  # blocks of 512 bytes
-    done = wrapped(reader, home, limited)
-    assert done.returncode == 1
-    assert str(home / "channel.backup") in done.stderr
-    expect_tidy(home, done, set())
-    restore(reader, home)
-    assert (home / "channel.backup").read_bytes() == data
+    done = restore(reader, home, code=1, wrapper=limited)
+    assert f"{home}/channel.backup: File too large" in done.stderr
+    assert restored_bytes(reader, home) == data
 
 
 @pytest.mark.parametrize("umask", ["000", "777"])
-def test_the_mode(put: partial[str], reader: dict[str, str], home: Path, umask: str) -> None:
-    """The file is its owner's alone, whatever the umask."""
-    put(NOON, channel_backup(5))
-    done = wrapped(reader, home, ["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"])
-    assert done.returncode == 0, done.stderr
-    assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
-
-
-def test_the_mode_after_a_crash(put: partial[str], reader: dict[str, str], home: Path) -> None:
-    """What was left under the temporary name, open to all, does not become the file."""
+def test_the_mode(put: partial[str], reader: Env, home: Path, umask: str) -> None:
+    """The file is its owner's alone, whatever the umask, and whoever holds what a crash left."""
     wanted = channel_backup(5)
     put(NOON, wanted)
     left = home / ".channel.backup.partial"
-    left.write_bytes(b"left")
-    left.chmod(0o666)
+    left.touch()
     with left.open("rb+") as held:
-        run_script(reader, "restore", cwd=home)
+        restore(reader, home, wrapper=["/bin/sh", "-c", f'umask {umask}; exec "$@"', "sh"])
         held.write(b"forged")
     assert (home / "channel.backup").read_bytes() == wanted
     assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
@@ -222,35 +154,31 @@ def lncli(done: Done, step: str = "restorechanbackup") -> list[str]:
     return [shlex.split(line)[0] for line in lines]
 
 
-SHRINKING: dict[str, tuple[list[int], dict[str, int]]] = {  # sizes; which is in which file
-    "no drop": ([700, 1400, 1400], {"": 2}),
-    "one": ([2000, 1400, 1400, 1500], {"": 3, ".2": 0}),
-    "the latest three of four": (
-        [8000, 7000, 7000, 6000, 6500, 5000, 4000],
-        {"": 6, ".2": 5, ".3": 4, ".4": 2},
-    ),
-    "a drop and nothing after": ([2000, 1700], {"": 1, ".2": 0}),
-    "no drop by a byte": ([2000, 1701], {"": 1}),
-    "a recovery under the old prefix": (
-        [5000, 1179, 801, 423, 45],
-        {"": 3, ".2": 2, ".3": 1, ".4": 0},
-    ),
-    "an empty version between": ([5000, 45, 900], {"": 2, ".2": 0}),
-    "garbage between": ([700, 7, 650], {"": 2}),
+ENDS = ("", ".2", ".3", ".4")
+SHRINKING: dict[str, tuple[list[int], list[int]]] = {  # sizes; which of them are restored
+    "no drop": ([700, 1400, 1400], [2]),
+    "one": ([2000, 1400, 1400, 1500], [3, 0]),
+    "the latest three of four": ([8000, 7000, 7000, 6000, 6500, 5000, 4000], [6, 5, 4, 2]),
+    "a drop and nothing after": ([2000, 1700], [1, 0]),
+    "no drop by a byte": ([2000, 1701], [1]),
+    "a recovery under the old prefix": ([5000, 1179, 801, 423, 45], [3, 2, 1, 0]),
+    "an empty version between": ([5000, 45, 900], [2, 0]),
+    "garbage between": ([700, 7, 650], [2]),
 }
 
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("case", SHRINKING)
 def test_the_versions_before_the_drops(
-    put: partial[str], reader: dict[str, str], home: Path, case: str
+    put: partial[str], reader: Env, home: Path, case: str
 ) -> None:
     """The last version before each of the three latest drops is restored as well, each is told with
     its key and digest, and all of them are given to LND in order. More drops are warned of.
     """
-    sizes, expected = SHRINKING[case]
+    sizes, numbers = SHRINKING[case]
     data, keys = history(put, *sizes)
     done = restore(reader, home)
+    expected = dict(zip(ENDS, numbers, strict=False))
     assert restored(home) == {end: data[number] for end, number in expected.items()}
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in home.iterdir())
     files = {f"{home}/channel.backup{end}": number for end, number in expected.items()}
@@ -265,10 +193,8 @@ def test_the_versions_before_the_drops(
 
 
 @pytest.mark.unmeasured
-def test_which_drops_count(put: partial[str], reader: dict[str, str], home: Path) -> None:
-    """With `--key` there is one file; with `--before` drops count up to that time; the numbers
-    follow the name of the output.
-    """
+def test_which_drops_count(put: partial[str], reader: Env, home: Path) -> None:
+    """With `--key` none, with `--before` those until then; the output's name is numbered."""
     data, keys = history(put, 5000, 4000, 3000, 2000)
     restore(reader, home, "--key", keys[2], "--output", "key")
     restore(reader, home, "--before", (NOON + 2 * HOUR).isoformat(), "--output", "before")
@@ -285,45 +211,38 @@ def test_which_drops_count(put: partial[str], reader: dict[str, str], home: Path
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("by_key", [False, True], ids=["newest", "key"])
 def test_a_file_for_a_version_before_a_drop_is_there(
-    put: partial[str], reader: dict[str, str], home: Path, *, by_key: bool
+    put: partial[str], reader: Env, home: Path
 ) -> None:
-    """It is left as it is, the others are written, and a warning names it; one that is not needed
-    is no matter.
-    """
-    data, keys = history(put, 5000, 4000, 3000)
-    (home / "channel.backup.2").write_bytes(b"mine")
-    done = run_script(reader, "restore", *(("--key", keys[2]) if by_key else ()), cwd=home)
-    assert done.returncode == 0, done.stderr
-    others = {} if by_key else {".3": data[0]}
-    assert restored(home) == {"": data[2], ".2": b"mine"} | others
-    told = re.findall(r"warning: left out: (.*)", done.stderr)
+    """It is left as it is, the others are written, and a warning names it."""
+    data, _ = history(put, 5000, 4000, 3000)
     path = home / "channel.backup.2"
-    assert told == ([] if by_key else [f"{path}: cannot restore: {path}: File exists"])
-    assert lncli(done) == [str(home / f"channel.backup{end}") for end in ("", *others)]
+    path.write_bytes(b"mine")
+    done = restore(reader, home)
+    assert restored(home) == {"": data[2], ".2": b"mine", ".3": data[0]}
+    assert f"warning: left out: {path}: cannot restore: {path}: File exists" in done.stderr
+    assert lncli(done) == [f"{home}/channel.backup", f"{home}/channel.backup.3"]
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("fault", ["damaged", "too short", "unreadable"])
+@pytest.mark.parametrize("fault", ["damaged", "unreadable"])
 def test_a_version_before_a_drop_that_cannot_be_had(
-    put: partial[str], s3: S3Server, bucket: str, reader: dict[str, str], home: Path, fault: str
+    put: partial[str], s3: S3Server, bucket: str, reader: Env, home: Path, fault: str
 ) -> None:
     """If one of them cannot be had, a warning names it, and its number is left out."""
     data, keys = history(put, 5000, 4000, 3000, 2000)
-    if fault == "unreadable":
+    if fault == "damaged":
+        s3.admin.put_object(Bucket=bucket, Key=keys[1], Body=data[1][::-1])
+    else:
         may = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
         denied = [f"arn:aws:s3:::{bucket}/{keys[1]}"]
         user = s3.user(may, {"Effect": "Deny", "Action": "s3:GetObject", "Resource": denied})
         reader = reader_settings(s3, bucket, "alice/", user)
-    else:
-        body = data[1][::-1] if fault == "damaged" else data[1][:3500]
-        s3.admin.put_object(Bucket=bucket, Key=keys[1], Body=body)
     done = restore(reader, home)
     assert restored(home) == {"": data[3], ".2": data[2], ".4": data[0]}
     told = done.stderr.splitlines()[-2]
     assert re.search(rf"warning: left out: .*channel\.backup\.3: .*{keys[1]}", told)
-    assert lncli(done) == [str(home / f"channel.backup{end}") for end in ("", ".2", ".4")]
+    assert lncli(done) == [f"{home}/channel.backup{end}" for end in ("", ".2", ".4")]
     assert run_script(reader, *command_for_the_one_before(done), cwd=home).returncode == 0
     assert restored(home)[".3"] == data[0]
 
@@ -331,76 +250,52 @@ def test_a_version_before_a_drop_that_cannot_be_had(
 # --- File systems that lack something ---
 
 
-LACKING = {
-    "links": "os.link = refusing(os.link, errno.EPERM)",
-    "modes": "os.chmod = os.fchmod = refusing(os.chmod, errno.EPERM)",
-    "sync of a directory": """
+NO_LINKS = f"""{LATE_ENOUGH}
+import errno, os, stat
+def refuse(*_, **__):
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+os.link = refuse
+"""
+
+FILES_AND_NOTHING_MORE = f"""{NO_LINKS}
+os.chmod = os.fchmod = refuse
 synced = os.fsync
 def fsync(descriptor):
     if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        refuse()
     synced(descriptor)
-os.fsync = fsync""",
-}
-
-LACKING |= {"everything": "\n".join(LACKING.values())}
-
-REFUSING = f"""{LATE_ENOUGH}
-import errno, os, stat
-def refusing(_, number):
-    def call(*arguments, **more):
-        {{first}}
-        raise OSError(number, os.strerror(number))
-    return call
+os.fsync = fsync
 """
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("lacking", LACKING)
 def test_a_file_system_that_lacks_something(
-    put: partial[str],
-    reader: dict[str, str],
-    home: Path,
-    started_by: Callable[[str], None],
-    lacking: str,
+    put: partial[str], reader: Env, home: Path, started_by: Callable[[str], None]
 ) -> None:
-    """Where there are no hard links (exFAT, SMB), no modes, or no sync of a directory, the version
-    is written whole, and nothing is overwritten.
-    """
+    """Without links (exFAT, SMB), modes, and the sync of a directory it is written whole."""
     wanted = channel_backup(2)
     put(NOON, wanted)
-    started_by(REFUSING.format(first="pass") + LACKING[lacking])
-    restore(reader, home)
-    assert restored(home) == {"": wanted}
+    started_by(FILES_AND_NOTHING_MORE)
+    assert restored_bytes(reader, home) == wanted
     assert stat.S_IMODE((home / "channel.backup").stat().st_mode) == 0o600
-    (home / "channel.backup").write_bytes(b"mine")
     restore(reader, home, code=1)
-    assert restored(home) == {"": b"mine"}
+    assert restored(home) == {"": wanted}
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize(
-    ("first", "expected"),
-    [
-        ('open("channel.backup", "w").write("mine")', b"mine"),
-        ('open("channel.backup", "w").close()', b""),
-        ('os.symlink("elsewhere", "channel.backup")', None),
-    ],
-    ids=["file", "empty", "link"],
-)
-def test_what_appears_meanwhile_without_links(
-    put: partial[str],
-    reader: dict[str, str],
-    home: Path,
-    started_by: Callable[[str], None],
-    first: str,
-    expected: bytes | None,
+@pytest.mark.parametrize("code", [LATE_ENOUGH, NO_LINKS], ids=["links", "no links"])
+def test_the_output_appears_meanwhile(
+    fake: FakeS3, fake_reader: Env, home: Path, started_by: Callable[[str], None], code: str
 ) -> None:
-    """Without hard links, too, what appears in the last moment is not overwritten."""
-    put(NOON, channel_backup(2))
-    started_by(REFUSING.format(first=first) + LACKING["links"])
-    done = run_script(reader, "restore", cwd=home)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    (only,) = home.iterdir()
-    assert (None if only.is_symlink() else only.read_bytes()) == expected
+    """A file that appears while the version is being downloaded is not overwritten, either."""
+    started_by(code)
+    data = channel_backup(5)
+    fake.set_default(Answer(body=data), "GET")
+    fake.hold()
+    with Script(fake_reader, "restore", "--key", version_name(data, NOON), cwd=home) as script:
+        fake.wait_for_requests(1, method="GET")
+        (home / "channel.backup").write_bytes(b"mine")
+        fake.release()
+        assert script.wait() == 1
+        assert "Traceback" not in script.log
+    assert restored(home) == {"": b"mine"}

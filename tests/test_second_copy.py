@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kit import Lnd
+    from shared import Env
 
 
 @pytest.fixture
-def copies(tmp_path: Path, fake_env: dict[str, str]) -> Path:
+def copies(tmp_path: Path, fake_env: Env) -> Path:
     """Return the second place, which is set and there."""
     directory = tmp_path / "stick"
     directory.mkdir()
@@ -34,9 +35,7 @@ def kept(copies: Path) -> set[bytes]:
     return {file.read_bytes() for file in files}
 
 
-def test_once_copies_and_a_second_time_adds_nothing(
-    fake_env: dict[str, str], lnd: Lnd, copies: Path
-) -> None:
+def test_once_copies_and_a_second_time_adds_nothing(fake_env: Env, lnd: Lnd, copies: Path) -> None:
     """`once` keeps the version in the second place; the same bytes are not kept again."""
     version = lnd.write()
     for _ in range(2):
@@ -47,7 +46,7 @@ def test_once_copies_and_a_second_time_adds_nothing(
 
 
 def test_a_stick_that_is_missing_is_told_and_nothing_is_made(
-    fake_env: dict[str, str], lnd: Lnd, fake: FakeS3, copies: Path
+    fake_env: Env, lnd: Lnd, fake: FakeS3, copies: Path
 ) -> None:
     """Without the directory S3 still stores, the problem is told, and the copy follows later."""
     copies.rmdir()
@@ -67,13 +66,11 @@ def test_a_stick_that_is_missing_is_told_and_nothing_is_made(
 
 
 def test_a_directory_of_lnds_is_refused(
-    fake_env: dict[str, str], lnd: Lnd, copies: Path, staging: Path
+    fake_env: Env, lnd: Lnd, copies: Path, staging: Path
 ) -> None:
-    """LND's directory and the staging directory cannot be the second place, also behind a link, nor
-    can any other directory in which LND keeps its data.
-    """
+    """So is the staging directory, and any with LND's data, also behind a link."""
     lnd.write()
-    for wrong in (lnd.directory, lnd.directory / "below", staging, f"{staging}/"):
+    for wrong in (lnd.directory / "below", f"{staging}/"):
         refused(fake_env | {"COPY_DIRECTORY": str(wrong)}, f"COPY_DIRECTORY={wrong}")
     (copies / "other").mkdir()
     (copies / "other/wallet.db").touch()
@@ -98,11 +95,9 @@ def leave_staged(lnd: Lnd, staging: Path) -> Path:
 
 
 def test_a_version_staged_before_a_restart_is_copied(
-    fake_env: dict[str, str], lnd: Lnd, staging: Path, copies: Path
+    fake_env: Env, lnd: Lnd, staging: Path, copies: Path
 ) -> None:
-    """The second place gets the version on disk also if an earlier run staged it and this one only
-    sends it.
-    """
+    """Also if an earlier run staged it, and this one only sends it."""
     file = leave_staged(lnd, staging)
     done_well(fake_env)
     assert not file.exists()
@@ -110,11 +105,9 @@ def test_a_version_staged_before_a_restart_is_copied(
 
 
 def test_a_file_that_is_not_the_version_is_no_copy(
-    fake_env: dict[str, str], lnd: Lnd, staging: Path, copies: Path
+    fake_env: Env, lnd: Lnd, staging: Path, copies: Path
 ) -> None:
-    """An empty file under the version's name, as a stick that was pulled out leaves, is a problem
-    that is told, and it is not overwritten.
-    """
+    """Empty, as a stick leaves it that was pulled out, it is told and not overwritten."""
     empty = copies / leave_staged(lnd, staging).name
     empty.touch()
     told = done_well(fake_env).stderr
@@ -122,9 +115,7 @@ def test_a_file_that_is_not_the_version_is_no_copy(
     assert empty.read_bytes() == b""
 
 
-def test_a_file_that_cannot_be_read_is_no_copy(
-    fake_env: dict[str, str], lnd: Lnd, copies: Path
-) -> None:
+def test_a_file_that_cannot_be_read_is_no_copy(fake_env: Env, lnd: Lnd, copies: Path) -> None:
     """What bears a later version's name and cannot be read keeps no version from being copied."""
     version = lnd.write()
     other = copies / "98000101T000000.000000Z-abcdef"
@@ -135,11 +126,9 @@ def test_a_file_that_cannot_be_read_is_no_copy(
 
 
 def test_a_second_place_that_hangs_delays_nothing(
-    fake_env: dict[str, str], lnd: Lnd, copies: Path, started_by: Callable[[str], None]
+    fake_env: Env, lnd: Lnd, copies: Path, started_by: Callable[[str], None]
 ) -> None:
-    """While whoever looks at the second place waits for ever, as on a mount whose server is gone,
-    versions are captured and stored, and a stop is an orderly one.
-    """
+    """As on a mount whose server is gone; a stop is an orderly one, too."""
     started_by(f"""{LATE_ENOUGH}
 import os, threading
 listdir = os.listdir

@@ -13,22 +13,12 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
 
 import pytest
-from inside import (
-    GOOD,
-    digest,
-    discard,
-    files,
-    mode,
-    offered,
-    restart,
-    stage,
-    true_name,
-)
+from inside import GOOD, digest, discard, files, mode, offered, restart, stage, true_name
 from kit import (
     Daemon,
     FakeS3,
@@ -39,17 +29,15 @@ from kit import (
     channel_backup,
     run_script,
     unlistable_while,
+    write_launcher,
 )
-from kit.script import write_launcher
-from shared import AT_ONCE, AWAY, OFTEN, SELDOM, leave, staged
+from shared import AT_ONCE, AWAY, OFTEN, SELDOM, Env, Session, done_well, leave, staged, staged_data
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from functools import partial
-
-    from shared import Session
+    from pathlib import Path
 
 
 pytestmark = pytest.mark.usefixtures("_log_level")
@@ -61,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("_log_level")
 @pytest.mark.unmeasured
 @pytest.mark.timeout(240)  # some twenty starts, one after the other
 def test_kills_at_any_moment_lose_nothing_that_was_staged(
-    env: dict[str, str], lnd: Lnd, s3: S3Server, check: partial[None], staging: Path
+    env: Env, lnd: Lnd, s3: S3Server, session: Session, staging: Path
 ) -> None:
     """Killed ten times in the middle of bursts, the daemon sends all that was staged, and leaves no
     litter.
@@ -75,41 +63,37 @@ def test_kills_at_any_moment_lose_nothing_that_was_staged(
             daemon.signal(signal.SIGKILL)
             assert daemon.wait() == -signal.SIGKILL
         before |= set(staged(staging))
-    with Daemon(SELDOM | env) as daemon:
-        last = lnd.write()
-        daemon.wait_for_stored(last)
-        assert daemon.stop() == 0
+    with session(replaced_ok=True, refreshes=10) as daemon:
+        daemon.wait_for_stored(lnd.write())
     assert sorted(entry.name for entry in staging.iterdir()) == [".lock", ".receipt"]
     assert before <= {key.rpartition("/")[2] for key in s3.objects(env["S3_BUCKET_NAME"])}
-    check(replaced_ok=True, refreshes=10)
+
+
+LIMITED = """
+import resource, signal
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+"""
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_no_half_version(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, tmp_path: Path
+    env: Env, lnd: Lnd, session: Session, staging: Path, tmp_path: Path
 ) -> None:
     """Killed when 4096 bytes of a version are written, the daemon leaves nothing that looks like a
     version.
     """
-    limited = write_launcher(
-        tmp_path / "limited.py",
-        "import resource, signal\n"
-        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)",
-    )
     version = lnd.write()
-    with Script(env, launcher=limited) as script:
+    with Script(env, launcher=write_launcher(tmp_path / "limited.py", LIMITED)) as script:
         assert script.wait() == -signal.SIGXFSZ
     assert staged(staging) == []
-    with Daemon(SELDOM | env) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(version)
-        assert daemon.stop() == 0
     assert sorted(entry.name for entry in staging.iterdir()) == [".lock", ".receipt"]
-    check()
 
 
 def test_a_kill_before_the_receipt_leaves_one_object(
-    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path
+    env: Env, lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path
 ) -> None:
     """Killed between S3's storing and its answer, the daemon sends the same bytes under the same
     name again.
@@ -131,10 +115,9 @@ def test_a_kill_before_the_receipt_leaves_one_object(
 
 
 def test_a_version_that_the_disk_refuses_is_sent_from_memory(
-    env: dict[str, str],
+    session: Session,
     lnd: Lnd,
     s3_line: FaultProxy,
-    check: partial[None],
     staging: Path,
     started_by: Callable[[str], None],
 ) -> None:
@@ -142,7 +125,7 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
     log says so and names what is given up, and it recovers.
     """
     started_by("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))")
-    with Daemon(env | OFTEN | {"SHUTDOWN_GRACE_SECONDS": "0"}) as daemon:
+    with session(OFTEN | {"SHUTDOWN_GRACE_SECONDS": "0"}, replaced_ok=[1, 2]) as daemon:
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_log("error: cannot use BACKUP_DIRECTORY: .*\n.*hint: .*sent from memory")
         daemon.wait_for_log("staging works again")
@@ -152,25 +135,11 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
         daemon.wait_for_log("cannot store")
         for given_up in lnd.written[1:3]:
             daemon.wait_for_log(rf"error: dropped, never staged: .*-{given_up.sha256[-6:]}\b")
-        resource.prlimit(
-            daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        )
+        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         daemon.wait_for_log("staging works again", count=2)
         daemon.wait_for_looks()
         assert daemon.log.count("cannot use BACKUP_DIRECTORY") == 2, "each trouble once"
-        assert daemon.stop() == 0
-    assert list(files(staging).values()) == [lnd.written[3].data]
-    check(replaced_ok=[1, 2])
-
-
-@pytest.fixture
-def small_disk(staging: Path) -> Iterator[Path]:
-    """Put the staging directory on a file system of its own, of 64 KiB."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(staging)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield staging
-    subprocess.run(["umount", "--lazy", str(staging)], check=True)  # noqa: S607
+        assert staged_data(staging) == [lnd.written[3].data]
 
 
 def fill(directory: Path) -> Path:
@@ -211,23 +180,19 @@ def test_a_full_disk_is_no_end(session: Session, lnd: Lnd, small_disk: Path) -> 
 
 
 def test_once_sends_from_memory_when_the_disk_is_full(
-    fake: FakeS3, fake_env: dict[str, str], full_disk: Path, lnd: Lnd
+    fake: FakeS3, fake_env: Env, full_disk: Path, lnd: Lnd
 ) -> None:
     """`once` on a full disk sends the version from memory, once, says that it could not stage it,
     and leaves nothing half there.
     """
     version = lnd.write()
-    done = run_script(fake_env, "once")
+    assert "No space left" in done_well(fake_env).stderr
     assert [request.body for request in fake.requests] == [version.data]
-    assert "No space left" in done.stderr
-    assert done.returncode == 0
     assert {entry.name for entry in full_disk.iterdir()} == {".lock", "theirs"}
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(
-    fake_env: dict[str, str], lnd: Lnd
-) -> None:
+def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(fake_env: Env, lnd: Lnd) -> None:
     version = lnd.write()
     with Daemon(SELDOM | fake_env | AWAY) as daemon:
         daemon.wait_for_captured(version)
@@ -236,7 +201,7 @@ def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(
 
 
 def test_a_disk_that_is_read_only_at_the_start(
-    fake: FakeS3, fake_env: dict[str, str], small_disk: Path, lnd: Lnd
+    fake: FakeS3, fake_env: Env, small_disk: Path, lnd: Lnd
 ) -> None:
     """Where the staging disk has become read-only, a restart sends what waits there, and the newest
     from memory.
@@ -269,7 +234,7 @@ def test_the_staging_directory_may_vanish(session: Session, lnd: Lnd, staging: P
 
 
 def test_a_staging_directory_that_cannot_be_listed_is_explained(
-    env: dict[str, str], lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+    env: Env, lnd: Lnd, staging: Path, started_by: Callable[[str], None]
 ) -> None:
     """A disk that cannot list the staging directory is named, and is no fault of the program."""
     started_by(unlistable_while(lnd.directory))
@@ -301,63 +266,42 @@ class Disk(contextlib.ExitStack):
         self.error = error
         self.due = due
 
-    def step(self, call: str, target: object) -> None:
-        """Record a call, and fail it if it is its turn."""
-        self.calls.append((call, _named(target)))
+    def step(self, call: str, target: object, *_: object, **_more: object) -> object:
+        """Record a call by the last name of its path; fail it if it is its turn, or let it be."""
+        if isinstance(target, int):
+            target = os.readlink(f"/proc/self/fd/{target}")
+        self.calls.append((call, os.path.basename(str(target))))
         if self.error and len(self.calls) in self.due:
             raise self.error
+        return mock.DEFAULT
 
-    def index(self, call: str, target: str) -> int:
-        """Return when this call was made, which must be once."""
-        assert self.calls.count((call, target)) == 1, self.calls
-        return self.calls.index((call, target))
+    def made(self, calls: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return which of these calls were made, in their order."""
+        return [call for call in self.calls if call in calls]
 
     def __enter__(self) -> Self:
         """Stand between the program and its disk."""
         for name in CALLS:
-            self.enter_context(mock.patch.object(os, name, self._wrap(name, getattr(os, name))))
+            real, step = getattr(os, name), partial(self.step, name)
+            self.enter_context(mock.patch.object(os, name, wraps=real, side_effect=step))
         self.enter_context(mock.patch.object(program, "open", self._open, create=True))
         return self
-
-    def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(target: object, *args: object, **options: object) -> object:
-            self.step(name, target)
-            return real(target, *args, **options)
-
-        return call
 
     def _open(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - passed on
         """Open a file whose writing can fail."""
         file = open(*args, **options)  # noqa: SIM115 - the program closes it
-        write = file.write
-
-        def call(data: bytes) -> int:
-            self.step("write", file.fileno())
-            return int(write(data))
-
-        file.write = call
+        step = partial(self.step, "write", file.fileno())
+        file.write = mock.Mock(wraps=file.write, side_effect=step)
         return file
-
-
-def _named(target: object) -> str:
-    """Return the last name of a path, or of what a descriptor stands for."""
-    if isinstance(target, int):
-        target = Path(f"/proc/self/fd/{target}").readlink()
-    return Path(str(target)).name
 
 
 def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging: Path) -> None:
     """The bytes are written and synced before the rename, and the directory after it."""
     with Disk() as disk:
-        name = stage(queue, GOOD)
-    partial = f".{name}.partial"
-    assert (
-        disk.index("open", partial)
-        < disk.index("write", partial)
-        < disk.index("fsync", partial)
-        < disk.index("rename", partial)
-        < disk.index("fsync", staging.name)
-    )
+        partial = f".{stage(queue, GOOD)}.partial"
+    steps = [("open", partial), ("write", partial), ("fsync", partial), ("rename", partial)]
+    steps.append(("fsync", staging.name))
+    assert disk.made(steps) == steps
 
 
 def test_receipt_is_on_disk_before_the_version_is_deleted(
@@ -366,20 +310,15 @@ def test_receipt_is_on_disk_before_the_version_is_deleted(
     """The receipt is written, synced and renamed, and the directory synced, before the staged
     version is deleted.
     """
-    name = stage(queue, GOOD)
+    name, partial = stage(queue, GOOD), "..receipt.partial"
     with Disk() as disk:
         discard(queue, name, GOOD)
-    assert (
-        disk.index("write", "..receipt.partial")
-        < disk.index("fsync", "..receipt.partial")
-        < disk.index("rename", "..receipt.partial")
-        < disk.index("fsync", staging.name)
-        < disk.index("unlink", name)
-    )
+    steps = [("write", partial), ("fsync", partial), ("rename", partial)]
+    steps += [("fsync", staging.name), ("unlink", name)]
+    assert disk.made(steps) == steps
 
 
 def assert_whole(directory: Path) -> None:
-    """Fail if there is a version on disk that is not whole."""
     for name, data in files(directory).items():
         assert name.endswith(digest(data)[-6:]), f"{name} is half there"
 
@@ -492,9 +431,8 @@ def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
 
 @pytest.mark.unmeasured
 def test_a_staging_directory_that_cannot_be_listed(
-    env: dict[str, str],
+    session: Session,
     lnd: Lnd,
-    check: partial[None],
     staging: Path,
     tmp_path: Path,
     started_by: Callable[[str], None],
@@ -504,7 +442,7 @@ def test_a_staging_directory_that_cannot_be_listed(
     """
     there = tmp_path / "broken"
     started_by(unlistable_while(there))
-    with Daemon(env | AT_ONCE) as daemon:
+    with session(AT_ONCE) as daemon:
         daemon.wait_for_stored(lnd.write())
         there.touch()
         for _ in range(2):
@@ -514,8 +452,6 @@ def test_a_staging_directory_that_cannot_be_listed(
         daemon.wait_for_stored(lnd.write())
         there.touch()
         daemon.wait_for_looks()
-        assert daemon.stop() == 0
-    check()
 
 
 UNREADABLE = """
@@ -532,10 +468,9 @@ os.open = open_unless_read
 
 @pytest.mark.unmeasured
 def test_a_disk_that_takes_versions_and_gives_none_back(
-    env: dict[str, str],
+    session: Session,
     lnd: Lnd,
     s3_line: FaultProxy,
-    check: partial[None],
     staging: Path,
     tmp_path: Path,
     started_by: Callable[[str], None],
@@ -545,7 +480,7 @@ def test_a_disk_that_takes_versions_and_gives_none_back(
     """
     there = tmp_path / "broken"
     started_by(UNREADABLE.format(there=str(there)))
-    with Daemon(env | AT_ONCE) as daemon:
+    with session(AT_ONCE, refreshes=2) as daemon:
         daemon.wait_for_stored(lnd.write())
         there.touch()
         daemon.wait_for_stored(lnd.write())
@@ -562,7 +497,5 @@ def test_a_disk_that_takes_versions_and_gives_none_back(
         daemon.wait_for_log("staging works again")
         daemon.wait_for_stored(older)
         daemon.wait_for_looks()
-        assert daemon.stop() == 0
         assert daemon.log.count(" captured ") in (6, 7), "the newest once more, as the last"
-    check(refreshes=2)
     assert files(staging) == {}

@@ -19,25 +19,17 @@ from unittest import mock
 
 import pytest
 from inside import GOOD, digest, discard, files, mode, offered, restart, stage, true_name
-from kit import (
-    Daemon,
-    FakeS3,
-    FaultProxy,
-    Lnd,
-    S3Server,
-    Script,
-    channel_backup,
-    run_script,
-    unlistable_while,
-    write_launcher,
-)
-from shared import AT_ONCE, AWAY, OFTEN, SELDOM, Env, Session, done_well, leave, staged, staged_data
+from kit import Daemon, Script, channel_backup, run_script, unlistable_while, write_launcher
+from shared import AT_ONCE, AWAY, OFTEN, SELDOM, done_well, leave, staged, staged_data
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from kit import FakeS3, FaultProxy, Lnd, S3Server
+    from shared import Env, Session
 
 
 pytestmark = pytest.mark.usefixtures("_log_level")

@@ -14,19 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from inside import digest, use
-from kit import (
-    Answer,
-    FakeS3,
-    FaultProxy,
-    Lnd,
-    RawS3,
-    S3Server,
-    Script,
-    answers,
-    channel_backup,
-    hurried,
-)
-from shared import AWAY, NOWHERE, Env, done_well, refused, staged_data
+from kit import Answer, FaultProxy, RawS3, Script, answers, channel_backup, hurried
+from shared import AWAY, NOWHERE, done_well, refused, staged_data
 
 import s3_backup_lnd_channels as program
 
@@ -34,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from shared import Session
+    from kit import FakeS3, Lnd, S3Server
+    from shared import Env, Session
 
 SOME_NAME = "20261120T215558.123456Z-a1b2c3"
 

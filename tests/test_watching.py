@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from kit import Daemon, FaultProxy, Lnd
-from kit import script as script_module
-from shared import OFTEN, SELDOM, write_unseen
+from shared import OFTEN, SELDOM, Env, Session, expect_newest_last, ordinary, write_unseen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from shared import Session
 
 AGAIN = r"again, after \d+ s"
 
 
 @pytest.fixture
 def _mount_namespace(unshared: Callable[..., None]) -> None:
-    """Give the program a mount namespace of its own."""
     if os.geteuid():
         pytest.skip("only root can mount")
     unshared("-m", "--propagation", "private")
 
 
 def mount(daemon: Daemon, *command: str) -> None:
-    """Run a command in the daemon's mount namespace."""
     subprocess.run(["nsenter", "-m", "-t", str(daemon.pid), *command], check=True)  # noqa: S607
 
 
@@ -49,13 +44,6 @@ def expect_watched(daemon: Daemon, lnd: Lnd) -> None:
 
 
 # --- Writers ---
-
-
-def test_a_rename_over_the_file_is_seen(backed_up: Session, lnd: Lnd) -> None:
-    """An update by LND's own sequence is stored without waiting for a rescan."""
-    with backed_up() as daemon:
-        for _ in range(3):
-            daemon.wait_for_stored(lnd.write())
 
 
 def test_a_file_first_created_later_is_seen(session: Session, lnd: Lnd) -> None:
@@ -81,8 +69,7 @@ def test_the_last_of_a_burst_is_stored(session: Session, lnd: Lnd) -> None:
             lnd.write(channels=100)
         daemon.wait_for_stored(lnd.written[-1])
         assert daemon.stop() == 0
-        names = daemon.stored_names()
-        assert names[-1] == max(names)
+        expect_newest_last(daemon, lnd.written[-1])
 
 
 def test_a_file_linked_into_place_is_found_by_the_rescan(backed_up: Session, lnd: Lnd) -> None:
@@ -310,13 +297,8 @@ def test_the_limits_of_the_kernel_are_survived(
 
 
 def test_a_failing_reader_ends_the_daemon(
-    env: dict[str, str],
-    lnd: Lnd,
-    session: Session,
-    started_by: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
+    env: Env, lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
-    program = script_module.SCRIPT
     started_by("""
 import asyncinotify
 def fail(*_):
@@ -329,31 +311,9 @@ asyncinotify.Inotify._get = fail
         lnd.write()
         assert daemon.wait() == 1
         assert daemon.log.count("ArithmeticError: no such event") == 1, daemon.log
-    monkeypatch.setattr(script_module, "SCRIPT", program)
-    with session(refreshes=1) as daemon:
-        daemon.wait_for_stored(lnd.written[-1])
-
-
-def test_the_event_loop_has_nothing_to_complain_about(backed_up: Session, lnd: Lnd) -> None:
-    with backed_up({"PYTHONASYNCIODEBUG": "1", "PYTHONDEVMODE": "1"}) as daemon:
-        lnd.directory.rename(lnd.directory.with_name("old"))
-        lnd.directory.mkdir(mode=0o700)
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-        assert not re.search("Traceback|Warning|never|destroyed|exception", daemon.log), daemon.log
 
 
 # --- Permissions ---
-
-
-# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is denied what its files' modes deny.
-WITHOUT_PRIVILEGE = """
-import ctypes, os, sys
-for capability in (1, 2):
-    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, capability):
-        sys.exit("cannot drop a capability")
-os.execv(sys.executable, [sys.executable, SCRIPT, *sys.argv[1:]])
-"""
 
 
 @pytest.mark.parametrize("what", ["directory", "file"])
@@ -363,7 +323,8 @@ def test_a_permission_that_is_granted_later_is_noticed(
     """A denied directory or file is an error that names what is needed, and once granted the
     version is stored within seconds, and not at the next rescan.
     """
-    started_by(WITHOUT_PRIVILEGE)
+    command = [*ordinary(), sys.executable]
+    started_by(f"import os, sys\nos.execvp({command[0]!r}, [*{command!r}, SCRIPT, *sys.argv[1:]])")
     first = lnd.write()
     denied = lnd.directory if what == "directory" else lnd.path
     mode = denied.stat().st_mode

@@ -166,6 +166,23 @@ exec(compile(text, SCRIPT, "exec"), vars(module))
 """
 
 
+def altered(code: str = "", **constants: float) -> str:
+    """Return code that runs the program with other constants, and after more code, in which it is
+    the module `program`.
+    """
+    return f"""{LATE_ENOUGH}
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("program", SCRIPT)
+program = sys.modules["program"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+for name, value in {constants!r}.items():
+    assert name in vars(program), name
+    setattr(program, name, value)
+{code}
+sys.exit(program.main())
+"""
+
+
 class Script:
     """The program, running; leaving the `with` block kills what is left of it."""
 

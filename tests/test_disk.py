@@ -43,9 +43,7 @@ pytestmark = pytest.mark.usefixtures("_log_level")
 def test_kills_at_any_moment_lose_nothing_that_was_staged(
     env: Env, lnd: Lnd, s3: S3Server, session: Session, staging: Path
 ) -> None:
-    """Killed ten times in the middle of bursts, the daemon sends all that was staged, and leaves no
-    litter.
-    """
+    """Killed ten times in the middle of bursts, the daemon leaves no litter."""
     chance, before = random.Random(1), set()  # noqa: S311 - any moments will do
     for _ in range(10):
         with Daemon(SELDOM | env) as daemon:
@@ -72,9 +70,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 def test_a_kill_in_the_middle_of_a_write_leaves_no_half_version(
     env: Env, lnd: Lnd, session: Session, staging: Path, tmp_path: Path
 ) -> None:
-    """Killed when 4096 bytes of a version are written, the daemon leaves nothing that looks like a
-    version.
-    """
+    """It is killed when 4096 bytes are written."""
     version = lnd.write()
     with Script(env, launcher=write_launcher(tmp_path / "limited.py", LIMITED)) as script:
         assert script.wait() == -signal.SIGXFSZ
@@ -87,9 +83,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_no_half_version(
 def test_a_kill_before_the_receipt_leaves_one_object(
     env: Env, lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path
 ) -> None:
-    """Killed between S3's storing and its answer, the daemon sends the same bytes under the same
-    name again.
-    """
+    """After S3 has stored it, and before the answer: it is sent again under the same name."""
     s3_line.set("swallow_response")
     version = lnd.write()
     with Daemon(SELDOM | env) as daemon:
@@ -113,9 +107,7 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
     staging: Path,
     started_by: Callable[[str], None],
 ) -> None:
-    """Where staging is impossible, the newest version is held in memory and sent from there, the
-    log says so and names what is given up, and it recovers.
-    """
+    """The log says so and names what is given up, and it recovers."""
     started_by("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))")
     with session(OFTEN | {"SHUTDOWN_GRACE_SECONDS": "0"}, replaced_ok=[1, 2]) as daemon:
         daemon.wait_for_stored(lnd.write())
@@ -152,9 +144,7 @@ def full_disk(small_disk: Path) -> Path:
 
 
 def test_a_full_disk_is_no_end(session: Session, lnd: Lnd, small_disk: Path) -> None:
-    """On a full disk a version is sent once and from memory, and when there is room again nothing
-    is left over.
-    """
+    """A version is sent once and from memory; when there is room again nothing is left over."""
     first = lnd.write()
     with session(OFTEN | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
@@ -174,9 +164,7 @@ def test_a_full_disk_is_no_end(session: Session, lnd: Lnd, small_disk: Path) -> 
 def test_once_sends_from_memory_when_the_disk_is_full(
     fake: FakeS3, fake_env: Env, full_disk: Path, lnd: Lnd
 ) -> None:
-    """`once` on a full disk sends the version from memory, once, says that it could not stage it,
-    and leaves nothing half there.
-    """
+    """It says that it could not stage the version, and leaves nothing half there."""
     version = lnd.write()
     assert "No space left" in done_well(fake_env).stderr
     assert [request.body for request in fake.requests] == [version.data]
@@ -195,9 +183,7 @@ def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(fake_env: Env, lnd
 def test_a_disk_that_is_read_only_at_the_start(
     fake: FakeS3, fake_env: Env, small_disk: Path, lnd: Lnd
 ) -> None:
-    """Where the staging disk has become read-only, a restart sends what waits there, and the newest
-    from memory.
-    """
+    """A restart sends what waits there, and the newest from memory."""
     (small_disk / ".lock").touch(0o600)
     (small_disk / true_name(GOOD)).write_bytes(GOOD)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)  # noqa: S607
@@ -299,9 +285,7 @@ def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging
 def test_receipt_is_on_disk_before_the_version_is_deleted(
     queue: program.Staging, staging: Path
 ) -> None:
-    """The receipt is written, synced and renamed, and the directory synced, before the staged
-    version is deleted.
-    """
+    """It is synced and renamed, and the directory synced."""
     name, partial = stage(queue, GOOD), "..receipt.partial"
     with Disk() as disk:
         discard(queue, name, GOOD)
@@ -318,9 +302,7 @@ def assert_whole(directory: Path) -> None:
 def each_call(
     error: BaseException, directory: Path, *, from_then_on: bool = False
 ) -> Iterator[tuple[Disk, Path]]:
-    """Yield a disk whose first call fails, then one whose second does, and so on until none is left
-    to fail; each comes with a directory of its own.
-    """
+    """Yield a disk and a directory for each call, in which that call fails."""
     for number in itertools.count(1):
         own = directory / str(number)
         disk = Disk(error, range(number, 1000 if from_then_on else number + 1))
@@ -338,9 +320,7 @@ each_error = pytest.mark.parametrize(
 
 @each_error
 def test_version_is_staged_at_the_next_try_when_any_call_fails(code: int, tmp_path: Path) -> None:
-    """Whichever call the disk refuses while staging, that is said, and the version is staged and
-    offered once at the next try.
-    """
+    """It is offered once."""
     version = program.Version(true_name(GOOD), GOOD)
     for disk, directory in each_call(OSError(code, os.strerror(code)), tmp_path):
         queue = program.Staging(directory)
@@ -361,9 +341,7 @@ def test_version_is_staged_at_the_next_try_when_any_call_fails(code: int, tmp_pa
 def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
     code: int, tmp_path: Path
 ) -> None:
-    """Whichever call the disk refuses after a receipt, the version is not offered again, is deleted
-    at the next try, and its name is remembered.
-    """
+    """It is deleted at the next try, and its name is remembered."""
     for disk, directory in each_call(OSError(code, os.strerror(code)), tmp_path):
         queue = program.Staging(directory)
         name = stage(queue, GOOD)
@@ -398,9 +376,7 @@ def test_the_trouble_lasts_until_the_receipt_is_written(
 def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
     tmp_path: Path, *, while_discarding: bool
 ) -> None:
-    """Whichever call is the last one before a crash, the next process finds whole versions and
-    nothing to repair.
-    """
+    """The next process finds nothing to repair."""
     old = channel_backup(2)
     for disk, directory in each_call(PowerCut(), tmp_path, from_then_on=True):
         queue = program.Staging(directory)
@@ -429,9 +405,7 @@ def test_a_staging_directory_that_cannot_be_listed(
     tmp_path: Path,
     started_by: Callable[[str], None],
 ) -> None:
-    """While the staging directory cannot be listed, each new version goes to S3 all the same, the
-    disk is named, and a stop is an orderly one.
-    """
+    """Each new version goes to S3 all the same, and a stop is an orderly one."""
     there = tmp_path / "broken"
     started_by(unlistable_while(there))
     with session(AT_ONCE) as daemon:
@@ -467,9 +441,7 @@ def test_a_disk_that_takes_versions_and_gives_none_back(
     tmp_path: Path,
     started_by: Callable[[str], None],
 ) -> None:
-    """The newest is sent from memory, and nothing is staged again and again. An older one that
-    cannot be read keeps nothing back, and is sent when the disk gives it.
-    """
+    """The newest is sent from memory; one that cannot be read keeps nothing back."""
     there = tmp_path / "broken"
     started_by(UNREADABLE.format(there=str(there)))
     with session(AT_ONCE, refreshes=2) as daemon:

@@ -32,9 +32,6 @@ A_MINUTE = 60 / HURRY
 def test_once_without_a_backup_sends_what_is_staged_and_fails(
     size: int | None, fake: FakeS3, fake_env: Env, lnd: Lnd, staging: Path
 ) -> None:
-    """`once` with no file, or one that is no channel backup, exits 1 and says why, after sending
-    what was staged.
-    """
     data = channel_backup(2)
     name = version_name(data, NOON)
     (staging / name).write_bytes(data)
@@ -57,9 +54,7 @@ def test_once_without_a_backup_sends_what_is_staged_and_fails(
 def test_once_stores_the_version_and_what_was_staged(
     env: Env, lnd: Lnd, check: partial[None], staging: Path, prefix: str
 ) -> None:
-    """The command once stores the version on disk and what is staged, the one on disk last, names
-    their keys in the log, prints nothing.
-    """
+    """The version on disk is put last; `once` names the keys in the log and prints nothing."""
     lnd.write()
     with Daemon(SELDOM | env | AWAY) as daemon:
         daemon.wait_for_log("cannot store")
@@ -89,9 +84,7 @@ def test_once_puts_an_unchanged_file_again(
 def test_a_second_copy_does_not_start(
     env: Env, lnd: Lnd, backed_up: Session, staging: Path, command: str
 ) -> None:
-    """While one copy holds the staging directory another ends with 75 and says so, and leaves alone
-    what is being written there; the first goes on.
-    """
+    """It leaves alone what is being written, and the first one goes on."""
     partial = staging / f".{version_name(b'', NOON)}.partial"
     with backed_up() as daemon:
         partial.touch()
@@ -130,9 +123,7 @@ def test_exit_codes_of_once(
     exit_code: int,
     words: str,
 ) -> None:
-    """`once` tells by its exit code whether trying again may help, says once why, and keeps the
-    version staged.
-    """
+    """It says why, once, and keeps the version staged."""
     if exit_code == TRY_AGAIN:  # the others end at the first answer
         started_by(hurried(HURRY))
     version = lnd.write()
@@ -216,9 +207,7 @@ def taking(seconds: float) -> Callable[[Request], Iterator[bytes | float]]:
 def test_once_while_the_file_is_written_all_the_time(
     fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
-    """When the file is rewritten every 50 ms and a put takes 200 ms, `once` ends within a minute
-    all the same.
-    """
+    """It ends within a minute, though no put is as fast as the writer."""
     started_by(hurried(HURRY))
     ended = threading.Event()
 
@@ -244,9 +233,7 @@ def test_once_while_the_file_is_written_all_the_time(
 def test_once_sends_a_backlog_however_long_it_takes(
     fake_env: Env, staging: Path, started_by: Callable[[str], None]
 ) -> None:
-    """As long as S3 acknowledges version after version, `once` goes on beyond its minute, until all
-    of them are sent.
-    """
+    """While S3 acknowledges one after another, `once` goes on beyond its minute."""
     started_by(hurried(4 * HURRY))
     left = [channel_backup(1) for _ in range(25)]
     for minute, data in enumerate(left):

@@ -42,9 +42,7 @@ class Outage:
     """S3 behind a line: both fail on demand, and are well again on demand."""
 
     def __init__(self, directory: Path, scheme: str) -> None:
-        """Make the servers; the second one has a certificate from an authority that nobody
-        trusts.
-        """
+        """Make the servers; nobody trusts the authority of the second one."""
         self.scheme = scheme
         self.dns_is_dead = directory / "dns-is-dead"
         self.ca_file = directory / "ca.pem"
@@ -155,9 +153,7 @@ def test_a_fault_is_told_survived_and_over(
     prefix: str,
     started_by: Callable[[str], None],
 ) -> None:
-    """The log says what is wrong, once, and what to do; versions are captured; each is sent once
-    when it is over, and the newest once more, as the last one.
-    """
+    """It is told once; each version is sent once when it is over, the newest also as the last."""
     # Where nothing hangs, a busy machine must not be taken for a second fault.
     seconds = 0.5 if fault.says == HANGS else 60
     started_by(altered(DEAD_DNS.format(str(outage.dns_is_dead)), ATTEMPT_SECONDS=seconds))
@@ -200,9 +196,7 @@ def test_it_never_gives_up(
 
 @pytest.mark.unmeasured
 def test_it_does_not_storm(fake_env: Env, lnd: Lnd, staging: Path) -> None:
-    """While S3 answers with errors, it is asked ever more seldom: the pauses are 1, 2 and 4 s, half
-    of it by chance.
-    """
+    """The pauses are 1, 2 and 4 s, half of it by chance."""
     came_at = []
 
     def fail(_: Request) -> Iterator[bytes]:
@@ -230,9 +224,7 @@ def test_it_does_not_storm(fake_env: Env, lnd: Lnd, staging: Path) -> None:
 def test_the_pause_after_a_failure_has_an_end(
     mute_daemon: Callable[[], program.Daemon], kind: type[program.BackupError], longest: float
 ) -> None:
-    """However often S3 failed, the next attempt is at most a minute away, or five minutes where the
-    settings are at fault.
-    """
+    """It is a minute, or five where the settings are at fault."""
 
     async def fail() -> program.Receipt:
         raise kind("cannot store", "wait")

@@ -48,9 +48,7 @@ def refusal(path: Path, code: int = 1) -> program.BackupError:
     ],
 )
 def test_only_a_regular_file_is_read(name: str, words: str, public: Path) -> None:
-    """What is no regular file is refused at once, also behind a link; nothing of it is read or
-    waited for.
-    """
+    """Anything else is refused at once, also behind a link."""
     os.mkfifo(public / "fifo")
     (public / "directory").mkdir()
     (public / "loop").symlink_to("loop")
@@ -141,9 +139,7 @@ def test_file_that_is_replaced_while_it_is_read_is_read_whole(
 def test_a_file_of_an_impossible_size_is_never_staged(
     backed_up: Session, lnd: Lnd, staging: Path, size: int
 ) -> None:
-    """Fewer than 45 bytes, and more than 16 MiB, are one error, and the version before stays the
-    newest until there is another.
-    """
+    """It is told once, and the version before stays the newest."""
     with backed_up(OFTEN) as daemon:
         lnd.place(bytes(size))
         daemon.wait_for_log(f"error: .*{size} bytes")
@@ -161,9 +157,6 @@ def test_a_file_of_an_impossible_size_is_never_staged(
 def test_a_file_that_is_doubtful_is_stored_with_a_warning(
     session: Session, lnd: Lnd, size: int, odd: str
 ) -> None:
-    """A file without channels, or of a size that no known LND writes, is stored with a warning; a
-    larger one without.
-    """
     version = lnd.write(data=os.urandom(size))
     with session() as daemon:
         daemon.wait_for_log(f"captured .*: {size} bytes")
@@ -185,9 +178,7 @@ def test_a_pipe_at_the_path_does_not_hang_the_daemon(session: Session, lnd: Lnd)
 
 
 def test_the_directory_of_lnd_is_only_read(env: Env, lnd: Lnd, backed_up: Session) -> None:
-    """Neither a session with an outage, an update and a stop, nor the command once, changes
-    anything in LND's directory.
-    """
+    """A session, an outage, a stop and `once` change nothing there."""
     lnd.leave_decoys()
     with backed_up(OFTEN) as daemon:
         daemon.wait_for_stored(lnd.write())
@@ -209,9 +200,7 @@ def test_the_directory_of_lnd_is_only_read(env: Env, lnd: Lnd, backed_up: Sessio
 def test_a_single_file_that_is_mounted(
     fake: FakeS3, fake_env: Env, lnd: Lnd, tmp_path: Path, unshared: Callable[..., None]
 ) -> None:
-    """A file that was bound into a container, and replaced outside, shows the old content for ever:
-    a problem, and no success.
-    """
+    """One that was replaced outside shows the old content for ever: a problem, no success."""
     first = lnd.write()
     inside = tmp_path / "inside"
     inside.mkdir()
@@ -237,9 +226,7 @@ def test_a_single_file_that_is_mounted(
 @pytest.mark.cold
 @pytest.mark.unmeasured
 def test_large_versions_fit_into_the_units_memory(fake: FakeS3, fake_env: Env, lnd: Lnd) -> None:
-    """With three of the largest versions staged at once, and one that is far too large, the daemon
-    stays below the unit's MemoryMax=.
-    """
+    """Three of the largest wait at once, and one is far too large."""
     fake.hold()
     with Daemon(fake_env | AT_ONCE) as daemon:
         for _ in range(3):

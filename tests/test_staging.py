@@ -96,9 +96,7 @@ def is_version(thing: Thing) -> bool:
 
 
 def test_version_is_staged_offered_and_discarded(queue: program.Staging, staging: Path) -> None:
-    """A version is offered from its staging to its receipt, and then leaves nothing but the memory
-    of it.
-    """
+    """It leaves nothing but the memory of it."""
     assert queue.newest() is None
     name = stage(queue, data := channel_backup(1))
     assert files(staging) == {name: data}
@@ -164,9 +162,7 @@ def test_nobody_else_may_read_what_is_staged(umask: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["notes.txt", ".mine.partial", true_name(THEIRS), ".receipt~"])
 def test_things_of_others_are_left_alone(name: str, kind: str, staging: Path) -> None:
-    """Directories, links and FIFOs are neither offered nor waited for nor changed, even under a
-    version's name.
-    """
+    """They are neither offered nor waited for nor changed, even under a version's name."""
     (staging.parent / "target").write_bytes(THEIRS)
     lay(staging, Thing(name.encode(), kind))
     before = identities(staging)
@@ -181,9 +177,7 @@ def test_things_of_others_are_left_alone(name: str, kind: str, staging: Path) ->
 def test_leftover_that_is_no_file_does_not_hold_up_the_start(
     name: str, kind: str, staging: Path
 ) -> None:
-    """Something of another kind that bears the name of a file of the program's own keeps nobody
-    from staging; under the name of a half-written file it is removed.
-    """
+    """Under the name of a half-written file it is removed."""
     lay(staging, Thing(name.encode(), kind))
     queue = restart(staging)
     is_removed = name.endswith(".partial") and kind != "directory"
@@ -218,9 +212,7 @@ DAMAGED = {  # name and bytes; the last two fit their name
 def test_staged_file_whose_bytes_do_not_fit_its_name_is_kept_aside(
     damage: str, staging: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A staged file that was changed, or is of an impossible size, is never sent, but kept under
-    another name, with an error in the log; what is older is sent.
-    """
+    """It is told as an error, and what is older is sent."""
     (name, data), older = DAMAGED[damage], channel_backup(2)
     (staging / name).write_bytes(data)
     (staging / true_name(older, "20190101T000000.000000Z-")).write_bytes(older)
@@ -236,9 +228,7 @@ def test_staged_file_whose_bytes_do_not_fit_its_name_is_kept_aside(
 def test_damaged_and_foreign_files_are_never_sent(
     moment: str, fake: FakeS3, fake_env: Env, lnd: Lnd, staging: Path
 ) -> None:
-    """`once` sends the true versions alone, newest first and once more at the end, and names the
-    damaged one in the log.
-    """
+    """`once` sends the true versions, newest first, and names the damaged one."""
     older, old, cut = (channel_backup(channels) for channels in (0, 1, 2))
     version = lnd.write()
     (staging / true_name(old)).write_bytes(old)
@@ -287,9 +277,7 @@ RECEIPTS = {
 def test_damaged_receipt_holds_nobody_up(
     content: str, staging: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A receipt that cannot be read is told of and done without, and the next one takes its
-    place.
-    """
+    """It is told of, and the next one takes its place."""
     (staging / ".receipt").write_bytes(RECEIPTS[content])
     (staging / true_name(GOOD)).write_bytes(GOOD)
     queue = restart(staging)
@@ -334,9 +322,7 @@ def test_directory_that_is_exchanged_for_a_link_is_refused(tmp_path: Path) -> No
 def test_a_version_whose_staged_copy_is_gone_gets_out(
     session: Session, lnd: Lnd, s3_line: FaultProxy, staging: Path, damage: str, captures: int
 ) -> None:
-    """A version that waits for S3, and whose staged copy somebody edits, is sent as it was
-    captured. If somebody removes its copy, it is staged anew at a look.
-    """
+    """It is sent as it was captured; a copy that was removed is staged anew at a look."""
     with session(OFTEN | {"REFRESH_SECONDS": "0"}) as daemon:
         daemon.wait_for_stored(lnd.write())
         s3_line.set("refuse", cut=True)
@@ -359,9 +345,7 @@ def test_a_version_whose_staged_copy_is_gone_gets_out(
 def test_a_version_that_somebody_put_into_staging_is_sent_once(
     backed_up: Session, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
-    """A version of a later name, laid into the staging directory, is sent, and LND's own gets a
-    name above it, once.
-    """
+    """Where its name is a later one, LND's own gets a name above it, once."""
     foreign = channel_backup(10)
     lnd.placed.append(foreign)
     with backed_up(OFTEN, refreshes=2) as daemon:
@@ -381,9 +365,7 @@ def test_a_version_that_somebody_put_into_staging_is_sent_once(
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(things(), min_size=5, max_size=40, unique_by=lambda thing: thing.name))
 def test_once_is_not_bothered(lying: list[Thing]) -> None:
-    """`once` sends LND's version, also as the last one, and the true staged ones, nothing else, and
-    leaves every other thing as it is.
-    """
+    """It sends LND's version and the true staged ones, and leaves everything else as it is."""
     with tempfile.TemporaryDirectory() as name, FakeS3() as fake:
         directory, lnd = Path(name, "staging"), Lnd(Path(name, "lnd"))
         directory.mkdir(mode=0o700)

@@ -35,9 +35,7 @@ def test_it_is_not_ready_with_a_wrong_configuration(good: dict[str, str]) -> Non
 
 
 def test_a_python_that_is_too_old_says_so(good: dict[str, str]) -> None:
-    """A Python before 3.11, which `datetime` tells by the lack of UTC, ends with 78 and says which
-    one is needed.
-    """
+    """`datetime` tells it by the lack of UTC."""
     older = (
         "import datetime, runpy, sys\ndel datetime.UTC\nrunpy.run_path(sys.argv.pop(1), "
         "run_name='__main__')"
@@ -89,9 +87,7 @@ def test_help_without_the_packages(args: tuple[str, ...], pattern: str) -> None:
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("args", [(), ("list", "--json")])
 def test_commands_without_the_packages(written_env: dict[str, str], args: tuple[str, ...]) -> None:
-    """Everything else says in one line what is missing, and names the two commands that make a
-    place where the packages are.
-    """
+    """They say what is missing, and which two commands make a place for the packages."""
     done = run_script(written_env, *args, command=BARE)
     assert done.returncode == WRONG_CONFIGURATION
     assert re.fullmatch(r"cannot start: No module named '\w+'\nhint: .*\n", done.stderr)

@@ -26,9 +26,7 @@ def test_a_signal_ends_an_idle_daemon(backed_up: Session, sig: signal.Signals) -
 def test_an_upload_in_flight_is_finished(
     env: Env, lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], staging: Path
 ) -> None:
-    """A version on its way when the signal comes, and one that LND writes after it, are stored
-    before the end.
-    """
+    """So is a version that LND writes after the signal."""
     first = lnd.write()
     with Daemon(SELDOM | env) as daemon:
         stepped.wait_for_requests(1)
@@ -46,9 +44,7 @@ def test_an_upload_in_flight_is_finished(
 def test_the_grace_period_is_kept(
     env: Env, lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path, mode: Mode, grace: int
 ) -> None:
-    """With S3 hanging or gone the daemon ends in order after the grace period, and the next start
-    sends the rest.
-    """
+    """The next start sends the rest."""
     s3_line.set(mode)
     version = lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": str(grace)}) as daemon:
@@ -136,9 +132,7 @@ threading.Thread(target=chatter, daemon=True).start()
 def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
     env: Env, lnd: Lnd, staging: Path, started_by: Callable[[str], None]
 ) -> None:
-    """An attempt that was given up may write to the log while the program ends; Python alone would
-    abort.
-    """
+    """It may write to the log while the program ends; Python alone would abort."""
     receipt = staging / ".receipt"
     started_by(CHATTER.format(str(receipt)))
     lnd.write()

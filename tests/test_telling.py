@@ -119,9 +119,7 @@ def wait_for_status(daemon: Daemon, pattern: str) -> str:
 
 
 def metrics(path: Path) -> dict[str, int]:
-    """Return the samples of a metrics file by name and label, and expect it to be whole and nothing
-    else in it.
-    """
+    """Return the samples of a metrics file, which holds them all and nothing else."""
     text = path.read_text(encoding="ascii")
     assert re.fullmatch(f"({FAMILY})+", text)
     samples = dict(re.findall(r"^lnd_backup_(\S+) (\d+)$", text, re.MULTILINE))
@@ -132,9 +130,7 @@ def metrics(path: Path) -> dict[str, int]:
 def wait_for_metrics(
     path: Path, staged: int, *kinds: str, size: int | None = None
 ) -> dict[str, int]:
-    """Block until so many versions are staged, these problems are told and no others, and the last
-    one stored has this size, and return all samples; the file is written beside the status.
-    """
+    """Block until the file tells these figures and problems, and return all samples."""
     expected = {f'problem{{kind="{kind}"}}': int(kind in kinds) for kind in KINDS}
     expected["staged"] = staged
     if size is not None:
@@ -157,9 +153,7 @@ def time_of(name: str) -> int:
 def test_the_status_has_no_secrets_and_no_forged_lines(
     telling_env: Env, lnd: Lnd, fake: FakeS3
 ) -> None:
-    """What S3 answers is escaped in the status line, and a secret in it is masked there and in the
-    log.
-    """
+    """What S3 answers is escaped and masked."""
     said = f"signed with {MADE_UP.secret_key},&#10;STATUS=all is well \u202e"
     fake.set_default(Answer(500, body=answers.error("InternalError", said)))
     lnd.write()
@@ -171,9 +165,7 @@ def test_the_status_has_no_secrets_and_no_forged_lines(
 
 
 def test_systemd_is_asked_for_as_long_as_the_grace_takes(telling_env: Env) -> None:
-    """With STOPPING=1, in the same message, comes a request for more time than the grace period and
-    the second after it.
-    """
+    """It is asked with STOPPING=1, in the same message, and for a second more."""
     with Daemon(telling_env | {"SHUTDOWN_GRACE_SECONDS": "30"}) as daemon:
         daemon.begin_to_stop()
         asked = daemon.systemd.wait_for(r"^STOPPING=1\nEXTEND_TIMEOUT_USEC=(\d+)$")
@@ -204,9 +196,7 @@ def test_the_metrics_tell_a_life(
     staging: Path,
     impatient: Callable[..., None],
 ) -> None:
-    """The status line, and the metrics, which all may read whatever the umask, tell what is stored
-    since when, what was seen, what is staged and what is wrong, and when it is over.
-    """
+    """So does the status line; and all may read the metrics, whatever the umask."""
     impatient("import os\nos.umask(0o077)")
     with Daemon(telling_env) as daemon:
         absent = rf"cannot read channel\.backup: {lnd.path}: No such .*"
@@ -248,9 +238,7 @@ def test_the_metrics_tell_a_life(
 
 
 def test_the_metrics_are_whole_at_every_moment(telling_env: Env, lnd: Lnd, prom: Path) -> None:
-    """The file is replaced, never written in place: who has it open reads on in a whole one. That
-    is so when something has changed, since flash memory wears out, or when somebody removed it.
-    """
+    """The file is replaced, and only when something has changed: flash memory wears out."""
     version = lnd.write(3)
     with Daemon(telling_env) as daemon:
         wait_for_metrics(prom, 0, size=len(version.data))
@@ -271,9 +259,7 @@ def test_the_metrics_are_whole_at_every_moment(telling_env: Env, lnd: Lnd, prom:
 def test_a_directory_of_metrics_that_vanishes(
     beating: Env, lnd: Lnd, beat: FakeS3, prom: Path
 ) -> None:
-    """When the metrics cannot be written it is said once; backups and heartbeats go on, and so do
-    the metrics when it is there again.
-    """
+    """It is told once; backups and heartbeats go on, and so do the metrics when it is back."""
     with Daemon(beating | {"METRICS_FILE": str(prom)}) as daemon:
         beat.wait_for_requests(1, method="GET")
         wait_for_metrics(prom, 0)
@@ -330,9 +316,7 @@ def methods(beat: FakeS3) -> list[str]:
 def test_one_heartbeat_for_each_confirmed_backup(
     beating: Env, lnd: Lnd, fake: FakeS3, beat: FakeS3
 ) -> None:
-    """The URL is requested once when the bucket holds the current file, and not while it does
-    not.
-    """
+    """There is none while the bucket does not hold the current file."""
     beating["HEARTBEAT_URL"] += "?a=1&b=%20"
     with Daemon(beating) as daemon:
         beat.wait_for_requests(1, method="GET")
@@ -379,9 +363,7 @@ def test_one_heartbeat_for_each_confirmed_backup(
 def test_a_heartbeat_that_hangs_delays_nothing(
     beating: Env, lnd: Lnd, beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
-    """While the heartbeat is accepted and never answered, versions are captured and stored, and it
-    stops as ever.
-    """
+    """Versions are stored, and it stops as ever."""
     impatient(TELLING_SECONDS=1000.0)
     beat.hold()
     with Daemon(beating | {"SHUTDOWN_GRACE_SECONDS": "1000"}) as daemon:
@@ -394,9 +376,7 @@ def test_a_heartbeat_that_hangs_delays_nothing(
 
 
 def test_a_redirect_is_not_followed(beating: Env, fake: FakeS3, beat: FakeS3) -> None:
-    """Whoever answers in the heartbeat's place cannot send the request elsewhere; it is a failure,
-    told as one.
-    """
+    """Whoever answers in the heartbeat's place cannot send the request elsewhere."""
     moved = Answer(302, headers={"Location": f"{fake.endpoint}/elsewhere"}, etag=False)
     beat.set_default(moved, "GET")
     with Daemon(beating) as daemon:
@@ -410,9 +390,7 @@ def test_a_redirect_is_not_followed(beating: Env, fake: FakeS3, beat: FakeS3) ->
 def test_a_heartbeat_that_fails_is_told_once(
     beating: Env, lnd: Lnd, fake: FakeS3, beat: FakeS3, answer: Answer
 ) -> None:
-    """A wrong answer is told once, however often it is tried again, and so is its end, which nobody
-    knows while there is nothing to tell; backups go on meanwhile.
-    """
+    """So is its end, which nobody knows while there is nothing to tell."""
     beat.set_default(answer, "GET")
     with Daemon(beating) as daemon:
         beat.wait_for_requests(4, method="GET")
@@ -437,9 +415,7 @@ def test_a_heartbeat_that_fails_is_told_once(
 def test_a_lasting_trouble_alarms_once(
     beating: Env, lnd: Lnd, fake: FakeS3, beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
-    """A trouble that lasts is sent to URL/fail with its reason, once; a success follows without a
-    new version.
-    """
+    """The alarm has the reason; a success follows without a new version."""
     impatient(ALARM_SECONDS=0.5)
     beating["HEARTBEAT_URL"] += "?rid=7"
     (version,) = lnd.written
@@ -470,9 +446,7 @@ def test_a_lasting_trouble_alarms_once(
 def test_an_alarm_that_cannot_be_sent_is_sent_later(
     beating: Env, beat: FakeS3, tmp_path: Path, impatient: Callable[..., None]
 ) -> None:
-    """An alarm that the heartbeat's service refuses is tried again until it takes it. While the
-    staging directory cannot be listed there is an alarm, and no success.
-    """
+    """A staging directory that cannot be listed is one, and no success."""
     impatient(unlistable_while(tmp_path), ALARM_SECONDS=0.0)
     beat.set_default(answers.INTERNAL_ERROR, "POST")
     with Daemon(beating) as daemon:
@@ -488,9 +462,7 @@ def test_an_alarm_that_cannot_be_sent_is_sent_later(
 def test_once_sends_a_heartbeat(
     beating: Env, lnd: Lnd, staging: Path, fake: FakeS3, beat: FakeS3
 ) -> None:
-    """The command once, as cron runs it, sends one when it has stored the version and what was
-    left, and none when it has not.
-    """
+    """It sends none when it has not stored everything."""
     left = channel_backup(3)
     (staging / true_name(left)).write_bytes(left)
     (version,) = lnd.written
@@ -511,9 +483,7 @@ def test_once_sends_a_heartbeat(
 def test_a_heartbeat_without_a_refresh_is_warned_of(
     beating: Env, refresh: str, *, heart: bool
 ) -> None:
-    """REFRESH_SECONDS=0 makes a quiet node look dead to the heartbeat; alone, each of the two is no
-    matter, and neither is it to `once`, each of which puts the file.
-    """
+    """A quiet node would look dead; each `once` puts the file, and so needs no warning."""
     beating |= {"REFRESH_SECONDS": refresh} | ({} if heart else {"HEARTBEAT_URL": ""})
     with Daemon(beating) as daemon:
         told = "warning: REFRESH_SECONDS=0: there is no heartbeat" in daemon.log
@@ -533,9 +503,7 @@ def test_a_heartbeat_must_be_http(beating: Env, url: str) -> None:
 
 
 def test_the_heartbeat_is_named(beating: Env) -> None:
-    """A heartbeat that fails is called by its variable, which is not shown, also if its server
-    repeats it; what to do is not what one does about S3.
-    """
+    """It is named by its variable alone, also if its server repeats the URL."""
     with RawS3(lambda request: answers.framed([], status=f"404 no {request.path}")) as raw:
         for at, why in ((NOWHERE, "Connection refused"), (raw.endpoint, "404: no")):
             told = done_well(beating | {"HEARTBEAT_URL": at + SECRET_PATH}).stderr
@@ -558,9 +526,7 @@ def test_the_heartbeat_is_named(beating: Env) -> None:
 def test_what_a_heartbeat_asks_for(
     beat: FakeS3, path: str, why: str, method: str, asked: str, body: bytes
 ) -> None:
-    """A good heartbeat is a GET, a bad one a POST to /fail with the reason; a push URL of Uptime
-    Kuma takes both in its query. Each says that it comes from this program.
-    """
+    """A bad one is a POST to /fail; a push URL of Uptime Kuma takes both in its query."""
     program.request_heartbeat(beat.endpoint + path, why)
     (request,) = beat.requests
     assert (request.method, request.path, request.body) == (method, asked, body)

@@ -51,9 +51,7 @@ def headers_of(request: Any) -> Env:  # noqa: ANN401 - botocore is not typed
 
 
 def assert_checked_by_md5(headers: Env, data: bytes) -> None:
-    """Fail unless the request asks for the one check that every store honours, and for nothing that
-    breaks some.
-    """
+    """Fail unless it asks for the check that every store honours, and nothing that breaks some."""
     md5 = hashlib.md5(data, usedforsecurity=False).digest()
     assert headers["content-md5"] == base64.b64encode(md5).decode()
     assert headers["content-length"] == str(len(data))
@@ -78,9 +76,7 @@ def assert_checked_by_sha256(headers: Env, data: bytes) -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_put_to_a_strict_server(env: Env, s3: S3Server, bucket: str) -> None:
-    """Over http and https alike a put is one request that asks for the same check, and the object
-    is the file's bytes with its SHA-256.
-    """
+    """A put is one request, and the object is the file's bytes with its SHA-256."""
     data = channel_backup(10)
     with use(env) as made:
         sent = sent_by(made)
@@ -109,10 +105,7 @@ def test_a_put_to_a_strict_server(env: Env, s3: S3Server, bucket: str) -> None:
     ],
 )
 def test_aws_is_asked_for_sha256(fake: FakeS3, fake_env: Env, host: str, *, is_aws: bool) -> None:
-    """At an endpoint of AWS a put carries the SHA-256 for S3 to check and keep, and no Content-MD5;
-    one that merely looks like it gets Content-MD5, as any other, and may name the SHA-256 of its
-    own accord.
-    """
+    """A host that only looks like AWS gets Content-MD5, as any other, and may echo a SHA-256."""
     data = channel_backup(1)
     fake.script(Answer(headers={"x-amz-checksum-sha256": sha256(data)}))
     through = {"AWS_ENDPOINT_URL_S3": f"http://{host}", "HTTP_PROXY": fake.endpoint}
@@ -129,9 +122,7 @@ def test_aws_is_asked_for_sha256(fake: FakeS3, fake_env: Env, host: str, *, is_a
     ("region", "domain"), [("eu-central-1", "amazonaws.com"), ("cn-north-1", "amazonaws.com.cn")]
 )
 def test_aws_without_an_endpoint(fake_env: Env, region: str, domain: str) -> None:
-    """Without an endpoint a put goes to AWS in its region by https, signed as a whole and with its
-    SHA-256.
-    """
+    """A put goes to AWS in its region by https, signed as a whole and with its SHA-256."""
     data = channel_backup(1)
     aws = {"AWS_ENDPOINT_URL_S3": "", "AWS_REGION": region, "HTTPS_PROXY": NOWHERE}
     with use(fake_env | aws) as bucket:
@@ -156,9 +147,7 @@ WRONG_ECHO = Answer(headers={"x-amz-checksum-sha256": sha256(b"other bytes")})
     ids=["no-etag", "portal", "portal-with-etag", "wrong-checksum"],
 )
 def test_false_receipts_are_refused(fake: FakeS3, fake_env: Env, answer: Answer, host: str) -> None:
-    """A 200 without ETag, with a body, or with the checksum of other bytes is no receipt, but a
-    passing fault.
-    """
+    """It is a passing fault."""
     fake.script(answer)
     if host:
         fake_env |= {"AWS_ENDPOINT_URL_S3": host, "HTTP_PROXY": fake.endpoint}
@@ -181,9 +170,7 @@ def test_false_receipts_are_refused(fake: FakeS3, fake_env: Env, answer: Answer,
 def test_an_answer_that_is_no_end_is_no_receipt(
     fake_env: Env, status: str, length: int, why: str
 ) -> None:
-    """An answer that only announces something, or breaks off before its body, proves nothing; and
-    what redirects everything, as a captive portal does, is not asked where the bucket is.
-    """
+    """What redirects everything, as a captive portal does, is not asked where the bucket is."""
     answer = answers.head(status, {"ETag": '"x"', "Content-Length": str(length)})
     with RawS3(lambda _: [answer]) as raw:
         with (
@@ -220,9 +207,7 @@ sys.meta_path.insert(0, Broken())
 def test_a_codec_that_cannot_be_loaded_for_a_moment(
     fake: FakeS3, fake_env: Env, lnd: Lnd, tmp_path: Path, started_by: Callable[[str], None]
 ) -> None:
-    """Python remembers a codec that it could not load once, so those that the first connection
-    needs are there before it.
-    """
+    """Python remembers such a codec as missing, so they are loaded before the first connection."""
     there = tmp_path / "broken"
     started_by(NO_CODECS.format(there=str(there)))
     with Script(fake_env) as script:
@@ -282,9 +267,7 @@ class SlowServer(http.server.BaseHTTPRequestHandler):
 def test_a_slow_uplink_is_not_given_up(
     fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]
 ) -> None:
-    """An upload that goes on steadily may take longer than the silence, and than the time, after
-    which an attempt is given up.
-    """
+    """A steady upload may take longer than the silence, and the time, allowed to an attempt."""
     started_by(hurried(20))  # 1.5 s of silence, 6 s for an attempt
     lnd.write(data=os.urandom(200 * 78_000))  # socket buffers take some 4 MiB at once
     with http.server.HTTPServer(("127.0.0.1", 0), SlowServer) as server:

@@ -60,9 +60,6 @@ def test_a_writer_in_place_is_seen(backed_up: Session, lnd: Lnd) -> None:
 
 
 def test_the_last_of_a_burst_is_stored(session: Session, lnd: Lnd) -> None:
-    """Of thirty versions as fast as they can be written, the last is stored, and the others in
-    their order.
-    """
     lnd.write()
     with session(replaced_ok=True, refreshes=1) as daemon:
         for _ in range(30):
@@ -79,9 +76,6 @@ def test_a_file_linked_into_place_is_found_by_the_rescan(backed_up: Session, lnd
 
 
 def test_a_file_that_comes_back_unchanged_is_no_new_version(backed_up: Session, lnd: Lnd) -> None:
-    """A file that is gone is a warning at the next look; its bytes are not put a second time when
-    they are back, and the next version is stored.
-    """
     aside = lnd.directory / "aside"
     with backed_up(OFTEN) as daemon:
         lnd.path.rename(aside)
@@ -93,9 +87,7 @@ def test_a_file_that_comes_back_unchanged_is_no_new_version(backed_up: Session, 
 
 
 def test_a_file_that_grows_slowly_is_stored_in_the_end(session: Session, lnd: Lnd) -> None:
-    """Of a file written in place piece by piece, the whole is stored, whatever was seen of its
-    parts.
-    """
+    """It is written in place, and its parts may be seen."""
     last = lnd.write(channels=50)
     size = len(last.data)
     lnd.placed += [last.data[:end] for end in range(4096, size, 4096)]
@@ -125,9 +117,7 @@ def test_a_directory_made_later_is_watched(session: Session, lnd: Lnd) -> None:
 def test_a_directory_removed_and_made_again_is_watched(
     backed_up: Session, lnd: Lnd, *, same_inode: bool
 ) -> None:
-    """A directory made anew is watched like the first one, even if it has got the inode number of
-    the first.
-    """
+    """It may have got the inode number of the first."""
     with backed_up() as daemon:
         daemon.signal(signal.SIGSTOP)
         inode, fillers = lnd.directory.stat().st_ino, 0
@@ -148,9 +138,7 @@ def test_a_directory_removed_and_made_again_is_watched(
 
 
 def test_a_directory_put_in_the_place_of_another_is_watched(backed_up: Session, lnd: Lnd) -> None:
-    """When the directory is renamed away the new one is watched, and the old one no more: what goes
-    on there is not stored.
-    """
+    """What goes on in the old one is not stored."""
     old = Lnd(lnd.directory.with_name("old"))
     with backed_up() as daemon:
         daemon.signal(signal.SIGSTOP)
@@ -207,9 +195,7 @@ def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
 def test_a_link_in_place_of_the_file_is_followed(
     backed_up: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
-    """The target of a link, here through another link, is found by the rescan when it is replaced,
-    and the log says that nothing else finds it.
-    """
+    """Only the rescan finds a new target, which the log says."""
     links = tmp_path / "links"
     links.mkdir()
     (links / "between").symlink_to(lnd.path)
@@ -239,9 +225,7 @@ def test_a_mount_over_the_directory_is_found_by_the_rescan(
 
 @pytest.mark.usefixtures("_mount_namespace")
 def test_an_unmounted_file_system_is_no_end(session: Session, lnd: Lnd) -> None:
-    """When the file system of LND's directory is unmounted, the directory below is watched at
-    once.
-    """
+    """The directory below is watched at once."""
     home = lnd.directory
     with session(OFTEN) as daemon:
         mount(daemon, "mount", "-t", "tmpfs", "none", str(home))
@@ -280,9 +264,7 @@ def test_an_overflow_of_events_loses_nothing(backed_up: Session, lnd: Lnd) -> No
 def test_the_limits_of_the_kernel_are_survived(
     backed_up: Session, lnd: Lnd, unshared: Callable[..., None], limit: str, setting: str
 ) -> None:
-    """Under the kernel's own limits the file is looked at every second, the hint names the setting,
-    and it recovers when the limit is raised.
-    """
+    """The file is looked at every second until the limit is raised, which the hint names."""
     unshared("-U", "-r", command=f"echo 0 > /proc/sys/user/{limit}")
     with backed_up() as daemon:
         daemon.wait_for_log(
@@ -320,9 +302,7 @@ asyncinotify.Inotify._get = fail
 def test_a_permission_that_is_granted_later_is_noticed(
     session: Session, lnd: Lnd, started_by: Callable[[str], None], what: str
 ) -> None:
-    """A denied directory or file is an error that names what is needed, and once granted the
-    version is stored within seconds, and not at the next rescan.
-    """
+    """The error names what is needed, and the next rescan is not waited for."""
     command = [*ordinary(), sys.executable]
     started_by(f"import os, sys\nos.execvp({command[0]!r}, [*{command!r}, SCRIPT, *sys.argv[1:]])")
     first = lnd.write()
@@ -346,9 +326,6 @@ def test_a_permission_that_is_granted_later_is_noticed(
 def test_the_gap_between_read_and_rename_does_not_matter(
     session: Session, lnd: Lnd, s3_line: FaultProxy
 ) -> None:
-    """With 30 ms between LND's read and its rename and a slow upload, the newest version is stored
-    20 of 20 times.
-    """
     s3_line.set("latency", up=0.05, down=0.05)
     lnd.read_gap_seconds = 0.03
     lnd.write()

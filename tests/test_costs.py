@@ -26,10 +26,8 @@ from shared import AWAY, NOON, done_well
 from bench.resources import usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kit import FakeS3, FaultProxy, Installed, Lnd, S3Server
-    from shared import Env
+    from shared import Env, StartedBy
 
 GROWTH_MAX = 1.15  # of what is written down here; where it shrinks, the new figure belongs here
 MEMORY = 1.03  # that no other process shares, of the twin's
@@ -166,7 +164,7 @@ def test_round_trips_of_a_backlog(
 
 
 def test_an_idle_connection_is_not_used_again(
-    env: Env, s3_line: FaultProxy, lnd: Lnd, started_by: Callable[[str], None]
+    env: Env, s3_line: FaultProxy, lnd: Lnd, started_by: StartedBy
 ) -> None:
     """After a long pause a NAT would have forgotten it in silence."""
     started_by(hurried(5))  # it is idle after a second

@@ -25,14 +25,11 @@ from shared import AT_ONCE, AWAY, OFTEN, SELDOM, done_well, leave, staged, stage
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from kit import FakeS3, FaultProxy, Lnd, S3Server
-    from shared import Env, Session
-
-
-pytestmark = pytest.mark.usefixtures("_log_level")
+    from shared import Env, Session, StartedBy
 
 
 # --- Crashes ---
@@ -101,11 +98,7 @@ def test_a_kill_before_the_receipt_leaves_one_object(
 
 
 def test_a_version_that_the_disk_refuses_is_sent_from_memory(
-    session: Session,
-    lnd: Lnd,
-    s3_line: FaultProxy,
-    staging: Path,
-    started_by: Callable[[str], None],
+    session: Session, lnd: Lnd, s3_line: FaultProxy, staging: Path, started_by: StartedBy
 ) -> None:
     """The log says so and names what is given up, and it recovers."""
     started_by("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))")
@@ -212,7 +205,7 @@ def test_the_staging_directory_may_vanish(session: Session, lnd: Lnd, staging: P
 
 
 def test_a_staging_directory_that_cannot_be_listed_is_explained(
-    env: Env, lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+    env: Env, lnd: Lnd, staging: Path, started_by: StartedBy
 ) -> None:
     """A disk that cannot list the staging directory is named, and is no fault of the program."""
     started_by(unlistable_while(lnd.directory))
@@ -399,11 +392,7 @@ def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
 
 @pytest.mark.unmeasured
 def test_a_staging_directory_that_cannot_be_listed(
-    session: Session,
-    lnd: Lnd,
-    staging: Path,
-    tmp_path: Path,
-    started_by: Callable[[str], None],
+    session: Session, lnd: Lnd, staging: Path, tmp_path: Path, started_by: StartedBy
 ) -> None:
     """Each new version goes to S3 all the same, and a stop is an orderly one."""
     there = tmp_path / "broken"
@@ -434,15 +423,10 @@ os.open = open_unless_read
 
 @pytest.mark.unmeasured
 def test_a_disk_that_takes_versions_and_gives_none_back(
-    session: Session,
-    lnd: Lnd,
-    s3_line: FaultProxy,
-    staging: Path,
-    tmp_path: Path,
-    started_by: Callable[[str], None],
+    session: Session, lnd: Lnd, s3_line: FaultProxy, staging: Path, started_by: StartedBy
 ) -> None:
     """The newest is sent from memory; one that cannot be read keeps nothing back."""
-    there = tmp_path / "broken"
+    there = staging.parent / "broken"
     started_by(UNREADABLE.format(there=str(there)))
     with session(AT_ONCE, refreshes=2) as daemon:
         daemon.wait_for_stored(lnd.write())

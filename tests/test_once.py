@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kit import FakeS3, Lnd, Request, S3Server
-    from shared import Env, Session
+    from shared import Env, Session, StartedBy
 
 HURRY = 10
 A_MINUTE = 60 / HURRY
@@ -118,7 +118,7 @@ def test_exit_codes_of_once(
     fake_env: Env,
     lnd: Lnd,
     staging: Path,
-    started_by: Callable[[str], None],
+    started_by: StartedBy,
     answer: Answer,
     exit_code: int,
     words: str,
@@ -136,13 +136,10 @@ def test_exit_codes_of_once(
     assert staged_data(staging) == [version.data]
 
 
-def test_once_outlasts_a_short_fault(
-    fake: FakeS3, fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]
-) -> None:
+def test_once_outlasts_a_short_fault(fake: FakeS3, written_env: Env, started_by: StartedBy) -> None:
     started_by("import random\nrandom.uniform = lambda *_: 0.002")  # the pauses
-    lnd.write()
     fake.script(answers.SLOW_DOWN, answers.DROPPED)
-    done_well(fake_env)
+    done_well(written_env)
     assert len(fake.requests) == 3
     assert len({request.path for request in fake.requests}) == 1
 
@@ -172,22 +169,15 @@ def test_once_ends_within_a_minute(fake_env: Env, lnd: Lnd, staging: Path) -> No
 @pytest.mark.unmeasured
 @pytest.mark.parametrize(("times", "code"), [(1, 0), (1_000_000, 75)], ids=["rests", "never"])
 def test_once_while_the_file_changes(
-    fake: FakeS3,
-    fake_env: Env,
-    lnd: Lnd,
-    started_by: Callable[[str], None],
-    tmp_path: Path,
-    times: int,
-    code: int,
+    fake: FakeS3, written_env: Env, started_by: StartedBy, tmp_path: Path, times: int, code: int
 ) -> None:
     """A file that changes while it is read is read again, within the minute."""
     (tmp_path / "changes").write_bytes(bytes(times))
     started_by(changing(tmp_path / "changes") + hurried(HURRY))
-    version = lnd.write()
-    done = run_script(fake_env, "once")
+    done = run_script(written_env, "once")
     assert done.returncode == code, done.stderr
     assert "it changed while it was read" in done.stderr
-    assert [request.body for request in fake.requests] == [version.data] * (code == 0)
+    assert len(fake.requests) == (code == 0)
 
 
 # --- How long it goes on ---
@@ -205,7 +195,7 @@ def taking(seconds: float) -> Callable[[Request], Iterator[bytes | float]]:
 
 @pytest.mark.unmeasured
 def test_once_while_the_file_is_written_all_the_time(
-    fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]
+    fake_env: Env, lnd: Lnd, started_by: StartedBy
 ) -> None:
     """It ends within a minute, though no put is as fast as the writer."""
     started_by(hurried(HURRY))
@@ -231,7 +221,7 @@ def test_once_while_the_file_is_written_all_the_time(
 
 @pytest.mark.unmeasured
 def test_once_sends_a_backlog_however_long_it_takes(
-    fake_env: Env, staging: Path, started_by: Callable[[str], None]
+    fake_env: Env, staging: Path, started_by: StartedBy
 ) -> None:
     """While S3 acknowledges one after another, `once` goes on beyond its minute."""
     started_by(hurried(4 * HURRY))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kit import Lnd, Mode, Request
-    from shared import Env
+    from shared import Env, StartedBy
 
 # Names are resolved unless a file says that they are not.
 DEAD_DNS = """
@@ -145,13 +145,7 @@ def outage(tmp_path: Path, scheme: str) -> Iterator[Outage]:
 @pytest.mark.unmeasured
 @pytest.mark.parametrize(("fault", "scheme"), CASES)
 def test_a_fault_is_told_survived_and_over(
-    fault: Fault,
-    outage: Outage,
-    fake_env: Env,
-    lnd: Lnd,
-    staging: Path,
-    prefix: str,
-    started_by: Callable[[str], None],
+    fault: Fault, outage: Outage, fake_env: Env, lnd: Lnd, staging: Path, started_by: StartedBy
 ) -> None:
     """It is told once; each version is sent once when it is over, the newest also as the last."""
     # Where nothing hangs, a busy machine must not be taken for a second fault.
@@ -176,13 +170,11 @@ def test_a_fault_is_told_survived_and_over(
         assert len(re.findall(r"S3 stores versions again, after \d+ s", daemon.log)) == 1
     # one may have been on its way when the fault ended
     assert len(outage.fake.requests) - before <= len(lnd.written) + 2
-    assert_nothing_lost(lnd, outage.fake, "some-bucket", prefix, staging, refreshes=1)
+    assert_nothing_lost(lnd, outage.fake, "some-bucket", "alice/", staging, refreshes=1)
 
 
 @pytest.mark.unmeasured
-def test_it_never_gives_up(
-    fake: FakeS3, fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]
-) -> None:
+def test_it_never_gives_up(fake: FakeS3, fake_env: Env, lnd: Lnd, started_by: StartedBy) -> None:
     started_by("import random\nrandom.uniform = lambda *_: 0.002")  # the pauses
     fake.script(*[answers.SLOW_DOWN] * 7)
     version = lnd.write()
@@ -243,7 +235,7 @@ def test_the_pause_after_a_failure_has_an_end(
 
 @pytest.mark.unmeasured
 def test_no_thread_can_be_started(
-    fake_env: Env, fake: FakeS3, lnd: Lnd, started_by: Callable[[str], None]
+    fake_env: Env, fake: FakeS3, lnd: Lnd, started_by: StartedBy
 ) -> None:
     started_by("""
 import threading

@@ -6,13 +6,15 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FaultProxy, Lnd, Mode, Script
-from shared import SELDOM, Env, Session, SteppedS3, changing, done_well, staged, write_unseen
+from kit import Daemon, Script
+from shared import SELDOM, changing, done_well, staged, write_unseen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from functools import partial
     from pathlib import Path
+
+    from kit import FaultProxy, Lnd, Mode
+    from shared import Env, Session, StartedBy, SteppedS3
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -75,7 +77,7 @@ def test_it_looks_after_the_signal_and_before_it_leaves(
 
 @pytest.mark.unmeasured
 def test_a_file_that_changes_at_the_stop_is_read_again(
-    backed_up: Session, lnd: Lnd, tmp_path: Path, started_by: Callable[[str], None]
+    backed_up: Session, lnd: Lnd, tmp_path: Path, started_by: StartedBy
 ) -> None:
     left = tmp_path / "changes"
     left.touch()
@@ -130,7 +132,7 @@ threading.Thread(target=chatter, daemon=True).start()
 
 
 def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
-    env: Env, lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+    env: Env, lnd: Lnd, staging: Path, started_by: StartedBy
 ) -> None:
     """It may write to the log while the program ends; Python alone would abort."""
     receipt = staging / ".receipt"

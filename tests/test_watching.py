@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FaultProxy, Lnd
-from shared import OFTEN, SELDOM, Env, Session, expect_newest_last, ordinary, write_unseen
+from kit import Daemon, Lnd
+from shared import OFTEN, SELDOM, expect_newest_last, ordinary, write_unseen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kit import FaultProxy
+    from shared import Env, Session, StartedBy
 
 AGAIN = r"again, after \d+ s"
 
@@ -257,30 +260,26 @@ def test_an_overflow_of_events_loses_nothing(backed_up: Session, lnd: Lnd) -> No
         daemon.wait_for_stored(lnd.write())
 
 
-@pytest.mark.parametrize(
-    ("limit", "setting"),
-    [("max_inotify_instances", "max_user_instances"), ("max_inotify_watches", "max_user_watches")],
-)
+@pytest.mark.parametrize("what", ["instances", "watches"])
 def test_the_limits_of_the_kernel_are_survived(
-    backed_up: Session, lnd: Lnd, unshared: Callable[..., None], limit: str, setting: str
+    backed_up: Session, lnd: Lnd, unshared: Callable[..., None], what: str
 ) -> None:
     """The file is looked at every second until the limit is raised, which the hint names."""
-    unshared("-U", "-r", command=f"echo 0 > /proc/sys/user/{limit}")
+    limit = f"/proc/sys/user/max_inotify_{what}"
+    unshared("-U", "-r", command=f"echo 0 > {limit}")
     with backed_up() as daemon:
         daemon.wait_for_log(
-            f"error: cannot watch, so it is only checked at intervals: .*\n.*hint: .*{setting}"
+            f"error: cannot watch, so it is only checked at .*\n.*hint: .*max_user_{what}"
         )
         daemon.wait_for_stored(lnd.write())
-        raise_it = f"echo 100 > /proc/sys/user/{limit}"
+        raise_it = f"echo 100 > {limit}"
         subprocess.run(["nsenter", "-U", "-t", str(daemon.pid), "sh", "-c", raise_it], check=True)  # noqa: S607
         daemon.wait_for_log(AGAIN)
         expect_watched(daemon, lnd)
         assert daemon.log.count("cannot watch") == 1
 
 
-def test_a_failing_reader_ends_the_daemon(
-    env: Env, lnd: Lnd, started_by: Callable[[str], None]
-) -> None:
+def test_a_failing_reader_ends_the_daemon(env: Env, lnd: Lnd, started_by: StartedBy) -> None:
     started_by("""
 import asyncinotify
 def fail(*_):
@@ -300,7 +299,7 @@ asyncinotify.Inotify._get = fail
 
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_a_permission_that_is_granted_later_is_noticed(
-    session: Session, lnd: Lnd, started_by: Callable[[str], None], what: str
+    session: Session, lnd: Lnd, started_by: StartedBy, what: str
 ) -> None:
     """The error names what is needed, and the next rescan is not waited for."""
     command = [*ordinary(), sys.executable]

@@ -209,8 +209,10 @@ def test_large_versions_fit_into_the_units_memory(fake: FakeS3, fake_env: Env, l
     with Daemon(fake_env | AT_ONCE) as daemon:
         for _ in range(3):
             daemon.wait_for_captured(lnd.write(data=os.urandom(LARGEST)))
-        lnd.place(b"")
-        os.truncate(lnd.path, 1 << 30)
+        large = lnd.directory / "large"
+        large.touch()
+        os.truncate(large, 1 << 30)
+        large.rename(lnd.path)
         daemon.wait_for_log(f"error: .*{1 << 30} bytes")
         daemon.wait_for_looks()
         lnd.path.unlink()

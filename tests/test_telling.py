@@ -345,7 +345,7 @@ def test_a_heartbeat_that_hangs_delays_nothing(
     beating: Env, lnd: Lnd, beat: FakeS3, impatient: Callable[..., None]
 ) -> None:
     """Versions are stored, and it stops as ever."""
-    impatient(TELLING_SECONDS=1000.0)
+    impatient(TELLING_SECONDS=1000.0, THREADS_MAX=1)
     beat.hold()
     with Daemon(beating | {"SHUTDOWN_GRACE_SECONDS": "1000"}) as daemon:
         beat.wait_for_requests(1, method="GET")

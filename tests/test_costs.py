@@ -72,26 +72,18 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installed:
     return install(tmp_path / "site")
 
 
-@pytest.fixture
-def settings(fake_env: Env, installed: Installed) -> Env:
-    """Return what the daemon needs, as the service runs it."""
-    return fake_env | installed.environment
-
-
 # TCP's handshake, TLS 1.3's, and the request; a connection that is open needs the request alone.
 COLD = {"http": 2, "https": 3}
 WARM = 1
 
 
-def test_memory(
-    fake_env: Env, settings: Env, installed: Installed, lnd: Lnd, staging: Path
-) -> None:
+def test_memory(fake_env: Env, installed: Installed, lnd: Lnd, staging: Path) -> None:
     """Beside a bare process with boto3: memory, its peak, and modules, most of a start."""
     lnd.write()
-    told = {"PYTHONPROFILEIMPORTTIME": "1"}
+    told = fake_env | {"PYTHONPROFILEIMPORTTIME": "1"}
     with (
-        Daemon(settings | told, installed.command) as daemon,
-        Script(fake_env | told, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
+        Daemon(told | installed.environment, installed.command) as daemon,
+        Script(told, str(lnd.path), command=[sys.executable, "-c", TWIN]) as twin,
     ):
         twin.wait_for_log("stored s3://")
         daemon.systemd.wait_for("STATUS=stored .*, 0 staged")  # and all that follows is done
@@ -106,14 +98,14 @@ def test_memory(
 
 
 def test_memory_with_many_staged(
-    settings: Env, installed: Installed, lnd: Lnd, staging: Path, tmp_path: Path
+    fake_env: Env, installed: Installed, lnd: Lnd, staging: Path, tmp_path: Path
 ) -> None:
     """While they cannot be sent, they cost next to no memory, and little time at the start."""
     lnd.write()
     for number in range(10_000):
         data = channel_backup(0)
         (staging / version_name(data, NOON + timedelta(seconds=number))).write_bytes(data)
-    away = settings | AWAY
+    away = fake_env | installed.environment | AWAY
     with (
         Daemon(away, installed.command) as full,
         Daemon(away | {"BACKUP_DIRECTORY": str(tmp_path / "empty")}, installed.command) as empty,

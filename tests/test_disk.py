@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 from inside import GOOD, digest, discard, files, mode, offered, restart, stage, true_name
 from kit import Daemon, Script, channel_backup, run_script, unlistable_while, write_launcher
+from kit.script import LATE_ENOUGH
 from shared import AT_ONCE, AWAY, OFTEN, SELDOM, done_well, leave, staged, staged_data
 
 import s3_backup_lnd_channels as program
@@ -427,7 +428,7 @@ def test_a_disk_that_takes_versions_and_gives_none_back(
 ) -> None:
     """The newest is sent from memory; one that cannot be read keeps nothing back."""
     there = staging.parent / "broken"
-    started_by(UNREADABLE.format(there=str(there)))
+    started_by(LATE_ENOUGH + UNREADABLE.format(there=str(there)))
     with session(AT_ONCE, refreshes=2) as daemon:
         daemon.wait_for_stored(lnd.write())
         there.touch()

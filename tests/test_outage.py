@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 import trustme
 from kit import Answer, Daemon, FakeS3, FaultProxy, RawS3, altered, answers, assert_nothing_lost
+from kit.script import LATE_ENOUGH
 from shared import AT_ONCE, SELDOM, expect_newest_last, staged_data
 
 import s3_backup_lnd_channels as program
@@ -175,7 +176,7 @@ def test_a_fault_is_told_survived_and_over(
 
 @pytest.mark.unmeasured
 def test_it_never_gives_up(fake: FakeS3, fake_env: Env, lnd: Lnd, started_by: StartedBy) -> None:
-    started_by("import random\nrandom.uniform = lambda *_: 0.002")  # the pauses
+    started_by(altered("import random\nrandom.uniform = lambda *_: 0.002"))  # the pauses
     fake.script(*[answers.SLOW_DOWN] * 7)
     version = lnd.write()
     with Daemon(fake_env | SELDOM) as daemon:
@@ -237,7 +238,7 @@ def test_the_pause_after_a_failure_has_an_end(
 def test_no_thread_can_be_started(
     fake_env: Env, fake: FakeS3, lnd: Lnd, started_by: StartedBy
 ) -> None:
-    started_by("""
+    started_by(f"""{LATE_ENOUGH}
 import threading
 start = threading.Thread.start
 left = [3]

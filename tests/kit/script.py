@@ -135,7 +135,7 @@ def unlistable_while(there: Path) -> str:
     """Return code that keeps the program from listing its staging directory for as long as this
     path exists.
     """
-    return f"""
+    return f"""{LATE_ENOUGH}
 import os
 listed = os.scandir
 def scandir(path="."):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import stat
 from datetime import UTC, datetime
@@ -82,6 +83,11 @@ def files(directory: Path) -> dict[str, bytes]:
 def mode(path: Path) -> int:
     """Return the permissions."""
     return stat.S_IMODE(path.lstat().st_mode)
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the errors in the log."""
+    return [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.ERROR]
 
 
 class NoS3(program.Bucket):

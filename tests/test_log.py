@@ -234,8 +234,8 @@ os.environ["JOURNAL_STREAM"] = f"{{stderr.st_dev}}:{{stderr.st_ino}}"
 
 @pytest.mark.unmeasured
 def test_a_session_has_no_warnings(fake_env: dict[str, str], lnd: Lnd) -> None:
-    """In Python's development mode, with every warning an error, a session with an outage, and with
-    another directory in the place of LND's, goes as ever.
+    """In Python's development mode, with every warning an error, a session with an outage goes as
+    ever.
     """
     first = lnd.write()
     strict = fake_env | SELDOM | {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import trustme
-from kit import Answer, Daemon, FakeS3, FaultProxy, RawS3, altered, answers, assert_nothing_lost
-from kit.script import LATE_ENOUGH
+from kit import Answer, Daemon, FakeS3, FaultProxy, RawS3, answers, assert_nothing_lost
+from kit.script import LATE_ENOUGH, altered
 from shared import AT_ONCE, SELDOM, expect_newest_last, staged_data
 
 import s3_backup_lnd_channels as program
@@ -43,7 +43,9 @@ class Outage:
     """S3 behind a line: both fail on demand, and are well again on demand."""
 
     def __init__(self, directory: Path, scheme: str) -> None:
-        """Make the servers; nobody trusts the authority of the second one."""
+        """Make the servers; the second one has a certificate from an authority that nobody
+        trusts.
+        """
         self.scheme = scheme
         self.dns_is_dead = directory / "dns-is-dead"
         self.ca_file = directory / "ca.pem"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from inside import GOOD, discard, files, mode, offered, receipt, restart, stage, true_name
+from inside import GOOD, discard, errors, files, mode, offered, receipt, restart, stage, true_name
 from kit import FakeS3, FaultProxy, Lnd, channel_backup, settings_at
 from shared import LARGEST, OFTEN, Env, Session, done_well, expect_newest_last, leave, staged
 
@@ -185,8 +185,8 @@ def test_staged_file_whose_bytes_do_not_fit_its_name_is_kept_aside(
     (staging / true_name(older, "20190101T000000.000000Z-")).write_bytes(older)
     queue = restart(staging)
     assert [version.data for version in offered(queue)] == [older]
-    (record,) = caplog.records
-    assert (record.levelno, name in record.getMessage()) == (logging.ERROR, True)
+    (message,) = errors(caplog)
+    assert name in message
     assert len(restart(staging).pending) == 1
     assert (staging / f".damaged-{name}").read_bytes() == data
 

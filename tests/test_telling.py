@@ -25,13 +25,13 @@ from kit import (
     Daemon,
     FakeS3,
     RawS3,
-    altered,
     answers,
     channel_backup,
     run_script,
     unlistable_while,
 )
 from kit import script as script_module
+from kit.script import altered
 from shared import NOWHERE, OFTEN, Env, StartedBy, done_well, ordinary, refused, staged
 
 import s3_backup_lnd_channels as program

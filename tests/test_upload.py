@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from inside import digest, use
-from kit import Answer, FaultProxy, RawS3, Script, altered, answers, channel_backup
+from kit import Answer, FaultProxy, RawS3, Script, answers, channel_backup
+from kit.script import altered
 from shared import AWAY, NOWHERE, done_well, refused, staged_data
 
 import s3_backup_lnd_channels as program

@@ -34,7 +34,7 @@ from kit import (
 from shared import OFTEN, TRY_AGAIN, staged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 BUCKET = "bucket"
 UPDATES = 100_000
@@ -70,6 +70,15 @@ def names_in(fake: FakeS3) -> list[str]:
 
 
 # --- the disk ---
+
+
+@pytest.fixture
+def small_disk(staging: Path) -> Iterator[Path]:
+    """Put the staging directory on a file system of its own with room for a few versions."""
+    options = ["-t", "tmpfs", "-o", "size=64k,mode=700"]
+    subprocess.run(["mount", *options, "none", staging], check=True)  # noqa: S607
+    yield staging
+    subprocess.run(["umount", "--lazy", staging], check=True)  # noqa: S607
 
 
 def test_staging_disk_is_full(

@@ -30,7 +30,6 @@ from .s3_server import make_client as make_client
 from .script import SCRIPT as SCRIPT
 from .script import Daemon as Daemon
 from .script import Script as Script
-from .script import altered as altered
 from .script import hurried as hurried
 from .script import run_on_terminal as run_on_terminal
 from .script import run_script as run_script

@@ -141,6 +141,16 @@ def staging(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def small_disk(staging: Path) -> Iterator[Path]:
+    """Put the staging directory on a file system of its own, with room for a few versions."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(staging)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield staging
+    subprocess.run(["umount", "--lazy", str(staging)], check=True)  # noqa: S607
+
+
+@pytest.fixture
 def home(tmp_path: Path) -> Path:
     """Return the working directory of the one who restores."""
     directory = tmp_path / "home"

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Env = dict[str, str]
 Done = subprocess.CompletedProcess[str]
 Session = Callable[..., contextlib.AbstractContextManager["Daemon"]]
+StartedBy = Callable[[str], None]
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)

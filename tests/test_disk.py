@@ -13,46 +13,24 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
 
 import pytest
-from inside import (
-    GOOD,
-    digest,
-    discard,
-    files,
-    mode,
-    offered,
-    restart,
-    stage,
-    true_name,
-)
-from kit import (
-    Daemon,
-    FakeS3,
-    FaultProxy,
-    Lnd,
-    S3Server,
-    Script,
-    channel_backup,
-    run_script,
-    unlistable_while,
-)
-from kit.script import write_launcher
-from shared import AT_ONCE, AWAY, OFTEN, SELDOM, leave, staged
+from inside import GOOD, digest, discard, files, mode, offered, restart, stage, true_name
+from kit import Daemon, Script, channel_backup, run_script, unlistable_while, write_launcher
+from kit.script import LATE_ENOUGH
+from shared import AT_ONCE, AWAY, OFTEN, SELDOM, done_well, leave, staged, staged_data
 
 import s3_backup_lnd_channels as program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from functools import partial
+    from collections.abc import Iterator
+    from pathlib import Path
 
-    from shared import Session
-
-
-pytestmark = pytest.mark.usefixtures("_log_level")
+    from kit import FakeS3, FaultProxy, Lnd, S3Server
+    from shared import Env, Session, StartedBy
 
 
 # --- Crashes ---
@@ -61,11 +39,9 @@ pytestmark = pytest.mark.usefixtures("_log_level")
 @pytest.mark.unmeasured
 @pytest.mark.timeout(240)  # some twenty starts, one after the other
 def test_kills_at_any_moment_lose_nothing_that_was_staged(
-    env: dict[str, str], lnd: Lnd, s3: S3Server, check: partial[None], staging: Path
+    env: Env, lnd: Lnd, s3: S3Server, session: Session, staging: Path
 ) -> None:
-    """Killed ten times in the middle of bursts, the daemon sends all that was staged, and leaves no
-    litter.
-    """
+    """Killed ten times in the middle of bursts, the daemon leaves no litter."""
     chance, before = random.Random(1), set()  # noqa: S311 - any moments will do
     for _ in range(10):
         with Daemon(SELDOM | env) as daemon:
@@ -75,45 +51,37 @@ def test_kills_at_any_moment_lose_nothing_that_was_staged(
             daemon.signal(signal.SIGKILL)
             assert daemon.wait() == -signal.SIGKILL
         before |= set(staged(staging))
-    with Daemon(SELDOM | env) as daemon:
-        last = lnd.write()
-        daemon.wait_for_stored(last)
-        assert daemon.stop() == 0
+    with session(replaced_ok=True, refreshes=10) as daemon:
+        daemon.wait_for_stored(lnd.write())
     assert sorted(entry.name for entry in staging.iterdir()) == [".lock", ".receipt"]
     assert before <= {key.rpartition("/")[2] for key in s3.objects(env["S3_BUCKET_NAME"])}
-    check(replaced_ok=True, refreshes=10)
+
+
+LIMITED = """
+import resource, signal
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+"""
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_no_half_version(
-    env: dict[str, str], lnd: Lnd, check: partial[None], staging: Path, tmp_path: Path
+    env: Env, lnd: Lnd, session: Session, staging: Path, tmp_path: Path
 ) -> None:
-    """Killed when 4096 bytes of a version are written, the daemon leaves nothing that looks like a
-    version.
-    """
-    limited = write_launcher(
-        tmp_path / "limited.py",
-        "import resource, signal\n"
-        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)",
-    )
+    """It is killed when 4096 bytes are written."""
     version = lnd.write()
-    with Script(env, launcher=limited) as script:
+    with Script(env, launcher=write_launcher(tmp_path / "limited.py", LIMITED)) as script:
         assert script.wait() == -signal.SIGXFSZ
     assert staged(staging) == []
-    with Daemon(SELDOM | env) as daemon:
+    with session() as daemon:
         daemon.wait_for_stored(version)
-        assert daemon.stop() == 0
     assert sorted(entry.name for entry in staging.iterdir()) == [".lock", ".receipt"]
-    check()
 
 
 def test_a_kill_before_the_receipt_leaves_one_object(
-    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path
+    env: Env, lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path
 ) -> None:
-    """Killed between S3's storing and its answer, the daemon sends the same bytes under the same
-    name again.
-    """
+    """After S3 has stored it, and before the answer: it is sent again under the same name."""
     s3_line.set("swallow_response")
     version = lnd.write()
     with Daemon(SELDOM | env) as daemon:
@@ -131,18 +99,11 @@ def test_a_kill_before_the_receipt_leaves_one_object(
 
 
 def test_a_version_that_the_disk_refuses_is_sent_from_memory(
-    env: dict[str, str],
-    lnd: Lnd,
-    s3_line: FaultProxy,
-    check: partial[None],
-    staging: Path,
-    started_by: Callable[[str], None],
+    session: Session, lnd: Lnd, s3_line: FaultProxy, staging: Path, started_by: StartedBy
 ) -> None:
-    """Where staging is impossible, the newest version is held in memory and sent from there, the
-    log says so and names what is given up, and it recovers.
-    """
+    """The log says so and names what is given up, and it recovers."""
     started_by("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))")
-    with Daemon(env | OFTEN | {"SHUTDOWN_GRACE_SECONDS": "0"}) as daemon:
+    with session(OFTEN | {"SHUTDOWN_GRACE_SECONDS": "0"}, replaced_ok=[1, 2]) as daemon:
         daemon.wait_for_stored(lnd.write())
         daemon.wait_for_log("error: cannot use BACKUP_DIRECTORY: .*\n.*hint: .*sent from memory")
         daemon.wait_for_log("staging works again")
@@ -152,25 +113,11 @@ def test_a_version_that_the_disk_refuses_is_sent_from_memory(
         daemon.wait_for_log("cannot store")
         for given_up in lnd.written[1:3]:
             daemon.wait_for_log(rf"error: dropped, never staged: .*-{given_up.sha256[-6:]}\b")
-        resource.prlimit(
-            daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        )
+        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         daemon.wait_for_log("staging works again", count=2)
         daemon.wait_for_looks()
         assert daemon.log.count("cannot use BACKUP_DIRECTORY") == 2, "each trouble once"
-        assert daemon.stop() == 0
-    assert list(files(staging).values()) == [lnd.written[3].data]
-    check(replaced_ok=[1, 2])
-
-
-@pytest.fixture
-def small_disk(staging: Path) -> Iterator[Path]:
-    """Put the staging directory on a file system of its own, of 64 KiB."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(staging)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield staging
-    subprocess.run(["umount", "--lazy", str(staging)], check=True)  # noqa: S607
+        assert staged_data(staging) == [lnd.written[3].data]
 
 
 def fill(directory: Path) -> Path:
@@ -191,9 +138,7 @@ def full_disk(small_disk: Path) -> Path:
 
 
 def test_a_full_disk_is_no_end(session: Session, lnd: Lnd, small_disk: Path) -> None:
-    """On a full disk a version is sent once and from memory, and when there is room again nothing
-    is left over.
-    """
+    """A version is sent once and from memory; when there is room again nothing is left over."""
     first = lnd.write()
     with session(OFTEN | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         daemon.wait_for_stored(first)
@@ -211,23 +156,17 @@ def test_a_full_disk_is_no_end(session: Session, lnd: Lnd, small_disk: Path) -> 
 
 
 def test_once_sends_from_memory_when_the_disk_is_full(
-    fake: FakeS3, fake_env: dict[str, str], full_disk: Path, lnd: Lnd
+    fake: FakeS3, fake_env: Env, full_disk: Path, lnd: Lnd
 ) -> None:
-    """`once` on a full disk sends the version from memory, once, says that it could not stage it,
-    and leaves nothing half there.
-    """
+    """It says that it could not stage the version, and leaves nothing half there."""
     version = lnd.write()
-    done = run_script(fake_env, "once")
+    assert "No space left" in done_well(fake_env).stderr
     assert [request.body for request in fake.requests] == [version.data]
-    assert "No space left" in done.stderr
-    assert done.returncode == 0
     assert {entry.name for entry in full_disk.iterdir()} == {".lock", "theirs"}
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(
-    fake_env: dict[str, str], lnd: Lnd
-) -> None:
+def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(fake_env: Env, lnd: Lnd) -> None:
     version = lnd.write()
     with Daemon(SELDOM | fake_env | AWAY) as daemon:
         daemon.wait_for_captured(version)
@@ -236,11 +175,9 @@ def test_what_neither_the_disk_nor_s3_took_is_told_at_the_end(
 
 
 def test_a_disk_that_is_read_only_at_the_start(
-    fake: FakeS3, fake_env: dict[str, str], small_disk: Path, lnd: Lnd
+    fake: FakeS3, fake_env: Env, small_disk: Path, lnd: Lnd
 ) -> None:
-    """Where the staging disk has become read-only, a restart sends what waits there, and the newest
-    from memory.
-    """
+    """A restart sends what waits there, and the newest from memory."""
     (small_disk / ".lock").touch(0o600)
     (small_disk / true_name(GOOD)).write_bytes(GOOD)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)  # noqa: S607
@@ -269,7 +206,7 @@ def test_the_staging_directory_may_vanish(session: Session, lnd: Lnd, staging: P
 
 
 def test_a_staging_directory_that_cannot_be_listed_is_explained(
-    env: dict[str, str], lnd: Lnd, staging: Path, started_by: Callable[[str], None]
+    env: Env, lnd: Lnd, staging: Path, started_by: StartedBy
 ) -> None:
     """A disk that cannot list the staging directory is named, and is no fault of the program."""
     started_by(unlistable_while(lnd.directory))
@@ -301,85 +238,57 @@ class Disk(contextlib.ExitStack):
         self.error = error
         self.due = due
 
-    def step(self, call: str, target: object) -> None:
-        """Record a call, and fail it if it is its turn."""
-        self.calls.append((call, _named(target)))
+    def step(self, call: str, target: object, *_: object, **_more: object) -> object:
+        """Record a call by the last name of its path; fail it if it is its turn, or let it be."""
+        if isinstance(target, int):
+            target = os.readlink(f"/proc/self/fd/{target}")
+        self.calls.append((call, os.path.basename(str(target))))
         if self.error and len(self.calls) in self.due:
             raise self.error
+        return mock.DEFAULT
 
-    def index(self, call: str, target: str) -> int:
-        """Return when this call was made, which must be once."""
-        assert self.calls.count((call, target)) == 1, self.calls
-        return self.calls.index((call, target))
+    def made(self, calls: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return which of these calls were made, in their order."""
+        return [call for call in self.calls if call in calls]
 
     def __enter__(self) -> Self:
         """Stand between the program and its disk."""
         for name in CALLS:
-            self.enter_context(mock.patch.object(os, name, self._wrap(name, getattr(os, name))))
+            real, step = getattr(os, name), partial(self.step, name)
+            self.enter_context(mock.patch.object(os, name, wraps=real, side_effect=step))
         self.enter_context(mock.patch.object(program, "open", self._open, create=True))
         return self
-
-    def _wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(target: object, *args: object, **options: object) -> object:
-            self.step(name, target)
-            return real(target, *args, **options)
-
-        return call
 
     def _open(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - passed on
         """Open a file whose writing can fail."""
         file = open(*args, **options)  # noqa: SIM115 - the program closes it
-        write = file.write
-
-        def call(data: bytes) -> int:
-            self.step("write", file.fileno())
-            return int(write(data))
-
-        file.write = call
+        step = partial(self.step, "write", file.fileno())
+        file.write = mock.Mock(wraps=file.write, side_effect=step)
         return file
-
-
-def _named(target: object) -> str:
-    """Return the last name of a path, or of what a descriptor stands for."""
-    if isinstance(target, int):
-        target = Path(f"/proc/self/fd/{target}").readlink()
-    return Path(str(target)).name
 
 
 def test_version_is_on_disk_before_it_is_offered(queue: program.Staging, staging: Path) -> None:
     """The bytes are written and synced before the rename, and the directory after it."""
     with Disk() as disk:
-        name = stage(queue, GOOD)
-    partial = f".{name}.partial"
-    assert (
-        disk.index("open", partial)
-        < disk.index("write", partial)
-        < disk.index("fsync", partial)
-        < disk.index("rename", partial)
-        < disk.index("fsync", staging.name)
-    )
+        partial = f".{stage(queue, GOOD)}.partial"
+    steps = [("open", partial), ("write", partial), ("fsync", partial), ("rename", partial)]
+    steps.append(("fsync", staging.name))
+    assert disk.made(steps) == steps
 
 
 def test_receipt_is_on_disk_before_the_version_is_deleted(
     queue: program.Staging, staging: Path
 ) -> None:
-    """The receipt is written, synced and renamed, and the directory synced, before the staged
-    version is deleted.
-    """
-    name = stage(queue, GOOD)
+    """It is synced and renamed, and the directory synced."""
+    name, partial = stage(queue, GOOD), "..receipt.partial"
     with Disk() as disk:
         discard(queue, name, GOOD)
-    assert (
-        disk.index("write", "..receipt.partial")
-        < disk.index("fsync", "..receipt.partial")
-        < disk.index("rename", "..receipt.partial")
-        < disk.index("fsync", staging.name)
-        < disk.index("unlink", name)
-    )
+    steps = [("write", partial), ("fsync", partial), ("rename", partial)]
+    steps += [("fsync", staging.name), ("unlink", name)]
+    assert disk.made(steps) == steps
 
 
 def assert_whole(directory: Path) -> None:
-    """Fail if there is a version on disk that is not whole."""
     for name, data in files(directory).items():
         assert name.endswith(digest(data)[-6:]), f"{name} is half there"
 
@@ -387,9 +296,7 @@ def assert_whole(directory: Path) -> None:
 def each_call(
     error: BaseException, directory: Path, *, from_then_on: bool = False
 ) -> Iterator[tuple[Disk, Path]]:
-    """Yield a disk whose first call fails, then one whose second does, and so on until none is left
-    to fail; each comes with a directory of its own.
-    """
+    """Yield a disk and a directory for each call, in which that call fails."""
     for number in itertools.count(1):
         own = directory / str(number)
         disk = Disk(error, range(number, 1000 if from_then_on else number + 1))
@@ -407,9 +314,7 @@ each_error = pytest.mark.parametrize(
 
 @each_error
 def test_version_is_staged_at_the_next_try_when_any_call_fails(code: int, tmp_path: Path) -> None:
-    """Whichever call the disk refuses while staging, that is said, and the version is staged and
-    offered once at the next try.
-    """
+    """It is offered once."""
     version = program.Version(true_name(GOOD), GOOD)
     for disk, directory in each_call(OSError(code, os.strerror(code)), tmp_path):
         queue = program.Staging(directory)
@@ -430,9 +335,7 @@ def test_version_is_staged_at_the_next_try_when_any_call_fails(code: int, tmp_pa
 def test_version_is_not_sent_again_when_any_call_of_tidying_fails(
     code: int, tmp_path: Path
 ) -> None:
-    """Whichever call the disk refuses after a receipt, the version is not offered again, is deleted
-    at the next try, and its name is remembered.
-    """
+    """It is deleted at the next try, and its name is remembered."""
     for disk, directory in each_call(OSError(code, os.strerror(code)), tmp_path):
         queue = program.Staging(directory)
         name = stage(queue, GOOD)
@@ -467,9 +370,7 @@ def test_the_trouble_lasts_until_the_receipt_is_written(
 def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
     tmp_path: Path, *, while_discarding: bool
 ) -> None:
-    """Whichever call is the last one before a crash, the next process finds whole versions and
-    nothing to repair.
-    """
+    """The next process finds nothing to repair."""
     old = channel_backup(2)
     for disk, directory in each_call(PowerCut(), tmp_path, from_then_on=True):
         queue = program.Staging(directory)
@@ -492,19 +393,12 @@ def test_power_cut_at_any_call_leaves_a_version_whole_or_not_at_all(
 
 @pytest.mark.unmeasured
 def test_a_staging_directory_that_cannot_be_listed(
-    env: dict[str, str],
-    lnd: Lnd,
-    check: partial[None],
-    staging: Path,
-    tmp_path: Path,
-    started_by: Callable[[str], None],
+    session: Session, lnd: Lnd, staging: Path, tmp_path: Path, started_by: StartedBy
 ) -> None:
-    """While the staging directory cannot be listed, each new version goes to S3 all the same, the
-    disk is named, and a stop is an orderly one.
-    """
+    """Each new version goes to S3 all the same, and a stop is an orderly one."""
     there = tmp_path / "broken"
     started_by(unlistable_while(there))
-    with Daemon(env | AT_ONCE) as daemon:
+    with session(AT_ONCE) as daemon:
         daemon.wait_for_stored(lnd.write())
         there.touch()
         for _ in range(2):
@@ -514,8 +408,6 @@ def test_a_staging_directory_that_cannot_be_listed(
         daemon.wait_for_stored(lnd.write())
         there.touch()
         daemon.wait_for_looks()
-        assert daemon.stop() == 0
-    check()
 
 
 UNREADABLE = """
@@ -532,20 +424,12 @@ os.open = open_unless_read
 
 @pytest.mark.unmeasured
 def test_a_disk_that_takes_versions_and_gives_none_back(
-    env: dict[str, str],
-    lnd: Lnd,
-    s3_line: FaultProxy,
-    check: partial[None],
-    staging: Path,
-    tmp_path: Path,
-    started_by: Callable[[str], None],
+    session: Session, lnd: Lnd, s3_line: FaultProxy, staging: Path, started_by: StartedBy
 ) -> None:
-    """The newest is sent from memory, and nothing is staged again and again. An older one that
-    cannot be read keeps nothing back, and is sent when the disk gives it.
-    """
-    there = tmp_path / "broken"
-    started_by(UNREADABLE.format(there=str(there)))
-    with Daemon(env | AT_ONCE) as daemon:
+    """The newest is sent from memory; one that cannot be read keeps nothing back."""
+    there = staging.parent / "broken"
+    started_by(LATE_ENOUGH + UNREADABLE.format(there=str(there)))
+    with session(AT_ONCE, refreshes=2) as daemon:
         daemon.wait_for_stored(lnd.write())
         there.touch()
         daemon.wait_for_stored(lnd.write())
@@ -562,7 +446,5 @@ def test_a_disk_that_takes_versions_and_gives_none_back(
         daemon.wait_for_log("staging works again")
         daemon.wait_for_stored(older)
         daemon.wait_for_looks()
-        assert daemon.stop() == 0
         assert daemon.log.count(" captured ") in (6, 7), "the newest once more, as the last"
-    check(refreshes=2)
     assert files(staging) == {}

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 from kit import SCRIPT, Daemon, Lnd, NotifySocket, run_script
-from shared import WRONG_CONFIGURATION
+from shared import WRONG_CONFIGURATION, Env
 
 pytestmark = pytest.mark.cold
 
 # --- Readiness ---
 
 
-def test_it_is_ready_although_nothing_is_there(good: dict[str, str], lnd: Lnd) -> None:
-    """With LND's directory and S3 missing the daemon is ready, and stops in order."""
+def test_it_is_ready_although_nothing_is_there(good: Env, lnd: Lnd) -> None:
+    """LND's directory and S3 are missing; it stops in order."""
     lnd.directory.rmdir()
     with Daemon(good) as daemon:
         assert daemon.systemd.messages[0] == "READY=1"
@@ -23,8 +23,7 @@ def test_it_is_ready_although_nothing_is_there(good: dict[str, str], lnd: Lnd) -
         daemon.systemd.wait_for("STOPPING=1")
 
 
-def test_it_is_not_ready_with_a_wrong_configuration(good: dict[str, str]) -> None:
-    """With a fault in the configuration systemd hears nothing."""
+def test_it_is_not_ready_with_a_wrong_configuration(good: Env) -> None:
     with NotifySocket() as systemd:
         done = run_script(good | {"S3_BUCKET_NAME": "s3://wrong", "NOTIFY_SOCKET": systemd.path})
         assert done.returncode == WRONG_CONFIGURATION
@@ -34,19 +33,14 @@ def test_it_is_not_ready_with_a_wrong_configuration(good: dict[str, str]) -> Non
 # --- The Python ---
 
 
-def test_a_python_that_is_too_old_says_so(good: dict[str, str]) -> None:
-    """A Python before 3.11, which `datetime` tells by the lack of UTC, ends with 78 and says which
-    one is needed.
-    """
-    older = (
-        "import datetime, runpy, sys\ndel datetime.UTC\nrunpy.run_path(sys.argv.pop(1), "
-        "run_name='__main__')"
-    )
+def test_a_python_that_is_too_old_says_so(good: Env) -> None:
+    """`datetime` tells it by the lack of UTC."""
+    older = "import datetime, runpy, sys\ndel datetime.UTC\n"
+    older += "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     done = run_script(good, command=[sys.executable, "-I", "-c", older, str(SCRIPT)])
     assert done.returncode == WRONG_CONFIGURATION
-    assert re.fullmatch(
-        r"cannot start: cannot import name 'UTC' .*\nhint: .*Python 3\.11 or newer.*\n", done.stderr
-    )
+    told = r"cannot start: cannot import name 'UTC' .*\nhint: .*Python 3\.11 or newer.*\n"
+    assert re.fullmatch(told, done.stderr)
 
 
 # --- Without the packages ---
@@ -88,12 +82,9 @@ def test_help_without_the_packages(args: tuple[str, ...], pattern: str) -> None:
 
 @pytest.mark.unmeasured
 @pytest.mark.parametrize("args", [(), ("list", "--json")])
-def test_commands_without_the_packages(written_env: dict[str, str], args: tuple[str, ...]) -> None:
-    """Everything else says in one line what is missing, and names the two commands that make a
-    place where the packages are.
-    """
+def test_commands_without_the_packages(written_env: Env, args: tuple[str, ...]) -> None:
+    """They say what is missing, and which two commands make a place for the packages."""
     done = run_script(written_env, *args, command=BARE)
     assert done.returncode == WRONG_CONFIGURATION
-    assert re.fullmatch(r"cannot start: No module named '\w+'\nhint: .*\n", done.stderr)
-    assert re.search(r"-m venv \S", done.stderr)
-    assert re.search(r"pip install .*requirements\.txt", done.stderr)
+    hint = r"hint: .*-m venv \S.*pip install .*requirements\.txt\n"
+    assert re.fullmatch(rf"cannot start: No module named '\w+'\n{hint}", done.stderr)

@@ -6,36 +6,29 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FaultProxy, Lnd, Mode, Script, run_script
-from shared import SELDOM, SteppedS3, changing, staged, write_unseen
+from kit import Daemon, Script
+from shared import SELDOM, changing, done_well, staged, write_unseen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from functools import partial
     from pathlib import Path
 
-    from shared import Session
+    from kit import FaultProxy, Lnd, Mode
+    from shared import Env, Session, StartedBy, SteppedS3
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_an_idle_daemon(
-    env: dict[str, str], lnd: Lnd, check: partial[None], sig: signal.Signals
-) -> None:
-    version = lnd.write()
-    with Daemon(SELDOM | env) as daemon:
-        daemon.wait_for_stored(version)
+def test_a_signal_ends_an_idle_daemon(backed_up: Session, sig: signal.Signals) -> None:
+    with backed_up() as daemon:
         daemon.signal(sig)
         assert daemon.wait() == 0
         assert "Traceback" not in daemon.log
-    check()
 
 
 def test_an_upload_in_flight_is_finished(
-    env: dict[str, str], lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], staging: Path
+    env: Env, lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], staging: Path
 ) -> None:
-    """A version on its way when the signal comes, and one that LND writes after it, are stored
-    before the end.
-    """
+    """So is a version that LND writes after the signal."""
     first = lnd.write()
     with Daemon(SELDOM | env) as daemon:
         stepped.wait_for_requests(1)
@@ -44,27 +37,16 @@ def test_an_upload_in_flight_is_finished(
         daemon.wait_for_captured(second)
         stepped.let(2)
         assert daemon.wait() == 0
-        assert [name[-6:] for name in daemon.stored_names()] == [
-            first.sha256[-6:],
-            second.sha256[-6:],
-        ]
+        assert stepped.hashes() == [first.sha256[-6:], second.sha256[-6:]]
         assert staged(staging) == []
     check_stepped()
 
 
 @pytest.mark.parametrize(("mode", "grace"), [("blackhole", 0), ("blackhole", 1), ("refuse", 1)])
 def test_the_grace_period_is_kept(
-    env: dict[str, str],
-    lnd: Lnd,
-    s3_line: FaultProxy,
-    session: Session,
-    staging: Path,
-    mode: Mode,
-    grace: int,
+    env: Env, lnd: Lnd, s3_line: FaultProxy, session: Session, staging: Path, mode: Mode, grace: int
 ) -> None:
-    """With S3 hanging or gone the daemon ends in order after the grace period, and the next start
-    sends the rest.
-    """
+    """The next start sends the rest."""
     s3_line.set(mode)
     version = lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": str(grace)}) as daemon:
@@ -80,11 +62,9 @@ def test_the_grace_period_is_kept(
 
 
 def test_it_looks_after_the_signal_and_before_it_leaves(
-    env: dict[str, str], lnd: Lnd, s3_line: FaultProxy, check: partial[None], staging: Path
+    backed_up: Session, lnd: Lnd, s3_line: FaultProxy, staging: Path
 ) -> None:
-    first = lnd.write()
-    with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
-        daemon.wait_for_stored(first)
+    with backed_up({"SHUTDOWN_GRACE_SECONDS": "1"}) as daemon:
         s3_line.set("blackhole", cut=True)
         second = write_unseen(lnd)
         daemon.signal(signal.SIGTERM)
@@ -93,12 +73,11 @@ def test_it_looks_after_the_signal_and_before_it_leaves(
         assert daemon.wait() == 0
         daemon.wait_for_captured(third)
         assert [name[-6:] for name in staged(staging)] == [second.sha256[-6:], third.sha256[-6:]]
-    check()
 
 
 @pytest.mark.unmeasured
 def test_a_file_that_changes_at_the_stop_is_read_again(
-    backed_up: Session, lnd: Lnd, tmp_path: Path, started_by: Callable[[str], None]
+    backed_up: Session, lnd: Lnd, tmp_path: Path, started_by: StartedBy
 ) -> None:
     left = tmp_path / "changes"
     left.touch()
@@ -113,11 +92,7 @@ def test_a_file_that_changes_at_the_stop_is_read_again(
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(
-    env: dict[str, str],
-    lnd: Lnd,
-    stepped: SteppedS3,
-    check_stepped: partial[None],
-    second: signal.Signals,
+    env: Env, lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], second: signal.Signals
 ) -> None:
     lnd.write()
     with Daemon(SELDOM | env | {"SHUTDOWN_GRACE_SECONDS": "300"}) as daemon:
@@ -130,11 +105,7 @@ def test_a_second_signal_ends_it_at_once(
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_once_ends_at_the_first_signal(
-    env: dict[str, str],
-    lnd: Lnd,
-    stepped: SteppedS3,
-    check_stepped: partial[None],
-    sig: signal.Signals,
+    env: Env, lnd: Lnd, stepped: SteppedS3, check_stepped: partial[None], sig: signal.Signals
 ) -> None:
     """`once` is stopping from its beginning, so the first signal ends it; its version is staged."""
     lnd.write()
@@ -146,31 +117,27 @@ def test_once_ends_at_the_first_signal(
     check_stepped()
 
 
-def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
-    env: dict[str, str],
-    lnd: Lnd,
-    staging: Path,
-    check: partial[None],
-    started_by: Callable[[str], None],
-) -> None:
-    """An attempt that was given up may write to the log while the program ends; Python alone would
-    abort.
-    """
-    receipt = staging / ".receipt"
-    started_by(f"""
+CHATTER = """
 import os, sys, threading, time
 
 def chatter():
-    while not os.path.exists({str(receipt)!r}):
+    while not os.path.exists({!r}):
         time.sleep(0.001)
     while True:
         sys.stderr.write("chatter\\n")
         sys.stderr.flush()
 
 threading.Thread(target=chatter, daemon=True).start()
-""")
+"""
+
+
+def test_a_thread_that_was_left_behind_cannot_spoil_the_end(
+    env: Env, lnd: Lnd, staging: Path, started_by: StartedBy
+) -> None:
+    """It may write to the log while the program ends; Python alone would abort."""
+    receipt = staging / ".receipt"
+    started_by(CHATTER.format(str(receipt)))
     lnd.write()
     for _ in range(3):
-        assert run_script(env, "once").returncode == 0
+        done_well(env)
         receipt.unlink()
-    check(refreshes=2)

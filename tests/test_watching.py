@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, FaultProxy, Lnd
-from kit import script as script_module
-from shared import OFTEN, SELDOM, write_unseen
+from kit import Daemon, Lnd
+from shared import OFTEN, SELDOM, expect_newest_last, ordinary, write_unseen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shared import Session
+    from kit import FaultProxy
+    from shared import Env, Session, StartedBy
 
 AGAIN = r"again, after \d+ s"
 
 
 @pytest.fixture
 def _mount_namespace(unshared: Callable[..., None]) -> None:
-    """Give the program a mount namespace of its own."""
     if os.geteuid():
         pytest.skip("only root can mount")
     unshared("-m", "--propagation", "private")
 
 
 def mount(daemon: Daemon, *command: str) -> None:
-    """Run a command in the daemon's mount namespace."""
     subprocess.run(["nsenter", "-m", "-t", str(daemon.pid), *command], check=True)  # noqa: S607
 
 
@@ -51,13 +49,6 @@ def expect_watched(daemon: Daemon, lnd: Lnd) -> None:
 # --- Writers ---
 
 
-def test_a_rename_over_the_file_is_seen(backed_up: Session, lnd: Lnd) -> None:
-    """An update by LND's own sequence is stored without waiting for a rescan."""
-    with backed_up() as daemon:
-        for _ in range(3):
-            daemon.wait_for_stored(lnd.write())
-
-
 def test_a_file_first_created_later_is_seen(session: Session, lnd: Lnd) -> None:
     with session() as daemon:
         daemon.wait_for_log("No such file")
@@ -72,17 +63,13 @@ def test_a_writer_in_place_is_seen(backed_up: Session, lnd: Lnd) -> None:
 
 
 def test_the_last_of_a_burst_is_stored(session: Session, lnd: Lnd) -> None:
-    """Of thirty versions as fast as they can be written, the last is stored, and the others in
-    their order.
-    """
     lnd.write()
     with session(replaced_ok=True, refreshes=1) as daemon:
         for _ in range(30):
             lnd.write(channels=100)
         daemon.wait_for_stored(lnd.written[-1])
         assert daemon.stop() == 0
-        names = daemon.stored_names()
-        assert names[-1] == max(names)
+        expect_newest_last(daemon, lnd.written[-1])
 
 
 def test_a_file_linked_into_place_is_found_by_the_rescan(backed_up: Session, lnd: Lnd) -> None:
@@ -92,9 +79,6 @@ def test_a_file_linked_into_place_is_found_by_the_rescan(backed_up: Session, lnd
 
 
 def test_a_file_that_comes_back_unchanged_is_no_new_version(backed_up: Session, lnd: Lnd) -> None:
-    """A file that is gone is a warning at the next look; its bytes are not put a second time when
-    they are back, and the next version is stored.
-    """
     aside = lnd.directory / "aside"
     with backed_up(OFTEN) as daemon:
         lnd.path.rename(aside)
@@ -106,9 +90,7 @@ def test_a_file_that_comes_back_unchanged_is_no_new_version(backed_up: Session, 
 
 
 def test_a_file_that_grows_slowly_is_stored_in_the_end(session: Session, lnd: Lnd) -> None:
-    """Of a file written in place piece by piece, the whole is stored, whatever was seen of its
-    parts.
-    """
+    """It is written in place, and its parts may be seen."""
     last = lnd.write(channels=50)
     size = len(last.data)
     lnd.placed += [last.data[:end] for end in range(4096, size, 4096)]
@@ -138,9 +120,7 @@ def test_a_directory_made_later_is_watched(session: Session, lnd: Lnd) -> None:
 def test_a_directory_removed_and_made_again_is_watched(
     backed_up: Session, lnd: Lnd, *, same_inode: bool
 ) -> None:
-    """A directory made anew is watched like the first one, even if it has got the inode number of
-    the first.
-    """
+    """It may have got the inode number of the first."""
     with backed_up() as daemon:
         daemon.signal(signal.SIGSTOP)
         inode, fillers = lnd.directory.stat().st_ino, 0
@@ -161,9 +141,7 @@ def test_a_directory_removed_and_made_again_is_watched(
 
 
 def test_a_directory_put_in_the_place_of_another_is_watched(backed_up: Session, lnd: Lnd) -> None:
-    """When the directory is renamed away the new one is watched, and the old one no more: what goes
-    on there is not stored.
-    """
+    """What goes on in the old one is not stored."""
     old = Lnd(lnd.directory.with_name("old"))
     with backed_up() as daemon:
         daemon.signal(signal.SIGSTOP)
@@ -220,9 +198,7 @@ def test_a_switched_link_to_the_directory_is_found_by_the_rescan(
 def test_a_link_in_place_of_the_file_is_followed(
     backed_up: Session, lnd: Lnd, tmp_path: Path
 ) -> None:
-    """The target of a link, here through another link, is found by the rescan when it is replaced,
-    and the log says that nothing else finds it.
-    """
+    """Only the rescan finds a new target, which the log says."""
     links = tmp_path / "links"
     links.mkdir()
     (links / "between").symlink_to(lnd.path)
@@ -252,9 +228,7 @@ def test_a_mount_over_the_directory_is_found_by_the_rescan(
 
 @pytest.mark.usefixtures("_mount_namespace")
 def test_an_unmounted_file_system_is_no_end(session: Session, lnd: Lnd) -> None:
-    """When the file system of LND's directory is unmounted, the directory below is watched at
-    once.
-    """
+    """The directory below is watched at once."""
     home = lnd.directory
     with session(OFTEN) as daemon:
         mount(daemon, "mount", "-t", "tmpfs", "none", str(home))
@@ -286,37 +260,26 @@ def test_an_overflow_of_events_loses_nothing(backed_up: Session, lnd: Lnd) -> No
         daemon.wait_for_stored(lnd.write())
 
 
-@pytest.mark.parametrize(
-    ("limit", "setting"),
-    [("max_inotify_instances", "max_user_instances"), ("max_inotify_watches", "max_user_watches")],
-)
+@pytest.mark.parametrize("what", ["instances", "watches"])
 def test_the_limits_of_the_kernel_are_survived(
-    backed_up: Session, lnd: Lnd, unshared: Callable[..., None], limit: str, setting: str
+    backed_up: Session, lnd: Lnd, unshared: Callable[..., None], what: str
 ) -> None:
-    """Under the kernel's own limits the file is looked at every second, the hint names the setting,
-    and it recovers when the limit is raised.
-    """
-    unshared("-U", "-r", command=f"echo 0 > /proc/sys/user/{limit}")
+    """The file is looked at every second until the limit is raised, which the hint names."""
+    limit = f"/proc/sys/user/max_inotify_{what}"
+    unshared("-U", "-r", command=f"echo 0 > {limit}")
     with backed_up() as daemon:
         daemon.wait_for_log(
-            f"error: cannot watch, so it is only checked at intervals: .*\n.*hint: .*{setting}"
+            f"error: cannot watch, so it is only checked at .*\n.*hint: .*max_user_{what}"
         )
         daemon.wait_for_stored(lnd.write())
-        raise_it = f"echo 100 > /proc/sys/user/{limit}"
+        raise_it = f"echo 100 > {limit}"
         subprocess.run(["nsenter", "-U", "-t", str(daemon.pid), "sh", "-c", raise_it], check=True)  # noqa: S607
         daemon.wait_for_log(AGAIN)
         expect_watched(daemon, lnd)
         assert daemon.log.count("cannot watch") == 1
 
 
-def test_a_failing_reader_ends_the_daemon(
-    env: dict[str, str],
-    lnd: Lnd,
-    session: Session,
-    started_by: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    program = script_module.SCRIPT
+def test_a_failing_reader_ends_the_daemon(env: Env, lnd: Lnd, started_by: StartedBy) -> None:
     started_by("""
 import asyncinotify
 def fail(*_):
@@ -329,41 +292,18 @@ asyncinotify.Inotify._get = fail
         lnd.write()
         assert daemon.wait() == 1
         assert daemon.log.count("ArithmeticError: no such event") == 1, daemon.log
-    monkeypatch.setattr(script_module, "SCRIPT", program)
-    with session(refreshes=1) as daemon:
-        daemon.wait_for_stored(lnd.written[-1])
-
-
-def test_the_event_loop_has_nothing_to_complain_about(backed_up: Session, lnd: Lnd) -> None:
-    with backed_up({"PYTHONASYNCIODEBUG": "1", "PYTHONDEVMODE": "1"}) as daemon:
-        lnd.directory.rename(lnd.directory.with_name("old"))
-        lnd.directory.mkdir(mode=0o700)
-        daemon.wait_for_stored(lnd.write())
-        assert daemon.stop() == 0
-        assert not re.search("Traceback|Warning|never|destroyed|exception", daemon.log), daemon.log
 
 
 # --- Permissions ---
 
 
-# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is denied what its files' modes deny.
-WITHOUT_PRIVILEGE = """
-import ctypes, os, sys
-for capability in (1, 2):
-    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, capability):
-        sys.exit("cannot drop a capability")
-os.execv(sys.executable, [sys.executable, SCRIPT, *sys.argv[1:]])
-"""
-
-
 @pytest.mark.parametrize("what", ["directory", "file"])
 def test_a_permission_that_is_granted_later_is_noticed(
-    session: Session, lnd: Lnd, started_by: Callable[[str], None], what: str
+    session: Session, lnd: Lnd, started_by: StartedBy, what: str
 ) -> None:
-    """A denied directory or file is an error that names what is needed, and once granted the
-    version is stored within seconds, and not at the next rescan.
-    """
-    started_by(WITHOUT_PRIVILEGE)
+    """The error names what is needed, and the next rescan is not waited for."""
+    command = [*ordinary(), sys.executable]
+    started_by(f"import os, sys\nos.execvp({command[0]!r}, [*{command!r}, SCRIPT, *sys.argv[1:]])")
     first = lnd.write()
     denied = lnd.directory if what == "directory" else lnd.path
     mode = denied.stat().st_mode
@@ -385,9 +325,6 @@ def test_a_permission_that_is_granted_later_is_noticed(
 def test_the_gap_between_read_and_rename_does_not_matter(
     session: Session, lnd: Lnd, s3_line: FaultProxy
 ) -> None:
-    """With 30 ms between LND's read and its rename and a slow upload, the newest version is stored
-    20 of 20 times.
-    """
     s3_line.set("latency", up=0.05, down=0.05)
     lnd.read_gap_seconds = 0.03
     lnd.write()

@@ -135,7 +135,7 @@ def unlistable_while(there: Path) -> str:
     """Return code that keeps the program from listing its staging directory for as long as this
     path exists.
     """
-    return f"""
+    return f"""{LATE_ENOUGH}
 import os
 listed = os.scandir
 def scandir(path="."):
@@ -163,6 +163,23 @@ sys.argv[0] = SCRIPT
 module = sys.modules["__main__"]
 module.__file__ = SCRIPT
 exec(compile(text, SCRIPT, "exec"), vars(module))
+"""
+
+
+def altered(code: str = "", **constants: float) -> str:
+    """Return code that runs the program with other constants, and after more code, in which it is
+    the module `program`.
+    """
+    return f"""{LATE_ENOUGH}
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("program", SCRIPT)
+program = sys.modules["program"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+for name, value in {constants!r}.items():
+    assert name in vars(program), name
+    setattr(program, name, value)
+{code}
+sys.exit(program.main())
 """
 
 

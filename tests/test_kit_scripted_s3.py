@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import socket
-import ssl
-import struct
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from http import HTTPStatus
-from http.client import HTTPSConnection
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import trustme
 from botocore.exceptions import ClientError, ConnectionClosedError
 from kit import PATIENCE_SECONDS, Credentials, FakeS3, answers, make_client
 
@@ -69,17 +64,3 @@ def test_answers_can_be_held_back() -> None:
             fake.wait_for_requests(2)
     with pytest.raises(AssertionError, match="2 of 3 requests"):
         fake.wait_for_requests(3, timeout=0)
-
-
-def test_a_client_that_is_gone_before_it_is_accepted_leaves_nothing_open() -> None:
-    """A connection that was reset before it was accepted is closed."""
-    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
-    fake = FakeS3(tls=context)
-    with socket.create_connection(("127.0.0.1", fake.port)) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    with fake, closing(HTTPSConnection("127.0.0.1", fake.port, context=trusting)) as client:
-        client.request("PUT", "/bucket/a")
-        assert client.getresponse().status == HTTPStatus.OK

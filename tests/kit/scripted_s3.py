@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import http.server
 import socketserver
-import ssl
 import sys
 import threading
 import time
@@ -34,23 +33,8 @@ class Request:
     body: bytes
 
 
-class _Connection(ssl.SSLSocket):
-    """A connection that leaves nothing open when the client has reset it before it was accepted.
-
-    `ssl.SSLSocket._create` (CPython 3.11.7) tries to read from it then, and raises without closing
-    it.
-    """
-
-    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        try:
-            return super().recv(buflen, flags)
-        except ConnectionResetError:
-            self.close()
-            raise
-
-
 class ScriptedS3(socketserver.ThreadingTCPServer):
-    """Takes requests in over http or https, remembers them, and lets a subclass answer.
+    """Takes requests in, remembers them, and lets a subclass answer.
 
     It runs inside `with`. Its connections are cut at the end, so that no thread outlives the test.
     """
@@ -58,22 +42,15 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
     daemon_threads = False
     block_on_close = True
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self) -> None:
         self.requests: list[Request] = []
         self.asked_at = 0.0  # when the first request came, by the monotonic clock
         self._changed = threading.Condition()
         self._open: set[socket.socket] = set()
-        self._scheme = "https" if tls else "http"
         super().__init__(("127.0.0.1", 0), _Handler)
         self._thread = threading.Thread(
             target=self.serve_forever, args=(0.02,), name=type(self).__name__
         )
-        if tls:
-            tls.sslsocket_class = _Connection
-            # The handshake belongs to the thread of the connection.
-            self.socket = tls.wrap_socket(
-                self.socket, server_side=True, do_handshake_on_connect=False
-            )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -95,7 +72,7 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
 
     @property
     def endpoint(self) -> str:
-        return f"{self._scheme}://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}"
 
     def wait_for_requests(
         self, count: int, timeout: float = PATIENCE_SECONDS, *, method: str = "PUT"
@@ -165,12 +142,11 @@ class FakeS3(ScriptedS3):
         *answers: Answer,
         defaults: dict[str, Answer] | None = None,
         hold: bool = False,
-        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Script the answers; `defaults` gives by method what follows them (other methods than PUT:
         AccessDenied).
         """
-        super().__init__(tls)
+        super().__init__()
         self._stored: dict[str, StoredObject] = {}
         self._answers = deque(answers)
         self._defaults = {"PUT": STORED} | (defaults or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import struct
 import threading
@@ -31,7 +32,6 @@ Mode = Literal[
 ]
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
-_TLS_HEADER = 5
 _TLS_CHANGE_CIPHER, _TLS_HANDSHAKE, _TLS_DATA = 0x14, 0x16, 0x17
 _CONTINUE = b"HTTP/1.1 100"
 
@@ -48,7 +48,7 @@ class Counts:
 
 
 class TlsRecords:
-    """Counts the TLS records of the client by type, from the bytes as they pass."""
+    """Counts the TLS 1.3 records of the client by type, from the bytes as they pass."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -57,20 +57,17 @@ class TlsRecords:
     def feed(self, data: bytes) -> None:
         """Take the next bytes; a record counts once it is complete."""
         self._buffer += data
-        while len(self._buffer) >= _TLS_HEADER:
-            end = _TLS_HEADER + int.from_bytes(self._buffer[3:5])
-            if len(self._buffer) < end:
-                return
+        # The header has the type, the version and the length, in five bytes.
+        while len(self._buffer) >= (end := 5 + int.from_bytes(self._buffer[3:5])):
             self.seen.append(self._buffer[0])
             self._buffer = self._buffer[end:]
 
     @property
     def requested(self) -> bool:
-        """Tell whether the client has begun a request: in TLS 1.3 its first data record ends the
+        """Tell whether the client has begun a request: its first data record ends the
         handshake.
         """
-        tls_1_2 = self.seen.count(_TLS_HANDSHAKE) > 1
-        return self.seen.count(_TLS_DATA) + bool(self._buffer) > (0 if tls_1_2 else 1)
+        return self.seen.count(_TLS_DATA) + bool(self._buffer) > 1
 
     @property
     def only_finished(self) -> bool:
@@ -80,11 +77,8 @@ class TlsRecords:
 
 def header(head: bytes, name: bytes) -> bytes:
     """Return the value of an HTTP header, empty if it is not there."""
-    for line in head.split(b"\r\n")[1:]:
-        found, _, value = line.partition(b":")
-        if found.lower() == name:
-            return value.strip()
-    return b""
+    found = re.search(rb"(?mi)^%s:[ \t]*(.*?)\s*$" % re.escape(name), head)
+    return found[1] if found else b""
 
 
 def content_length(head: bytes) -> int:
@@ -114,7 +108,8 @@ class _Connection:
     async def serve(self) -> None:
         """Do what the mode says until either side ends the connection."""
         if self.mode == "rst":
-            await self.reject()
+            self.note_up(await self.reader.read(CHUNK))  # some clients see an earlier one too late
+            self.reset()
         elif self.mode == "blackhole":
             while data := await self.reader.read(CHUNK):
                 self.note_up(data)
@@ -124,11 +119,7 @@ class _Connection:
             await self.forward()
 
     async def forward(self) -> None:
-        try:
-            reader, writer = await self.proxy.connect(self.proxy.upstream)
-        except OSError:
-            await self.reject()
-            return
+        reader, writer = await self.proxy.connect(self.proxy.upstream)
         writer.transport.set_write_buffer_limits(0)
         self.writers.append(writer)
         async with asyncio.TaskGroup() as group:
@@ -214,13 +205,6 @@ class _Connection:
         """Tell whether the bytes answer a request, and not a handshake or `Expect`."""
         return self.tls.requested if self.tls else not data.startswith(_CONTINUE)
 
-    async def reject(self) -> None:
-        """Reset the connection at its first bytes; an earlier reset is seen by some clients only
-        half-way.
-        """
-        self.note_up(await self.reader.read(CHUNK))
-        self.reset()
-
     async def portal(self) -> None:
         """Answer each request as the log-in page of a hotel does."""
         writer = self.writers[0]
@@ -253,9 +237,6 @@ class _Connection:
         """Count bytes for the client, and a round trip if it was waiting for them."""
         self.proxy.count(bytes_down=len(data), round_trips=int(self.asked))
         self.asked = False
-
-    def freeze(self) -> None:
-        self.frozen = True
 
     def reset(self) -> None:
         """Cut the connection hard, so that both sides see a reset."""
@@ -315,11 +296,12 @@ class FaultProxy(TcpServer):
             self.cut_all()
 
     def cut_all(self) -> None:
-        self.call(self._each(_Connection.reset))
+        self.call(self._reset_all())
 
     def freeze_all(self) -> None:
         """Let every open connection go silent for good, as a router does that has forgotten it."""
-        self.call(self._each(_Connection.freeze))
+        for connection in tuple(self._connections):
+            connection.frozen = True
 
     def reset_counts(self) -> None:
         with self._changed:
@@ -330,8 +312,7 @@ class FaultProxy(TcpServer):
     ) -> Counts:
         """Block until the counts fulfil the predicate, and return them."""
         with self._changed:
-            if not self._changed.wait_for(lambda: predicate(self._counts), timeout):
-                raise AssertionError(f"the proxy did not get there: {self._counts}")
+            assert self._changed.wait_for(lambda: predicate(self._counts), timeout), self._counts
             return self._counts
 
     def count(self, **more: int) -> None:
@@ -367,6 +348,6 @@ class FaultProxy(TcpServer):
         self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._placeholder.bind(("127.0.0.1", self.port))
 
-    async def _each(self, action: Callable[[_Connection], None]) -> None:
+    async def _reset_all(self) -> None:
         for connection in self._connections:
-            action(connection)
+            connection.reset()

@@ -167,9 +167,9 @@ class Line(TlsFront):
             head = await reader.readuntil(b"\r\n\r\n")
             writer.write(head)  # before the body, for which the client may await a 100
             body = await _body(reader, head)
+            writer.write(body)
             method, target, _ = head.split(b"\r\n")[0].decode("latin-1").split(" ")
             asked.append(_Request(method, target, content(head, body)))
-            writer.write(body)
             await writer.drain()
 
     async def _pass_answers(

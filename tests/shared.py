@@ -55,24 +55,18 @@ TRY_AGAIN, WRONG_CONFIGURATION = 75, 78
 class SteppedS3(FakeS3):
     """Answers, and stores, only when it is let."""
 
-    def __init__(self, *scripted: Answer, free: bool = False) -> None:
-        """Script the answers; a free one answers at once."""
-        super().__init__(*scripted)
+    def __init__(self) -> None:
+        super().__init__()
         self._permits = threading.Semaphore(0)
-        self._free = free
 
     def let(self, count: int = 1) -> None:
         self._permits.release(count)
 
     def release(self) -> None:
-        self._free = True
-        self._permits.release(1000)
-        super().release()
+        self.let(1000)  # more than any test has
 
     def wait_for_leave(self) -> None:
-        super().wait_for_leave()
-        if not self._free:
-            self._permits.acquire()
+        self._permits.acquire()
 
     def hashes(self) -> list[str]:
         """Return the last digits of the SHA-256 of each PUT, in the order of their arrival."""

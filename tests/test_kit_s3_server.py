@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -55,7 +54,6 @@ def test_a_put_only_user_can_put_below_the_prefix_and_do_nothing_else(
             call()
     stored = s3.objects(bucket)["alice/a"]
     assert (stored.data, stored.metadata) == (b"data", {"sha256": "00"})
-    assert stored.etag == f'"{hashlib.md5(b"data", usedforsecurity=False).hexdigest()}"'
 
 
 def test_the_other_users_can_do_what_their_names_say(s3: S3Server, bucket: str) -> None:

@@ -359,9 +359,8 @@ def test_s3_away_in_the_middle(
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt(put: partial[str], s3: S3Server, reader: dict[str, str], home: Path) -> None:
     """Ctrl-C in the middle of the download leaves nothing behind, and says nothing but exit 130."""
-    put(NOON, os.urandom(2 << 20))
-    with half_downloaded(s3, reader, home) as (line, script):
-        line.freeze_all()  # the download is not over before the signal
+    put(NOON, os.urandom(8 << 20))  # the download is not over before the signal
+    with half_downloaded(s3, reader, home) as (_, script):
         script.signal(signal.SIGINT)
         assert script.wait() == 130
         assert (script.stdout, list(home.iterdir())) == ("", [])

@@ -85,6 +85,15 @@ def content_length(head: bytes) -> int:
     return int(header(head, b"content-length") or 0)
 
 
+def _reset(writers: list[asyncio.StreamWriter]) -> None:
+    """Cut a connection hard, so that both sides see a reset."""
+    for writer in writers:
+        if not writer.transport.is_closing():
+            connected = writer.get_extra_info("socket")
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+            writer.transport.abort()
+
+
 class _Connection:
     """One client's connection and its counterpart to the server, in the mode of the moment of its
     acceptance.
@@ -99,7 +108,6 @@ class _Connection:
         self.reader = reader
         self.writers = [writer]
         writer.transport.set_write_buffer_limits(0)
-        self.frozen = False
         self.opened = asyncio.get_running_loop().time()
         self.tls: TlsRecords | None = None
         self.asked = False
@@ -109,7 +117,7 @@ class _Connection:
         """Do what the mode says until either side ends the connection."""
         if self.mode == "rst":
             self.note_up(await self.reader.read(CHUNK))  # some clients see an earlier one too late
-            self.reset()
+            _reset(self.writers)
         elif self.mode == "blackhole":
             while data := await self.reader.read(CHUNK):
                 self.note_up(data)
@@ -181,21 +189,19 @@ class _Connection:
         """Take bytes from the client and return what the server gets of them."""
         before = self.up_bytes
         self.note_up(data)
-        if self.frozen:
-            return b""
         if self.mode not in ("rst_after_up", "stall_after_up"):
             return data
         passed = data[: max(0, int(self.settings["n"]) - before)]
         if self.mode == "rst_after_up" and self.up_bytes >= self.settings["n"]:
             self.writers[1].write(passed)
             await self.writers[1].drain()
-            self.reset()
+            _reset(self.writers)
             return b""
         return passed
 
     async def downward(self, data: bytes) -> bytes:
         """Take bytes from the server and return what the client gets of them."""
-        if self.frozen or (self.mode == "swallow_response" and self.is_response(data)):
+        if self.mode == "swallow_response" and self.is_response(data):
             self.proxy.count(swallowed=len(data))
             return b""
         self.note_down(data)
@@ -238,15 +244,6 @@ class _Connection:
         self.proxy.count(bytes_down=len(data), round_trips=int(self.asked))
         self.asked = False
 
-    def reset(self) -> None:
-        """Cut the connection hard, so that both sides see a reset."""
-        for writer in self.writers:
-            if not writer.transport.is_closing():
-                writer.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE
-                )
-                writer.transport.abort()
-
 
 class FaultProxy(TcpServer):
     """A TCP proxy on the loopback address whose mode decides what becomes of each new connection.
@@ -273,7 +270,6 @@ class FaultProxy(TcpServer):
         self._counts = Counts()
         self._changed = threading.Condition()
         self._placeholder: socket.socket | None = None
-        self._connections: set[_Connection] = set()
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
@@ -297,11 +293,6 @@ class FaultProxy(TcpServer):
 
     def cut_all(self) -> None:
         self.call(self._reset_all())
-
-    def freeze_all(self) -> None:
-        """Let every open connection go silent for good, as a router does that has forgotten it."""
-        for connection in tuple(self._connections):
-            connection.frozen = True
 
     def reset_counts(self) -> None:
         with self._changed:
@@ -327,12 +318,7 @@ class FaultProxy(TcpServer):
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection as the mode says that holds now."""
         self.count(connections=1, round_trips=1)
-        connection = _Connection(self, reader, writer)
-        self._connections.add(connection)
-        try:
-            await connection.serve()
-        finally:
-            self._connections.remove(connection)
+        await _Connection(self, reader, writer).serve()
 
     async def _set(self, mode: Mode, settings: dict[str, float]) -> None:
         """Take over the mode; to refuse connections the port is kept, but not listened at."""
@@ -349,5 +335,5 @@ class FaultProxy(TcpServer):
         self._placeholder.bind(("127.0.0.1", self.port))
 
     async def _reset_all(self) -> None:
-        for connection in self._connections:
-            connection.reset()
+        for writers in self._open.values():
+            _reset(writers)

@@ -81,7 +81,6 @@ class StoredObject:
     data: bytes
     metadata: dict[str, str]
     last_modified: datetime
-    etag: str
 
     def __repr__(self) -> str:
         """Name the object without its bytes, to keep failure messages readable."""
@@ -289,9 +288,7 @@ class S3Server:
     def _object(self, bucket: str, key: str) -> StoredObject:
         answer = self.admin.get_object(Bucket=bucket, Key=key)
         with contextlib.closing(answer["Body"]) as body:
-            return StoredObject(
-                key, body.read(), answer["Metadata"], answer["LastModified"], answer["ETag"]
-            )
+            return StoredObject(key, body.read(), answer["Metadata"], answer["LastModified"])
 
     def _end(self, how: signal.Signals) -> None:
         """Signal the process, also if it is suspended, and wait for its end."""

@@ -79,10 +79,8 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
     ) -> list[Request]:
         """Block until so many requests of the method have arrived, and return all of them."""
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._of(method)) >= count, timeout):
-                raise AssertionError(
-                    f"{len(self._of(method))} of {count} requests arrived: {self.requests}"
-                )
+            came = self._changed.wait_for(lambda: len(self._of(method)) >= count, timeout)
+            assert came, f"fewer than {count} requests arrived: {self.requests}"
             return self._of(method)
 
     def note(self, request: Request) -> None:
@@ -114,8 +112,6 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Takes requests in as HTTP."""
-
     protocol_version = "HTTP/1.1"
     server: ScriptedS3
 
@@ -132,17 +128,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 class FakeS3(ScriptedS3):
     """Answers each PUT with the next of the scripted answers and then with success, and any other
-    method by default.
-
-    With `hold` requests are taken in and recorded, and answered only after `release`.
+    method by default. After `hold`, requests are taken in and recorded, and wait for `release`.
     """
 
-    def __init__(
-        self,
-        *answers: Answer,
-        defaults: dict[str, Answer] | None = None,
-        hold: bool = False,
-    ) -> None:
+    def __init__(self, *answers: Answer, defaults: dict[str, Answer] | None = None) -> None:
         """Script the answers; `defaults` gives by method what follows them (other methods than PUT:
         AccessDenied).
         """
@@ -151,8 +140,7 @@ class FakeS3(ScriptedS3):
         self._answers = deque(answers)
         self._defaults = {"PUT": STORED} | (defaults or {})
         self._released = threading.Event()
-        if not hold:
-            self._released.set()
+        self._released.set()
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -160,14 +148,10 @@ class FakeS3(ScriptedS3):
 
     def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
         """Return by key what was answered as a good PUT is, as a server would show it."""
-        start = f"/{bucket}/"
+        start = f"/{bucket}/{prefix}"
         with self._changed:
-            found = {
-                path.removeprefix(start): entry
-                for path, entry in self._stored.items()
-                if path.startswith(start)
-            }
-        return {key: entry for key, entry in found.items() if key.startswith(prefix)}
+            found = [entry for path, entry in self._stored.items() if path.startswith(start)]
+        return {entry.key: entry for entry in found}
 
     def script(self, *answers: Answer) -> None:
         with self._changed:
@@ -189,8 +173,7 @@ class FakeS3(ScriptedS3):
         """Block until a request that was recorded may be answered."""
         self._released.wait()
 
-    def take(self, request: Request) -> Answer:
-        """Remember a request, wait as long as answers are held, and return the answer."""
+    def answer(self, request: Request, handler: _Handler) -> None:
         with self._changed:
             self.note(request)
             answer = self._defaults.get(request.method, ACCESS_DENIED)
@@ -199,10 +182,6 @@ class FakeS3(ScriptedS3):
         self.wait_for_leave()
         if request.method == "PUT" and answer == STORED:
             self._store(request)
-        return answer
-
-    def answer(self, request: Request, handler: _Handler) -> None:
-        answer = self.take(request)
         if answer.drop:
             handler.close_connection = True
             return
@@ -211,7 +190,7 @@ class FakeS3(ScriptedS3):
         if answer.code:
             headers["Content-Type"] = "application/xml"
         elif answer.etag:
-            headers["ETag"] = _etag(request)
+            headers["ETag"] = f'"{hashlib.md5(request.body, usedforsecurity=False).hexdigest()}"'
         handler.send_response(HTTPStatus(answer.status))
         for name, value in (headers | answer.headers).items():
             handler.send_header(name, value)
@@ -222,11 +201,9 @@ class FakeS3(ScriptedS3):
     def _store(self, request: Request) -> None:
         key = request.path.lstrip("/").partition("/")[2]
         metadata = {"sha256": request.headers.get("x-amz-meta-sha256", "")}
+        stored = StoredObject(key, request.body, metadata, datetime.now(UTC))
         with self._changed:
-            self._stored[request.path] = StoredObject(
-                key, request.body, metadata, datetime.now(UTC), _etag(request)
-            )
-            self._changed.notify_all()
+            self._stored[request.path] = stored
 
 
 class RawS3(ScriptedS3):
@@ -259,8 +236,3 @@ class RawS3(ScriptedS3):
             handler.wfile.write(piece)
             with self._changed:
                 self.sent += len(piece)
-
-
-def _etag(request: Request) -> str:
-    """Return the tag that S3 gives to what is put."""
-    return f'"{hashlib.md5(request.body, usedforsecurity=False).hexdigest()}"'

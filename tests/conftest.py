@@ -109,13 +109,6 @@ def s3(request: pytest.FixtureRequest, scheme: str) -> S3Server:
 
 
 @pytest.fixture
-def own_s3(tmp_path: Path) -> Iterator[S3Server]:
-    """Return a server over http of this test alone, to be stopped and suspended."""
-    with S3Server(tmp_path / "s3") as server:
-        yield server
-
-
-@pytest.fixture
 def bucket(s3: S3Server) -> str:
     return s3.create_bucket()
 

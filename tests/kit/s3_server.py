@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
-import itertools
 import json
 import os
+import re
 import signal
 import socket
-import ssl
 import subprocess
 import threading
 import uuid
@@ -25,6 +23,7 @@ from unittest import mock
 import botocore.session
 import trustme
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +61,6 @@ asyncio.run(serve(app, config))
 """
 
 _environment_lock = threading.Lock()
-_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,7 @@ ROOT = Credentials("test", "test")
 
 def foreign_settings() -> list[str]:
     """Return the environment variables of the caller that would reach into an AWS client."""
-    return [
-        name
-        for name in os.environ
-        if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY")
-    ]
+    return [name for name in os.environ if re.match("AWS_|.*_PROXY$", name, re.IGNORECASE)]
 
 
 @contextlib.contextmanager
@@ -166,7 +160,7 @@ class S3Server:
         self.log_file = directory / "ministack.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._clients: dict[tuple[str, Credentials], Any] = {}
-        self._buckets: dict[str, dict[str, Any]] = {}
+        self._buckets: list[str] = []
         if tls:
             self._make_certificate()
 
@@ -199,8 +193,6 @@ class S3Server:
 
     def start(self) -> None:
         """Start the server, with the buckets and users of an earlier run, until it answers."""
-        if self._process is not None:
-            return
         listener = self._listen()
         with listener, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
@@ -220,12 +212,11 @@ class S3Server:
                 pass_fds=[listener.fileno()],
             )
         try:
-            self._wait_until_ready()
-        except (OSError, http.client.HTTPException) as error:
+            self._restore_buckets()
+        except BotoCoreError as error:
             self.kill()
             text = self.log_file.read_text(errors="replace")[-4000:]
             raise RuntimeError(f"ministack did not start: {error!r}\n{text}") from error
-        self._restore_buckets()
 
     def stop(self) -> None:
         """End the server in order; state is kept and `start` brings it back."""
@@ -245,9 +236,9 @@ class S3Server:
 
     def create_bucket(self, name: str | None = None, **kwargs: Any) -> str:  # noqa: ANN401 - passed to the client
         """Create a bucket, by default under a name that was never used, and return its name."""
-        bucket = name or f"bucket-{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+        bucket = name or f"bucket-{uuid.uuid4().hex}"
         self.admin.create_bucket(Bucket=bucket, **kwargs)
-        self._buckets[bucket] = kwargs
+        self._buckets.append(bucket)
         return bucket
 
     def put_version(self, bucket: str, key: str, data: bytes) -> str:
@@ -256,14 +247,13 @@ class S3Server:
         self.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
         return key
 
-    def user(self, *statements: dict[str, Any], name: str | None = None) -> Credentials:
+    def user(self, *statements: dict[str, Any]) -> Credentials:
         """Create a user with these IAM statements and nothing else, and return its key."""
-        user = name or f"user-{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+        user = f"user-{uuid.uuid4().hex}"
         iam = self.client(service="iam")
-        policy = json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+        policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
         iam.create_user(UserName=user)
-        if statements:
-            iam.put_user_policy(UserName=user, PolicyName="kit", PolicyDocument=policy)
+        iam.put_user_policy(UserName=user, PolicyName="kit", PolicyDocument=policy)
         key = iam.create_access_key(UserName=user)["AccessKey"]
         return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
 
@@ -345,28 +335,13 @@ class S3Server:
 
     def _certificate(self) -> list[str]:
         """Return the paths of the certificate and its key, none for http."""
-        return (
-            [str(self.directory / name) for name in ("cert.pem", "key.pem")] if self.ca_file else []
-        )
-
-    def _wait_until_ready(self) -> None:
-        """Ask one question, which fails at once if the server dies."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE_SECONDS)
-        if self.ca_file:
-            context = ssl.create_default_context(cafile=self.ca_file)
-            connection = http.client.HTTPSConnection(
-                self.host, self.port, timeout=PATIENCE_SECONDS, context=context
-            )
-        with contextlib.closing(connection):
-            connection.request("GET", "/_ministack/ready")
-            answer = connection.getresponse()
-            if answer.status != http.HTTPStatus.OK:
-                raise OSError(f"status {answer.status}")
-            answer.read()
+        if not self.ca_file:
+            return []
+        return [str(self.directory / name) for name in ("cert.pem", "key.pem")]
 
     def _restore_buckets(self) -> None:
         """Create those buckets anew that are gone, which are the ones without an object."""
         present = {bucket["Name"] for bucket in self.admin.list_buckets()["Buckets"]}
-        for bucket, kwargs in self._buckets.items():
+        for bucket in self._buckets:
             if bucket not in present:
-                self.admin.create_bucket(Bucket=bucket, **kwargs)
+                self.admin.create_bucket(Bucket=bucket)

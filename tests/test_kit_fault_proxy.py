@@ -20,6 +20,7 @@ from kit.tcp_server import TcpServer
 from kit.tls_front import TlsFront
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -50,15 +51,34 @@ def test_latency_delays_without_slowing_down() -> None:
     assert 0.2 <= took < 200 * 0.05
 
 
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def test_an_answer_in_two_pieces_is_one_round_trip(listener: socket.socket) -> None:
+    with (
+        FaultProxy(*listener.getsockname()) as proxy,
+        connect(proxy) as client,
+        listener.accept()[0] as server,
+    ):
+        client.sendall(b"?")
+        assert server.recv(1) == b"?"
+        for piece in (b"a", b"b"):
+            server.sendall(piece)
+            assert client.recv(1) == piece
+        assert proxy.counts.round_trips == 2  # that of the connection is one
+
+
 @pytest.mark.parametrize(
     ("mode", "end"), [("rst_after_up", ConnectionResetError), ("stall_after_up", TimeoutError)]
 )
-def test_a_reset_or_stall_comes_after_so_many_bytes(mode: Mode, end: type[OSError]) -> None:
+def test_a_reset_or_stall_comes_after_so_many_bytes(
+    listener: socket.socket, mode: Mode, end: type[OSError]
+) -> None:
     """The server gets exactly the first bytes, and then a reset, or nothing at all."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        FaultProxy(*listener.getsockname()) as proxy,
-    ):
+    with FaultProxy(*listener.getsockname()) as proxy:
         proxy.set(mode, n=10)
         with connect(proxy) as client, listener.accept()[0] as server:
             client.sendall(b"0123456")

@@ -32,7 +32,7 @@ Mode = Literal[
 ]
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
-_TLS_CHANGE_CIPHER, _TLS_HANDSHAKE, _TLS_DATA = 0x14, 0x16, 0x17
+_TLS_HANDSHAKE, _TLS_DATA = 0x16, 0x17
 _CONTINUE = b"HTTP/1.1 100"
 
 
@@ -48,10 +48,10 @@ class Counts:
 
 
 class TlsRecords:
-    """Counts the TLS 1.3 records of the client by type, from the bytes as they pass."""
+    """Tells requests from the handshake, in what a client sends over TLS 1.3."""
 
     def __init__(self) -> None:
-        self.seen: list[int] = []
+        self._data_records = 0
         self._buffer = b""
 
     def feed(self, data: bytes) -> None:
@@ -59,20 +59,13 @@ class TlsRecords:
         self._buffer += data
         # The header has the type, the version and the length, in five bytes.
         while len(self._buffer) >= (end := 5 + int.from_bytes(self._buffer[3:5])):
-            self.seen.append(self._buffer[0])
+            self._data_records += self._buffer[0] == _TLS_DATA
             self._buffer = self._buffer[end:]
 
     @property
     def requested(self) -> bool:
-        """Tell whether the client has begun a request: its first data record ends the
-        handshake.
-        """
-        return self.seen.count(_TLS_DATA) + bool(self._buffer) > 1
-
-    @property
-    def only_finished(self) -> bool:
-        """Tell whether the client has just ended a TLS 1.3 handshake, which awaits no answer."""
-        return not self._buffer and self.seen == [_TLS_HANDSHAKE, _TLS_CHANGE_CIPHER, _TLS_DATA]
+        """Tell whether a request has begun: the first record of data ends the handshake."""
+        return self._data_records + bool(self._buffer) > 1
 
 
 def header(head: bytes, name: bytes) -> bytes:
@@ -236,7 +229,7 @@ class _Connection:
         if self.tls:
             self.tls.feed(data)
         self.up_bytes += len(data)
-        self.asked = not (self.tls and self.tls.only_finished)
+        self.asked = True
         self.proxy.count(bytes_up=len(data))
 
     def note_down(self, data: bytes) -> None:

@@ -11,12 +11,9 @@ import socket
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from .s3_server import PATIENCE_SECONDS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Text:
@@ -24,12 +21,11 @@ class Text:
 
     A thread takes it in, so that the process never waits; whoever asks for it takes in the rest
     before, so that all that was written until then is in the answer, whatever the thread has come
-    to.
+    to. `end` is put behind each datagram, and is empty for a pipe.
     """
 
-    def __init__(self, what: str, source: int) -> None:
-        self._what = what
-        self._source = source
+    def __init__(self, source: int, end: bytes = b"") -> None:
+        self._source, self._end = source, end
         self._text = ""
         self._line = b""  # the beginning of one
         self._ended = False
@@ -61,10 +57,8 @@ class Text:
             self._changed.wait_for(occurred, timeout)
             if len(found) < count:
                 why = "it ended" if self._ended else f"{timeout} s passed"
-                raise AssertionError(
-                    f"{pattern!r} came {len(found)} of {count} times in {self._what} "
-                    f"until {why}:\n{self._text}"
-                )
+                came = f"{pattern!r} came {len(found)} of {count} times until {why}"
+                raise AssertionError(f"{came}:\n{self._text}")
             return found[count - 1]
 
     def _follow(self) -> None:
@@ -82,36 +76,11 @@ class Text:
             while not self._ended:
                 data = os.read(self._source, 65536)
                 self._ended = not data
-                self._text += self._decode(data)
+                data = self._line + (data + self._end if data else b"")
+                whole = len(data) if self._ended else data.rfind(b"\n") + 1
+                self._line = data[whole:]
+                self._text += data[:whole].decode(errors="replace")
                 self._changed.notify_all()
-
-    def _decode(self, data: bytes) -> str:
-        """Return the lines that are complete with this."""
-        lines, newline, self._line = (
-            (self._line + data).rpartition(b"\n") if data else (self._line, b"", b"")
-        )
-        return (lines + newline).decode(errors="replace")
-
-
-class Messages(Text):
-    """What a process sends to a datagram socket."""
-
-    def __init__(self, what: str, source: int) -> None:
-        self._messages: list[str] = []
-        super().__init__(what, source)
-
-    def __iter__(self) -> Iterator[str]:
-        """Return the messages up to now, each as it was sent."""
-        with self._changed:
-            self._take_in()
-            return iter(self._messages[:])
-
-    def _decode(self, data: bytes) -> str:
-        """Return one message as lines."""
-        if not data:
-            return ""
-        self._messages.append(data.decode(errors="replace"))
-        return self._messages[-1].rstrip("\n") + "\n"
 
 
 class NotifySocket:
@@ -123,7 +92,7 @@ class NotifySocket:
         self.path = str(Path(self._directory, "notify"))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
-        self._messages = Messages("the messages to systemd", self._socket.fileno())
+        self._messages = Text(self._socket.fileno(), end=b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +106,8 @@ class NotifySocket:
 
     @property
     def messages(self) -> list[str]:
-        return list(self._messages)
+        """Return the lines of all messages up to now."""
+        return str(self._messages).splitlines()
 
     def wait_for(
         self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1

@@ -197,7 +197,7 @@ class Script:
         finally:
             for descriptor in opened:
                 os.close(descriptor)
-        self._stdout, self._log = Text("stdout", out[0]), Text("the log", err[0])
+        self._stdout, self._log = Text(out[0]), Text(err[0])
 
     def __enter__(self) -> Self:
         return self

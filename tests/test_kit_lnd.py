@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import signal
-import sys
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 from asyncinotify import Inotify, Mask
-from kit import CHECKOUT, Lnd, NotifySocket, Script, channel_backup
+from kit import Lnd, channel_backup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 
-EVENTS = (
-    Mask.ACCESS
-    | Mask.MODIFY
-    | Mask.ATTRIB
-    | Mask.CLOSE
-    | Mask.OPEN
-    | Mask.MOVE
-    | Mask.CREATE
-    | Mask.DELETE
-)
+EVENTS = Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE | Mask.OPEN
+EVENTS |= Mask.MOVE | Mask.CREATE | Mask.DELETE
 NAMES = {
     "channel.backup": "main",
     "temp-dont-use.backup": "temp",
@@ -37,23 +26,6 @@ NAMES = {
 READ_OLD = ["OPEN main", "ACCESS main", "CLOSE_NOWRITE main"]
 WRITE_TEMP = ["CREATE temp", "OPEN temp", "MODIFY temp", "CLOSE_WRITE temp"]
 RENAME = ["MOVED_FROM temp", "MOVED_TO main"]
-
-
-@contextmanager
-def watched(directory: Path) -> Iterator[Callable[[], list[str]]]:
-    """Watch a directory, and yield what returns the events up to now."""
-    with Inotify(sync_timeout=0) as inotify:
-        inotify.add_watch(directory, EVENTS)
-
-        def events() -> list[str]:
-            found = []
-            for event in inotify:
-                name = NAMES.get(str(event.name), "?")
-                if name != "archives" or event.mask & Mask.CREATE:
-                    found.append(f"{(event.mask & ~Mask.ISDIR).name} {name}")
-            return found
-
-        yield events
 
 
 def write(lnd: Lnd) -> None:
@@ -95,9 +67,13 @@ def test_an_update_has_the_events_of_lnd(tmp_path: Path, update: str) -> None:
     lnd.archive = archive
     for step in before:
         step(lnd)
-    with watched(tmp_path) as events:
+    with Inotify(sync_timeout=0) as inotify:
+        inotify.add_watch(tmp_path, EVENTS)
         last(lnd)
-        assert events() == expected
+        events = [(event.mask & ~Mask.ISDIR, NAMES.get(str(event.name), "?")) for event in inotify]
+    assert [
+        f"{mask.name} {name}" for mask, name in events if name != "archives" or mask is Mask.CREATE
+    ] == expected
     assert lnd.path.read_bytes() == lnd.written[-1].data
 
 
@@ -147,18 +123,3 @@ def test_reading_leaves_the_fingerprint_and_any_change_alters_it(tmp_path: Path)
         touch()
         assert lnd.fingerprint() != before
         before = lnd.fingerprint()
-
-
-def test_it_is_a_service_as_well(tmp_path: Path) -> None:
-    """As a script it tells systemd when it has written, and writes at SIGUSR1 and in its stop."""
-    command = [sys.executable, str(CHECKOUT / "tests/kit/lnd.py")]
-    with (
-        watched(tmp_path) as events,
-        NotifySocket() as systemd,
-        Script({"NOTIFY_SOCKET": systemd.path}, str(tmp_path), command=command) as service,
-    ):
-        systemd.wait_for("READY=1")
-        assert events().count("MOVED_TO main") == 1
-        service.signal(signal.SIGUSR1)
-        assert service.stop() == 0
-        assert events().count("MOVED_TO main") == 2

@@ -125,7 +125,7 @@ class Screen:
 
     def title(self, text: str) -> None:
         self.console.print()
-        self.say(text, "bold")
+        self.say(" ".join(text.split()).rstrip("."), "bold")
 
     def fact(self, at: float, who: str, text: str, style: str = "") -> None:
         """Print what somebody did, with the seconds since the beginning."""
@@ -280,14 +280,11 @@ class Stage:
         return text.append(f"  {len(self.versions)} written, {self.waiting} waiting")
 
 
-# --- The acts ---
+# --- The acts: the docstring of each is its title on the screen ---
 
 
 def act_start(stage: Stage) -> None:
-    """Start the daemon, as a service does, on a node whose LND has no channels yet."""
-    stage.screen.title(
-        "The daemon starts with a key that can only put, and backs up the file that it finds"
-    )
+    """The daemon starts with a key that can only put, and backs up the file that it finds."""
     for name, value in stage.settings.items():
         shown = "***" if "SECRET" in name else value.replace(f"{stage.root}/", "")
         stage.screen.console.print(f"         {name}={shown}", style="dim")
@@ -298,16 +295,14 @@ def act_start(stage: Stage) -> None:
 
 
 def act_channels(stage: Stage) -> None:
-    stage.screen.title(
-        "LND opens channels: each version is in the bucket milliseconds after LND's rename"
-    )
+    """LND opens channels: each version is in the bucket milliseconds after LND's rename."""
     for channels in (1, 10, 100):
         stage.write(channels)
         stage.settle()
 
 
 def act_burst(stage: Stage) -> None:
-    stage.screen.title("A burst: LND writes six versions in half a second, and every one is kept")
+    """A burst: LND writes six versions in half a second, and every one is kept."""
     for channels in range(101, 107):
         stage.write(channels)
         stage.watch(0.1)
@@ -315,14 +310,14 @@ def act_burst(stage: Stage) -> None:
 
 
 def act_restart(stage: Stage) -> None:
-    stage.screen.title("LND restarts: it writes the file when it stops and again when it starts")
+    """LND restarts: it writes the file when it stops and again when it starts."""
     for _ in range(2):
         stage.write(106)
         stage.settle()
 
 
 def act_outage(stage: Stage) -> None:
-    stage.screen.title("S3 goes away while LND keeps writing: the versions wait on this disk")
+    """S3 goes away while LND keeps writing: the versions wait on this disk."""
     stage.proxy.set("refuse", cut=True)
     stage.s3_there = False
     for channels in range(107, 112):
@@ -334,8 +329,7 @@ def act_outage(stage: Stage) -> None:
 
 
 def act_return(stage: Stage) -> None:
-    """Bring S3 back, on a line slow enough for the eye."""
-    stage.screen.title("S3 comes back on a slow line: the newest version goes first")
+    """S3 comes back on a slow line: the newest version goes first."""
     stage.proxy.set("latency", up=SLOW_LINE_SECONDS, down=SLOW_LINE_SECONDS)
     stage.s3_there = True
     stage.write(112)
@@ -349,12 +343,8 @@ def act_return(stage: Stage) -> None:
 
 
 def act_stop(stage: Stage) -> None:
-    """Stop LND and then the daemon, as systemd does."""
-    stage.screen.title(
-        "The machine shuts down: LND writes one last time, and the daemon gets SIGTERM"
-    )
-    if not stage.daemon:
-        return
+    """The machine shuts down: LND writes one last time, and the daemon gets SIGTERM."""
+    assert stage.daemon
     stage.write(112)
     stage.stopping = True
     stage.daemon.signal(signal.SIGTERM)
@@ -366,8 +356,7 @@ def act_stop(stage: Stage) -> None:
 
 
 def act_read_back(stage: Stage) -> None:
-    """Ask for what the bucket holds with a reader's key, and bring the file back."""
-    stage.screen.title("The worst day: with a key that can only read, on any computer")
+    """The worst day: with a key that can only read, on any computer."""
     stage.proxy.set("pass")
     reader = stage.server.reader_user(BUCKET)
     node = dict(stage.settings)
@@ -431,10 +420,8 @@ DRAWN = (act_outage, act_return)
 
 
 def prove(stage: Stage) -> bool:
-    """Compare the bucket with what LND wrote, show it, and tell whether nothing is missing."""
-    stage.screen.title(
-        "The proof: every version that LND wrote, compared with the bucket byte for byte"
-    )
+    """The proof: every version that LND wrote, compared with the bucket byte for byte."""
+    stage.screen.title(prove.__doc__ or "")
     objects = stage.server.objects(BUCKET)
     held = {entry.data: key for key, entry in reversed(objects.items())}  # the first of two
     stage.screen.console.print(comparison(stage, held))
@@ -511,6 +498,7 @@ def perform(screen: Screen) -> bool:
             for act in ACTS:
                 if not stage.problems:
                     with screen.drawn() if act in DRAWN else contextlib.nullcontext():
+                        screen.title(act.__doc__ or "")
                         act(stage)
         return prove(stage)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import configparser
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -151,10 +150,7 @@ def put_version(
     """Store a version captured at this time, by default under its right name and metadata, and
     return its key.
     """
-    key = prefix + (name or version_name(data, at))
-    metadata = {"sha256": hashlib.sha256(data).hexdigest()} if metadata is None else metadata
-    server.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
-    return key
+    return server.put_version(bucket, prefix + (name or version_name(data, at)), data, metadata)
 
 
 def expect_newest_last(daemon: Daemon, newest: Written) -> None:
@@ -241,21 +237,17 @@ def statements(text: str) -> list[dict[str, Any]]:
 
 def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
     """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
-    before = set(home.iterdir())
+    expected = set(home.iterdir())
+    if code == 0 and "--output" not in args:
+        expected.add(home / "channel.backup")
     done = run_script(env, "restore", *args, cwd=home)
     assert done.returncode == code, done.stderr
-    expect_tidy(
-        home,
-        done,
-        before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()),
-    )
+    expect_tidy(home, done, expected)
     return done
 
 
 def command_for_the_one_before(done: Done) -> list[str]:
-    """Return the words of the command in the hint, without Python and the script; none if there is
-    none.
-    """
+    """Return the words of the command in the hint, without Python and the script."""
     found = re.search(rf"hint: .*({re.escape(shlex.quote(sys.executable))} .*)", done.stderr)
     if not found:
         return []
@@ -292,10 +284,11 @@ def run_command(
     minimum = {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/nonexistent",
+        "LANG": "C.UTF-8",
     }
     return subprocess.run(
         command,
-        env=minimum | {"LANG": "C.UTF-8"} | (env or {}),
+        env=minimum | (env or {}),
         cwd=cwd,
         user=user,
         group=user,

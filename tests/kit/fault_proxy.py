@@ -291,13 +291,11 @@ class FaultProxy(TcpServer):
         with self._changed:
             self._counts = Counts()
 
-    def wait_until(
-        self, predicate: Callable[[Counts], bool], timeout: float = PATIENCE_SECONDS
-    ) -> Counts:
-        """Block until the counts fulfil the predicate, and return them."""
+    def wait_until(self, predicate: Callable[[Counts], bool]) -> None:
+        """Block until the counts fulfil the predicate."""
         with self._changed:
-            assert self._changed.wait_for(lambda: predicate(self._counts), timeout), self._counts
-            return self._counts
+            so = self._changed.wait_for(lambda: predicate(self._counts), PATIENCE_SECONDS)
+            assert so, self._counts
 
     def count(self, **more: int) -> None:
         """Add to the counts; for the connections."""

@@ -109,10 +109,6 @@ class NotifySocket:
         """Return the lines of all messages up to now."""
         return str(self._messages).splitlines()
 
-    def wait_for(
-        self, pattern: str, timeout: float = PATIENCE_SECONDS, count: int = 1
-    ) -> re.Match[str]:
-        """Block until the pattern has occurred so many times in what was sent; `^` and `$` match at
-        lines.
-        """
-        return self._messages.wait_for(pattern, timeout, count)
+    def wait_for(self, pattern: str, count: int = 1) -> re.Match[str]:
+        """Block until the pattern is so many times in what was sent; `^` and `$` match at lines."""
+        return self._messages.wait_for(pattern, PATIENCE_SECONDS, count)

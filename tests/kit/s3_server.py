@@ -241,9 +241,12 @@ class S3Server:
         self._buckets.append(bucket)
         return bucket
 
-    def put_version(self, bucket: str, key: str, data: bytes) -> str:
-        """Store a version with its digest, as the program does, and return its key."""
-        metadata = {"sha256": hashlib.sha256(data).hexdigest()}
+    def put_version(
+        self, bucket: str, key: str, data: bytes, metadata: dict[str, str] | None = None
+    ) -> str:
+        """Store a version, by default with its digest, as the program does, and return its key."""
+        if metadata is None:
+            metadata = {"sha256": hashlib.sha256(data).hexdigest()}
         self.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
         return key
 

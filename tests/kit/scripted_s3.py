@@ -74,13 +74,13 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait_for_requests(
-        self, count: int, timeout: float = PATIENCE_SECONDS, *, method: str = "PUT"
-    ) -> list[Request]:
+    def wait_for_requests(self, count: int, method: str = "PUT") -> list[Request]:
         """Block until so many requests of the method have arrived, and return all of them."""
         with self._changed:
-            came = self._changed.wait_for(lambda: len(self._of(method)) >= count, timeout)
-            assert came, f"fewer than {count} requests arrived: {self.requests}"
+            enough = self._changed.wait_for(
+                lambda: len(self._of(method)) >= count, PATIENCE_SECONDS
+            )
+            assert enough, f"fewer than {count} requests arrived: {self.requests}"
             return self._of(method)
 
     def note(self, request: Request) -> None:

@@ -155,7 +155,6 @@ def reader(s3: S3Server, bucket: str, prefix: str) -> dict[str, str]:
 
 @pytest.fixture
 def put(s3: S3Server, bucket: str) -> partial[str]:
-    """Return what puts a version into the bucket."""
     return partial(put_version, s3, bucket)
 
 
@@ -208,7 +207,6 @@ def fake_env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, st
 
 @pytest.fixture
 def fake_reader(fake: FakeS3, reader: dict[str, str]) -> dict[str, str]:
-    """Return the bucket's settings for the scripted S3."""
     return reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
 
 

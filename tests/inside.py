@@ -70,7 +70,6 @@ def offered(queue: program.Staging) -> list[program.Version]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """Return the files in the directory that are no dot files."""
     return {
         entry.name: entry.read_bytes()
         for entry in directory.iterdir()

@@ -37,22 +37,18 @@ def leave_half(lnd: Lnd) -> None:
     (lnd.directory / "temp-dont-use.backup").write_bytes(b"half")
 
 
-UPDATES: dict[str, tuple[bool, list[Callable[[Lnd], object]], list[str]]] = {
-    "the first": (True, [write], [*WRITE_TEMP, *RENAME]),
-    "after a crash": (True, [leave_half, write], ["DELETE temp", *WRITE_TEMP, *RENAME]),
-    "without archive": (False, [write, write], [*READ_OLD, *WRITE_TEMP, *RENAME]),
+UPDATES: dict[str, tuple[list[Callable[[Lnd], object]], list[str]]] = {
+    "the first": ([write], [*WRITE_TEMP, *RENAME]),
+    "after a crash": ([leave_half, write], ["DELETE temp", *WRITE_TEMP, *RENAME]),
     "the first into the archive": (
-        True,
         [write, write],
         [*READ_OLD, *WRITE_TEMP, "OPEN main", "CREATE archives", *READ_OLD[1:], *RENAME],
     ),
     "into the archive": (
-        True,
         [write, write, write],
         [*READ_OLD, *WRITE_TEMP, *READ_OLD, *RENAME],
     ),
     "an export of lncli": (
-        True,
         [write, Lnd.write_in_place],
         ["OPEN main", "MODIFY main", "CLOSE_WRITE main"],
     ),
@@ -62,9 +58,8 @@ UPDATES: dict[str, tuple[bool, list[Callable[[Lnd], object]], list[str]]] = {
 @pytest.mark.parametrize("update", UPDATES)
 def test_an_update_has_the_events_of_lnd(tmp_path: Path, update: str) -> None:
     """The last step leaves the events that were measured with LND and lncli."""
-    archive, (*before, last), expected = UPDATES[update]
+    (*before, last), expected = UPDATES[update]
     lnd = Lnd(tmp_path)
-    lnd.archive = archive
     for step in before:
         step(lnd)
     with Inotify(sync_timeout=0) as inotify:

@@ -28,7 +28,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kit import (
     SCRIPT,
@@ -58,7 +58,6 @@ STOP_SECONDS = 12.0
 FOREVER_SECONDS = 3600.0
 SLOW_LINE_SECONDS = 0.1
 INDENT = 17
-LIST_HEAD, LIST_TAIL = 6, 3  # what is shown of a list that is longer
 PICTURE_WIDTH = 96
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -73,13 +72,6 @@ CLOSING = """What to do next:
   1. Make a bucket and a put-only key: README.md, "Run it by hand", step 1
   2. Install the service on the node:  README.md, "Install it"
   3. Do the drill, print the card:     docs/recovery.md"""
-
-
-class Line(NamedTuple):
-    """One line of the daemon's log and when it came; no text: the daemon has ended."""
-
-    at: float
-    text: str | None
 
 
 @dataclass
@@ -120,7 +112,6 @@ class Screen:
         self.began = time.monotonic()
 
     def say(self, text: str, style: str = "") -> None:
-        """Print a paragraph."""
         self.console.print(textwrap.fill(text, self.console.width), style=style)
 
     def title(self, text: str) -> None:
@@ -175,7 +166,8 @@ class Stage:
         self.settings = settings_for(
             server, BUCKET, PREFIX, self.lnd, self.staging, endpoint=proxy.endpoint()
         )
-        self.lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
+        # The daemon's log, and when each line came; None: it has ended.
+        self.lines: queue.SimpleQueue[tuple[float, str | None]] = queue.SimpleQueue()
         self.versions: list[Version] = []
         self.daemon: Script | None = None
         self.s3_there = True
@@ -183,21 +175,16 @@ class Stage:
         self.stopping = self.ended = False
 
     def close(self) -> None:
-        """Kill the daemon if it still runs."""
         if self.daemon:
             self.daemon.close()
-
-    def start_daemon(self) -> None:
-        self.daemon = Script(self.settings)
-        threading.Thread(target=self.follow, args=[self.daemon], daemon=True).start()
 
     def follow(self, daemon: Script) -> None:
         """Stamp each line of the daemon's log at the moment it comes, until it ends."""
         with contextlib.suppress(AssertionError):  # how the kit tells the end
             for count in itertools.count(1):
                 text = daemon.wait_for_log(r"^.*\n", FOREVER_SECONDS, count)[0]
-                self.lines.put(Line(time.monotonic(), text.rstrip()))
-        self.lines.put(Line(time.monotonic(), None))
+                self.lines.put((time.monotonic(), text.rstrip()))
+        self.lines.put((time.monotonic(), None))
 
     def write(self, channels: int) -> None:
         written = self.lnd.write(channels)
@@ -213,7 +200,7 @@ class Stage:
         deadline = time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
             while not (held := until()) and not self.ended:
-                self.hear(self.lines.get(timeout=max(0.0, deadline - time.monotonic())))
+                self.hear(*self.lines.get(timeout=max(0.0, deadline - time.monotonic())))
         return held
 
     def settle(self, reading_seconds: float = READING_SECONDS) -> None:
@@ -225,18 +212,18 @@ class Stage:
             self.problems.append(f"not every version was stored within {SETTLE_SECONDS:.0f} s")
         self.watch(reading_seconds)
 
-    def hear(self, line: Line) -> None:
+    def hear(self, at: float, text: str | None) -> None:
         """Show one line of the daemon's log, those about versions in words of the demo."""
-        if line.text is None:
+        if text is None:
             self.ended = True
             if not self.stopping:
                 self.problems.append("the daemon ended by itself")
-        elif match := re.search(r" (captured|stored) \S*?([^\s/]+): \d+ bytes(.*)", line.text):
-            self.note(line.at, match[1], match[2], match[3])
+        elif match := re.search(r" (captured|stored) \S*?([^\s/]+): \d+ bytes(.*)", text):
+            self.note(at, match[1], match[2], match[3])
         else:
-            text = re.sub(r"^[\d-]+ [\d:]+ ", "", line.text).replace(f"{self.root}/", "")
+            text = re.sub(r"^[\d-]+ [\d:]+ ", "", text).replace(f"{self.root}/", "")
             loud = {"warning:": "yellow", "error:": "bold red", "critical:": "bold red"}
-            self.screen.fact(line.at, "log", text, loud.get(text.partition(" ")[0], ""))
+            self.screen.fact(at, "log", text, loud.get(text.partition(" ")[0], ""))
 
     def note(self, at: float, what: str, name: str, remark: str) -> None:
         """Note and show that a version was captured or stored; the end of its name tells which one
@@ -269,7 +256,6 @@ class Stage:
         return sum(version.waits for version in self.versions)
 
     def state(self) -> Text:
-        """Return the present state: one mark for each version, from the first to the last."""
         there, away = (" S3 is there ", "black on green"), (" S3 is away  ", "white on red")
         text = Text.assemble(there if self.s3_there else away, "  ")
         for version in self.versions:
@@ -290,7 +276,8 @@ def act_start(stage: Stage) -> None:
         stage.screen.console.print(f"         {name}={shown}", style="dim")
     stage.watch(READING_SECONDS)
     stage.write(0)
-    stage.start_daemon()
+    stage.daemon = Script(stage.settings)
+    threading.Thread(target=stage.follow, args=[stage.daemon], daemon=True).start()
     stage.settle()
 
 
@@ -372,7 +359,7 @@ def act_read_back(stage: Stage) -> None:
     ):
         stage.screen.say(f"$ s3_backup_lnd_channels.py {command[0]}", "bold")
         code, seen = run_on_terminal(settings, *command, log=True)
-        for line in shortened(seen) if command[0] == "list" else told(seen):
+        for line in told(seen):
             shown = line.replace(f"{stage.root}/", "")
             shown = shown.replace(f"{sys.executable} {SCRIPT}", SCRIPT.name)
             stage.screen.console.print(shown, style="dim", markup=False)
@@ -392,15 +379,6 @@ def told(seen: str) -> list[str]:
         for line in seen.splitlines()
         if not line.startswith("20") or " using " not in line
     ]
-
-
-def shortened(seen: str) -> list[str]:
-    """Return the lines of a command without the middle, if there are many."""
-    lines = told(seen)
-    left_out = len(lines) - LIST_HEAD - LIST_TAIL
-    if left_out < 2:
-        return lines
-    return [*lines[:LIST_HEAD], f"  ... {left_out} more ...", *lines[-LIST_TAIL:]]
 
 
 ACTS = (
@@ -477,7 +455,6 @@ def medians(versions: list[Version]) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """Return a number of things in words."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 

@@ -205,7 +205,6 @@ class _Connection:
         return self.tls.requested if self.tls else not data.startswith(_CONTINUE)
 
     async def portal(self) -> None:
-        """Answer each request as the log-in page of a hotel does."""
         writer = self.writers[0]
         etag = b'ETag: "5eb63bbbe01eeed093cb22bb8f5acdc3"\r\n' if self.settings.get("etag") else b""
         while True:
@@ -275,7 +274,6 @@ class FaultProxy(TcpServer):
             return self._counts
 
     def endpoint(self, scheme: str = "http") -> str:
-        """Return the URL under which the server is reached through the proxy."""
         return f"{scheme}://127.0.0.1:{self.port}"
 
     def set(self, mode: Mode, *, cut: bool = False, **settings: float) -> None:
@@ -298,7 +296,6 @@ class FaultProxy(TcpServer):
             assert so, self._counts
 
     def count(self, **more: int) -> None:
-        """Add to the counts; for the connections."""
         with self._changed:
             self._counts = replace(
                 self._counts,
@@ -307,7 +304,6 @@ class FaultProxy(TcpServer):
             self._changed.notify_all()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection as the mode says that holds now."""
         self.count(connections=1, round_trips=1)
         await _Connection(self, reader, writer).serve()
 

@@ -106,7 +106,6 @@ class Line(TlsFront):
 
     @property
     def endpoint(self) -> str:
-        """Return the URL of S3 at the near end."""
         return f"{self.scheme}://127.0.0.1:{(self._proxy or self).port}"
 
     @property
@@ -117,7 +116,6 @@ class Line(TlsFront):
 
     @property
     def counts(self) -> Counts:
-        """Return connections, bytes and round trips of a far line since `reset_counts`."""
         return self.proxy.counts
 
     def reset_counts(self) -> None:

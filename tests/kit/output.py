@@ -35,7 +35,6 @@ class Text:
         self._reader.start()
 
     def __str__(self) -> str:
-        """Return everything up to now."""
         with self._changed:
             self._take_in()
             return self._text
@@ -62,7 +61,6 @@ class Text:
             return found[count - 1]
 
     def _follow(self) -> None:
-        """Take in what comes, until the end."""
         something = select.poll()
         something.register(self._source, select.POLLIN)
         while not self._ended:

@@ -149,7 +149,6 @@ class S3Server:
     """
 
     def __init__(self, directory: Path, *, tls: bool = False, services: str = "s3,iam,sts") -> None:
-        """Prepare a server that keeps everything below the directory; nothing runs yet."""
         self.services = services
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -308,9 +307,6 @@ class S3Server:
         return listener
 
     def _environment(self) -> dict[str, str]:
-        """Return ministack's settings: authorisation on, state on disk, no listener beside the one
-        it inherits.
-        """
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(self.directory),
@@ -337,7 +333,6 @@ class S3Server:
             part.write_to_path(str(self.directory / "cert.pem"), append=True)
 
     def _certificate(self) -> list[str]:
-        """Return the paths of the certificate and its key, none for http."""
         if not self.ca_file:
             return []
         return [str(self.directory / name) for name in ("cert.pem", "key.pem")]

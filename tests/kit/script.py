@@ -215,12 +215,10 @@ class Script:
 
     @property
     def log(self) -> str:
-        """Return what it wrote to stderr until now."""
         return str(self._log)
 
     @property
     def stdout(self) -> str:
-        """Return what it wrote to stdout until now."""
         return str(self._stdout)
 
     def wait_for_log(
@@ -249,7 +247,6 @@ class Script:
         return self.wait(timeout)
 
     def close(self) -> None:
-        """Kill it if it still runs, and clean up."""
         self.process.kill()
         self.process.wait()
         for text in (self._log, self._stdout):

@@ -106,8 +106,7 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Keep quiet about clients that went away."""
-        if not isinstance(sys.exception(), OSError):
+        if not isinstance(sys.exception(), OSError):  # a client may go away
             super().handle_error(request, client_address)
 
 
@@ -123,7 +122,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_PUT = do_GET = do_HEAD = do_POST = do_DELETE = take_in  # noqa: N815 - the names of the base class
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the signature of the base class
-        """Write nothing."""
+        pass
 
 
 class FakeS3(ScriptedS3):
@@ -214,7 +213,6 @@ class RawS3(ScriptedS3):
     """
 
     def __init__(self, reply: Callable[[Request], Iterable[bytes | float]]) -> None:
-        """Answer by this function, which may be replaced at any time."""
         super().__init__()
         self.reply = reply
         self.sent = 0

@@ -70,7 +70,7 @@ def test_the_invariant_holds_where_nothing_is_lost(kept: Kept) -> None:
 def test_a_lost_version_is_found_unless_it_was_replaced(kept: Kept) -> None:
     """A version in neither place is lost, unless it is named as replaced; the last always."""
     kept.remove(kept.written[1])
-    with pytest.raises(AssertionError, match=r"version 1 of 3 is lost: <0 channels, 45 bytes"):
+    with pytest.raises(AssertionError, match="version 1 of 3 is lost: Written"):
         kept.check()
     kept.check(replaced_ok={1})
     kept.check(replaced_ok=True)

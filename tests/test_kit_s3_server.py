@@ -47,7 +47,7 @@ def test_the_server_listens_on_the_loopback_address_alone(s3: S3Server) -> None:
 def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
     """A server that dies at its start is reported at once, with what it said."""
     server = S3Server(tmp_path / "s3", tls=True)
-    (tmp_path / "s3" / "key.pem").write_text("no key")
+    (tmp_path / "s3" / "cert.pem").write_text("no key")
     with pytest.raises(RuntimeError, match="Traceback"):
         server.start()
 

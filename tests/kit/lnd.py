@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def version_name(data: bytes, at: datetime) -> str:
     return f"{at:%Y%m%dT%H%M%S.%f}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Written:
     """One version that LND completed; both times were taken just before it appeared under its
     name.
     """
 
-    data: bytes
+    data: bytes = field(repr=False)
     sha256: str
     renamed_at: float
     wall: datetime
@@ -47,13 +47,6 @@ class Written:
     @property
     def channels(self) -> int:
         return max(0, (len(self.data) - EMPTY_SIZE) // CHANNEL_SIZE)
-
-    def __repr__(self) -> str:
-        """Name the version without its bytes, to keep failure messages readable."""
-        return (
-            f"<{self.channels} channels, {len(self.data)} bytes, ..{self.sha256[-6:]}, "
-            f"{self.wall:%H:%M:%S.%f}>"
-        )
 
 
 class Lnd:

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -71,18 +71,14 @@ class Credentials:
     secret_key: str
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class StoredObject:
     """One object as the bucket holds it."""
 
     key: str
-    data: bytes
+    data: bytes = field(repr=False)
     metadata: dict[str, str]
     last_modified: datetime
-
-    def __repr__(self) -> str:
-        """Name the object without its bytes, to keep failure messages readable."""
-        return f"<{self.key}, {len(self.data)} bytes, stored {self.last_modified:%H:%M:%S}>"
 
 
 ROOT = Credentials("test", "test")
@@ -156,6 +152,7 @@ class S3Server:
         self.host = "127.0.0.1"
         self.port = 0
         self.ca_file: Path | None = None
+        self._certificate: list[str] = []
         self.log_file = directory / "ministack.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._clients: dict[tuple[str, Credentials], Any] = {}
@@ -201,7 +198,7 @@ class S3Server:
                     _LAUNCH,
                     str(listener.fileno()),
                     str(GRACE_SECONDS),
-                    *self._certificate(),
+                    *self._certificate,
                 ],
                 env=self._environment(),
                 cwd=self.directory,
@@ -299,10 +296,7 @@ class S3Server:
         """Return a listening socket for the server to inherit: connections queue in it until the
         server is ready.
         """
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((self.host, self.port))
-        listener.listen(128)
+        listener = socket.create_server((self.host, self.port))
         self.port = listener.getsockname()[1]
         return listener
 
@@ -328,14 +322,9 @@ class S3Server:
         certificate = authority.issue_cert(self.host, "localhost", "s3.example.org")
         self.ca_file = self.directory / "ca.pem"
         authority.cert_pem.write_to_path(str(self.ca_file))
-        certificate.private_key_pem.write_to_path(str(self.directory / "key.pem"))
-        for part in certificate.cert_chain_pems:
-            part.write_to_path(str(self.directory / "cert.pem"), append=True)
-
-    def _certificate(self) -> list[str]:
-        if not self.ca_file:
-            return []
-        return [str(self.directory / name) for name in ("cert.pem", "key.pem")]
+        pem = str(self.directory / "cert.pem")
+        certificate.private_key_and_cert_chain_pem.write_to_path(pem)
+        self._certificate = [pem, pem]
 
     def _restore_buckets(self) -> None:
         """Create those buckets anew that are gone, which are the ones without an object."""

@@ -38,6 +38,7 @@ from kit import (
     Script,
     Written,
     find_problems,
+    reader_settings,
     run_on_terminal,
     settings_for,
 )
@@ -229,11 +230,7 @@ class Stage:
         """Note and show that a version was captured or stored; the end of its name tells which one
         it is.
         """
-        of_that_name = (each for each in self.versions if name.endswith(each.written.sha256[-6:]))
-        version = next(of_that_name, None)
-        if version is None:
-            self.screen.fact(at, "daemon", f"{what} {name}, which LND never wrote", "bold red")
-            return
+        version = next(each for each in self.versions if name.endswith(each.written.sha256[-6:]))
         if version.stored_at is not None:
             if what == "stored":
                 why = "again: the file on disk is always put last"
@@ -337,7 +334,6 @@ def act_stop(stage: Stage) -> None:
     stage.daemon.signal(signal.SIGTERM)
     if not stage.watch(STOP_SECONDS, lambda: stage.ended):
         stage.problems.append(f"the daemon did not stop within {STOP_SECONDS:.0f} s")
-        stage.daemon.signal(signal.SIGKILL)
     elif code := stage.daemon.wait():
         stage.problems.append(f"the daemon ended with exit code {code}")
 
@@ -346,10 +342,9 @@ def act_read_back(stage: Stage) -> None:
     """The worst day: with a key that can only read, on any computer."""
     stage.proxy.set("pass")
     reader = stage.server.reader_user(BUCKET)
-    node = dict(stage.settings)
-    node |= {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
-    elsewhere = dict(node)
-    del elsewhere["MONITOR_FILE_PATH"], elsewhere["BACKUP_DIRECTORY"]
+    elsewhere = reader_settings(stage.server, BUCKET, PREFIX, reader)
+    elsewhere["AWS_ENDPOINT_URL_S3"] = stage.proxy.endpoint()
+    node = stage.settings | elsewhere
     output = stage.root / "restored" / "channel.backup"
     output.parent.mkdir()
     for settings, command in (

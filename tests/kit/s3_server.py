@@ -33,7 +33,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 REGION = "us-east-1"
 MINISTACK_PYTHON = CHECKOUT / ".venv-s3/bin/python"
 PATIENCE_SECONDS = 30.0  # for what comes at once, on a machine that has much else to do
-GRACE_SECONDS = 0.2
 
 # Run by the Python of ministack's own environment. Its command would also take port 443. No session
 # tickets: they come unasked and would be counted as an answer by the proxy. The end of stdin, that
@@ -52,10 +51,9 @@ class KitConfig(Config):
         return context
 
 config = KitConfig()
-descriptor, grace = sys.argv[1], float(sys.argv[2])
-config.certfile, config.keyfile = sys.argv[3:] or (None, None)
-config.bind, config.keep_alive_timeout = ["fd://" + descriptor], 75
-config.graceful_timeout = config.shutdown_timeout = grace
+config.certfile, config.keyfile = sys.argv[2:] or (None, None)
+config.bind, config.keep_alive_timeout = ["fd://" + sys.argv[1]], 75
+config.graceful_timeout = config.shutdown_timeout = 0.2
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 asyncio.run(serve(app, config))
 """
@@ -189,17 +187,12 @@ class S3Server:
 
     def start(self) -> None:
         """Start the server, with the buckets and users of an earlier run, until it answers."""
-        listener = self._listen()
+        # The server inherits it; until it is ready, connections queue in it.
+        listener = socket.create_server((self.host, self.port))
+        self.port = listener.getsockname()[1]
         with listener, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    MINISTACK_PYTHON,
-                    "-c",
-                    _LAUNCH,
-                    str(listener.fileno()),
-                    str(GRACE_SECONDS),
-                    *self._certificate,
-                ],
+                [MINISTACK_PYTHON, "-c", _LAUNCH, str(listener.fileno()), *self._certificate],
                 env=self._environment(),
                 cwd=self.directory,
                 stdin=subprocess.PIPE,
@@ -291,14 +284,6 @@ class S3Server:
         process.wait()
         if process.stdin:
             process.stdin.close()
-
-    def _listen(self) -> socket.socket:
-        """Return a listening socket for the server to inherit: connections queue in it until the
-        server is ready.
-        """
-        listener = socket.create_server((self.host, self.port))
-        self.port = listener.getsockname()[1]
-        return listener
 
     def _environment(self) -> dict[str, str]:
         return {

@@ -67,4 +67,3 @@ def test_all_that_was_written_is_read_however_slow_the_reader_is(
             woken.set()
             os.close(into)
             log.join()
-            os.close(out)

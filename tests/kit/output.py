@@ -17,7 +17,7 @@ from .s3_server import PATIENCE_SECONDS
 
 
 class Text:
-    """What a process writes to a pipe.
+    """What a process writes to a pipe, which is closed when that ends.
 
     A thread takes it in, so that the process never waits; whoever asks for it takes in the rest
     before, so that all that was written until then is in the answer, whatever the thread has come
@@ -67,6 +67,7 @@ class Text:
             something.poll()
             with self._changed:
                 self._take_in()
+        os.close(self._source)
 
     def _take_in(self) -> None:
         """Take in what is there, and wake those who wait; with the lock held."""
@@ -88,9 +89,9 @@ class NotifySocket:
         """Listen below /tmp, since the path of a socket is limited to 107 bytes."""
         self._directory = tempfile.mkdtemp(prefix="kit-", dir="/tmp")
         self.path = str(Path(self._directory, "notify"))
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self._messages = Text(self._socket.fileno(), end=b"\n")
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listening.bind(self.path)
+        self._messages = Text(listening.detach(), end=b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +100,6 @@ class NotifySocket:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"", self.path)  # what the end of a pipe reads as
         self._messages.join()
-        self._socket.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     @property

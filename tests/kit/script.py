@@ -183,7 +183,6 @@ class Script:
         """
         self._home = tempfile.mkdtemp(prefix="kit-home-")
         out, err = os.pipe(), os.pipe()
-        self._ends = [os.fdopen(pipe[0], "rb") for pipe in (out, err)]
         opened = nothing, into_out, into_err = os.open(os.devnull, os.O_RDONLY), out[1], err[1]
         try:
             self.process = start(
@@ -251,8 +250,6 @@ class Script:
         self.process.wait()
         for text in (self._log, self._stdout):
             text.join()
-        for end in self._ends:
-            end.close()
         shutil.rmtree(self._home, ignore_errors=True)
 
 

@@ -367,7 +367,7 @@ class Running:
         assert self.process.stdin  # noqa: S101 - for mypy
         assert self.process.stdout  # noqa: S101 - for mypy
         self._stdin, self._stdout = self.process.stdin, self.process.stdout
-        self._said = Text(f"what {self.name} said", self._stdout.fileno())
+        self._said = Text(os.dup(self._stdout.fileno()))  # which closes it
 
     def __enter__(self) -> Self:
         return self

@@ -109,13 +109,6 @@ def s3(request: pytest.FixtureRequest, scheme: str) -> S3Server:
 
 
 @pytest.fixture
-def own_s3(tmp_path: Path) -> Iterator[S3Server]:
-    """Return a server over http of this test alone, to be stopped and suspended."""
-    with S3Server(tmp_path / "s3") as server:
-        yield server
-
-
-@pytest.fixture
 def bucket(s3: S3Server) -> str:
     return s3.create_bucket()
 
@@ -178,7 +171,6 @@ def node_reader(env: dict[str, str], reader: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture
 def put(s3: S3Server, bucket: str) -> partial[str]:
-    """Return what puts a version into the bucket."""
     return partial(put_version, s3, bucket)
 
 
@@ -231,7 +223,6 @@ def fake_env(fake: FakeS3, lnd: Lnd, staging: Path, prefix: str) -> dict[str, st
 
 @pytest.fixture
 def fake_reader(fake: FakeS3, reader: dict[str, str]) -> dict[str, str]:
-    """Return the bucket's settings for the scripted S3."""
     return reader | {"AWS_ENDPOINT_URL_S3": fake.endpoint}
 
 

@@ -25,7 +25,6 @@ GOOD = channel_backup(1)
 
 
 def digest(data: bytes) -> str:
-    """Return the SHA-256."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -49,7 +48,6 @@ def restart(directory: Path) -> program.Staging:
 
 
 def stage(queue: program.Staging, data: bytes) -> str:
-    """Stage a version and return its name."""
     name = program.new_name(digest(data), max(queue.pending, default=""))
     queue.stage(program.Version(name, data))
     return name
@@ -72,7 +70,6 @@ def offered(queue: program.Staging) -> list[program.Version]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """Return the files in the directory that are no dot files."""
     return {
         entry.name: entry.read_bytes()
         for entry in directory.iterdir()
@@ -81,12 +78,10 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def mode(path: Path) -> int:
-    """Return the permissions."""
     return stat.S_IMODE(path.lstat().st_mode)
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the errors in the log."""
     return [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.ERROR]
 
 
@@ -94,7 +89,6 @@ class NoS3(program.Bucket):
     """A bucket that a put does not reach."""
 
     def put(self, name: str, data: bytes) -> program.Receipt:  # noqa: ARG002 - as in the base class
-        """Refuse, for good."""
         raise program.BackupError("cannot store", "wait")
 
 

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import signal
-import sys
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 from asyncinotify import Inotify, Mask
-from kit import CHECKOUT, Lnd, NotifySocket, Script, channel_backup
+from kit import Lnd, channel_backup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 
-EVENTS = (
-    Mask.ACCESS
-    | Mask.MODIFY
-    | Mask.ATTRIB
-    | Mask.CLOSE
-    | Mask.OPEN
-    | Mask.MOVE
-    | Mask.CREATE
-    | Mask.DELETE
-)
+EVENTS = Mask.ACCESS | Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE | Mask.OPEN
+EVENTS |= Mask.MOVE | Mask.CREATE | Mask.DELETE
 NAMES = {
     "channel.backup": "main",
     "temp-dont-use.backup": "temp",
@@ -39,23 +28,6 @@ WRITE_TEMP = ["CREATE temp", "OPEN temp", "MODIFY temp", "CLOSE_WRITE temp"]
 RENAME = ["MOVED_FROM temp", "MOVED_TO main"]
 
 
-@contextmanager
-def watched(directory: Path) -> Iterator[Callable[[], list[str]]]:
-    """Watch a directory, and yield what returns the events up to now."""
-    with Inotify(sync_timeout=0) as inotify:
-        inotify.add_watch(directory, EVENTS)
-
-        def events() -> list[str]:
-            found = []
-            for event in inotify:
-                name = NAMES.get(str(event.name), "?")
-                if name != "archives" or event.mask & Mask.CREATE:
-                    found.append(f"{(event.mask & ~Mask.ISDIR).name} {name}")
-            return found
-
-        yield events
-
-
 def write(lnd: Lnd) -> None:
     lnd.write()
 
@@ -65,22 +37,18 @@ def leave_half(lnd: Lnd) -> None:
     (lnd.directory / "temp-dont-use.backup").write_bytes(b"half")
 
 
-UPDATES: dict[str, tuple[bool, list[Callable[[Lnd], object]], list[str]]] = {
-    "the first": (True, [write], [*WRITE_TEMP, *RENAME]),
-    "after a crash": (True, [leave_half, write], ["DELETE temp", *WRITE_TEMP, *RENAME]),
-    "without archive": (False, [write, write], [*READ_OLD, *WRITE_TEMP, *RENAME]),
+UPDATES: dict[str, tuple[list[Callable[[Lnd], object]], list[str]]] = {
+    "the first": ([write], [*WRITE_TEMP, *RENAME]),
+    "after a crash": ([leave_half, write], ["DELETE temp", *WRITE_TEMP, *RENAME]),
     "the first into the archive": (
-        True,
         [write, write],
         [*READ_OLD, *WRITE_TEMP, "OPEN main", "CREATE archives", *READ_OLD[1:], *RENAME],
     ),
     "into the archive": (
-        True,
         [write, write, write],
         [*READ_OLD, *WRITE_TEMP, *READ_OLD, *RENAME],
     ),
     "an export of lncli": (
-        True,
         [write, Lnd.write_in_place],
         ["OPEN main", "MODIFY main", "CLOSE_WRITE main"],
     ),
@@ -90,14 +58,17 @@ UPDATES: dict[str, tuple[bool, list[Callable[[Lnd], object]], list[str]]] = {
 @pytest.mark.parametrize("update", UPDATES)
 def test_an_update_has_the_events_of_lnd(tmp_path: Path, update: str) -> None:
     """The last step leaves the events that were measured with LND and lncli."""
-    archive, (*before, last), expected = UPDATES[update]
+    (*before, last), expected = UPDATES[update]
     lnd = Lnd(tmp_path)
-    lnd.archive = archive
     for step in before:
         step(lnd)
-    with watched(tmp_path) as events:
+    with Inotify(sync_timeout=0) as inotify:
+        inotify.add_watch(tmp_path, EVENTS)
         last(lnd)
-        assert events() == expected
+        events = [(event.mask & ~Mask.ISDIR, NAMES.get(str(event.name), "?")) for event in inotify]
+    assert [
+        f"{mask.name} {name}" for mask, name in events if name != "archives" or mask is Mask.CREATE
+    ] == expected
     assert lnd.path.read_bytes() == lnd.written[-1].data
 
 
@@ -147,18 +118,3 @@ def test_reading_leaves_the_fingerprint_and_any_change_alters_it(tmp_path: Path)
         touch()
         assert lnd.fingerprint() != before
         before = lnd.fingerprint()
-
-
-def test_it_is_a_service_as_well(tmp_path: Path) -> None:
-    """As a script it tells systemd when it has written, and writes at SIGUSR1 and in its stop."""
-    command = [sys.executable, str(CHECKOUT / "tests/kit/lnd.py")]
-    with (
-        watched(tmp_path) as events,
-        NotifySocket() as systemd,
-        Script({"NOTIFY_SOCKET": systemd.path}, str(tmp_path), command=command) as service,
-    ):
-        systemd.wait_for("READY=1")
-        assert events().count("MOVED_TO main") == 1
-        service.signal(signal.SIGUSR1)
-        assert service.stop() == 0
-        assert events().count("MOVED_TO main") == 2

@@ -8,14 +8,13 @@ import asyncio
 import itertools
 import re
 import signal
-import ssl
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-import trustme
 from kit import Answer, Daemon, FakeS3, FaultProxy, RawS3, answers, assert_nothing_lost
 from kit.script import LATE_ENOUGH, altered
+from kit.tls_front import TlsFront
 from shared import AT_ONCE, SELDOM, expect_newest_last, staged_data
 
 import s3_backup_lnd_channels as program
@@ -43,23 +42,22 @@ class Outage:
     """S3 behind a line: both fail on demand, and are well again on demand."""
 
     def __init__(self, directory: Path, scheme: str) -> None:
-        """Make the servers; the second one has a certificate from an authority that nobody
-        trusts.
+        """Make the server, and what stands before it: an impostor has a certificate from an
+        authority that nobody trusts.
         """
         self.scheme = scheme
         self.dns_is_dead = directory / "dns-is-dead"
-        self.ca_file = directory / "ca.pem"
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(str(self.ca_file))
-        secure = scheme == "https"
-        self.fake = FakeS3(tls=_context(authority) if secure else None)
-        self.impostor = FakeS3(tls=_context(trustme.CA()) if secure else None)
-        self.proxy = FaultProxy("127.0.0.1", self.fake.port)
+        self.fake = FakeS3()
+        secure, other = scheme == "https", directory / "impostor"
+        other.mkdir()
+        self.front = TlsFront(self.fake.port, directory, name="localhost", tls=secure)
+        self.impostor = TlsFront(self.fake.port, other, name="localhost", tls=secure)
+        self.proxy = FaultProxy("127.0.0.1", 0)
 
     def settings(self) -> Env:
         """Return what the program needs to get there; the name is resolved at each connection."""
         endpoint = self.proxy.endpoint(self.scheme).replace("127.0.0.1", "localhost")
-        return {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_CA_BUNDLE": str(self.ca_file)}
+        return {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_CA_BUNDLE": str(self.front.ca_file or "")}
 
     def certificate(self) -> None:
         """Let somebody else answer."""
@@ -69,7 +67,7 @@ class Outage:
     def end(self) -> None:
         """Let everything be well again."""
         self.dns_is_dead.unlink(missing_ok=True)
-        self.proxy.upstream = ("127.0.0.1", self.fake.port)
+        self.proxy.upstream = ("127.0.0.1", self.front.port)
         self.fake.set_default(answers.STORED)
         # A cut in the middle of an answer would be a second fault, with words of its own.
         self.proxy.set("pass", cut=self.proxy.mode != "pass")
@@ -130,18 +128,11 @@ CASES = [
 ]
 
 
-def _context(authority: trustme.CA) -> ssl.SSLContext:
-    """Return the TLS settings of a server on this machine."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # they would be taken for answers
-    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
-    return context
-
-
 @pytest.fixture
 def outage(tmp_path: Path, scheme: str) -> Iterator[Outage]:
     made = Outage(tmp_path, scheme)
-    with made.fake, made.impostor, made.proxy:
+    with made.fake, made.front, made.impostor, made.proxy:
+        made.end()
         yield made
 
 

@@ -28,7 +28,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kit import (
     SCRIPT,
@@ -38,6 +38,7 @@ from kit import (
     Script,
     Written,
     find_problems,
+    reader_settings,
     run_on_terminal,
     settings_for,
 )
@@ -58,7 +59,6 @@ STOP_SECONDS = 12.0
 FOREVER_SECONDS = 3600.0
 SLOW_LINE_SECONDS = 0.1
 INDENT = 17
-LIST_HEAD, LIST_TAIL = 6, 3  # what is shown of a list that is longer
 PICTURE_WIDTH = 96
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -73,13 +73,6 @@ CLOSING = """What to do next:
   1. Make a bucket and a put-only key: README.md, "Run it by hand", step 1
   2. Install the service on the node:  README.md, "Install it"
   3. Do the drill, print the card:     docs/recovery.md"""
-
-
-class Line(NamedTuple):
-    """One line of the daemon's log and when it came; no text: the daemon has ended."""
-
-    at: float
-    text: str | None
 
 
 @dataclass
@@ -120,12 +113,11 @@ class Screen:
         self.began = time.monotonic()
 
     def say(self, text: str, style: str = "") -> None:
-        """Print a paragraph."""
         self.console.print(textwrap.fill(text, self.console.width), style=style)
 
     def title(self, text: str) -> None:
         self.console.print()
-        self.say(text, "bold")
+        self.say(" ".join(text.split()).rstrip("."), "bold")
 
     def fact(self, at: float, who: str, text: str, style: str = "") -> None:
         """Print what somebody did, with the seconds since the beginning."""
@@ -175,7 +167,8 @@ class Stage:
         self.settings = settings_for(
             server, BUCKET, PREFIX, self.lnd, self.staging, endpoint=proxy.endpoint()
         )
-        self.lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
+        # The daemon's log, and when each line came; None: it has ended.
+        self.lines: queue.SimpleQueue[tuple[float, str | None]] = queue.SimpleQueue()
         self.versions: list[Version] = []
         self.daemon: Script | None = None
         self.s3_there = True
@@ -183,21 +176,16 @@ class Stage:
         self.stopping = self.ended = False
 
     def close(self) -> None:
-        """Kill the daemon if it still runs."""
         if self.daemon:
             self.daemon.close()
-
-    def start_daemon(self) -> None:
-        self.daemon = Script(self.settings)
-        threading.Thread(target=self.follow, args=[self.daemon], daemon=True).start()
 
     def follow(self, daemon: Script) -> None:
         """Stamp each line of the daemon's log at the moment it comes, until it ends."""
         with contextlib.suppress(AssertionError):  # how the kit tells the end
             for count in itertools.count(1):
                 text = daemon.wait_for_log(r"^.*\n", FOREVER_SECONDS, count)[0]
-                self.lines.put(Line(time.monotonic(), text.rstrip()))
-        self.lines.put(Line(time.monotonic(), None))
+                self.lines.put((time.monotonic(), text.rstrip()))
+        self.lines.put((time.monotonic(), None))
 
     def write(self, channels: int) -> None:
         written = self.lnd.write(channels)
@@ -213,7 +201,7 @@ class Stage:
         deadline = time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
             while not (held := until()) and not self.ended:
-                self.hear(self.lines.get(timeout=max(0.0, deadline - time.monotonic())))
+                self.hear(*self.lines.get(timeout=max(0.0, deadline - time.monotonic())))
         return held
 
     def settle(self, reading_seconds: float = READING_SECONDS) -> None:
@@ -225,28 +213,24 @@ class Stage:
             self.problems.append(f"not every version was stored within {SETTLE_SECONDS:.0f} s")
         self.watch(reading_seconds)
 
-    def hear(self, line: Line) -> None:
+    def hear(self, at: float, text: str | None) -> None:
         """Show one line of the daemon's log, those about versions in words of the demo."""
-        if line.text is None:
+        if text is None:
             self.ended = True
             if not self.stopping:
                 self.problems.append("the daemon ended by itself")
-        elif match := re.search(r" (captured|stored) \S*?([^\s/]+): \d+ bytes(.*)", line.text):
-            self.note(line.at, match[1], match[2], match[3])
+        elif match := re.search(r" (captured|stored) \S*?([^\s/]+): \d+ bytes(.*)", text):
+            self.note(at, match[1], match[2], match[3])
         else:
-            text = re.sub(r"^[\d-]+ [\d:]+ ", "", line.text).replace(f"{self.root}/", "")
+            text = re.sub(r"^[\d-]+ [\d:]+ ", "", text).replace(f"{self.root}/", "")
             loud = {"warning:": "yellow", "error:": "bold red", "critical:": "bold red"}
-            self.screen.fact(line.at, "log", text, loud.get(text.partition(" ")[0], ""))
+            self.screen.fact(at, "log", text, loud.get(text.partition(" ")[0], ""))
 
     def note(self, at: float, what: str, name: str, remark: str) -> None:
         """Note and show that a version was captured or stored; the end of its name tells which one
         it is.
         """
-        of_that_name = (each for each in self.versions if name.endswith(each.written.sha256[-6:]))
-        version = next(of_that_name, None)
-        if version is None:
-            self.screen.fact(at, "daemon", f"{what} {name}, which LND never wrote", "bold red")
-            return
+        version = next(each for each in self.versions if name.endswith(each.written.sha256[-6:]))
         if version.stored_at is not None:
             if what == "stored":
                 why = "again: the file on disk is always put last"
@@ -269,7 +253,6 @@ class Stage:
         return sum(version.waits for version in self.versions)
 
     def state(self) -> Text:
-        """Return the present state: one mark for each version, from the first to the last."""
         there, away = (" S3 is there ", "black on green"), (" S3 is away  ", "white on red")
         text = Text.assemble(there if self.s3_there else away, "  ")
         for version in self.versions:
@@ -280,34 +263,30 @@ class Stage:
         return text.append(f"  {len(self.versions)} written, {self.waiting} waiting")
 
 
-# --- The acts ---
+# --- The acts: the docstring of each is its title on the screen ---
 
 
 def act_start(stage: Stage) -> None:
-    """Start the daemon, as a service does, on a node whose LND has no channels yet."""
-    stage.screen.title(
-        "The daemon starts with a key that can only put, and backs up the file that it finds"
-    )
+    """The daemon starts with a key that can only put, and backs up the file that it finds."""
     for name, value in stage.settings.items():
         shown = "***" if "SECRET" in name else value.replace(f"{stage.root}/", "")
         stage.screen.console.print(f"         {name}={shown}", style="dim")
     stage.watch(READING_SECONDS)
     stage.write(0)
-    stage.start_daemon()
+    stage.daemon = Script(stage.settings)
+    threading.Thread(target=stage.follow, args=[stage.daemon], daemon=True).start()
     stage.settle()
 
 
 def act_channels(stage: Stage) -> None:
-    stage.screen.title(
-        "LND opens channels: each version is in the bucket milliseconds after LND's rename"
-    )
+    """LND opens channels: each version is in the bucket milliseconds after LND's rename."""
     for channels in (1, 10, 100):
         stage.write(channels)
         stage.settle()
 
 
 def act_burst(stage: Stage) -> None:
-    stage.screen.title("A burst: LND writes six versions in half a second, and every one is kept")
+    """A burst: LND writes six versions in half a second, and every one is kept."""
     for channels in range(101, 107):
         stage.write(channels)
         stage.watch(0.1)
@@ -315,14 +294,14 @@ def act_burst(stage: Stage) -> None:
 
 
 def act_restart(stage: Stage) -> None:
-    stage.screen.title("LND restarts: it writes the file when it stops and again when it starts")
+    """LND restarts: it writes the file when it stops and again when it starts."""
     for _ in range(2):
         stage.write(106)
         stage.settle()
 
 
 def act_outage(stage: Stage) -> None:
-    stage.screen.title("S3 goes away while LND keeps writing: the versions wait on this disk")
+    """S3 goes away while LND keeps writing: the versions wait on this disk."""
     stage.proxy.set("refuse", cut=True)
     stage.s3_there = False
     for channels in range(107, 112):
@@ -334,8 +313,7 @@ def act_outage(stage: Stage) -> None:
 
 
 def act_return(stage: Stage) -> None:
-    """Bring S3 back, on a line slow enough for the eye."""
-    stage.screen.title("S3 comes back on a slow line: the newest version goes first")
+    """S3 comes back on a slow line: the newest version goes first."""
     stage.proxy.set("latency", up=SLOW_LINE_SECONDS, down=SLOW_LINE_SECONDS)
     stage.s3_there = True
     stage.write(112)
@@ -349,31 +327,24 @@ def act_return(stage: Stage) -> None:
 
 
 def act_stop(stage: Stage) -> None:
-    """Stop LND and then the daemon, as systemd does."""
-    stage.screen.title(
-        "The machine shuts down: LND writes one last time, and the daemon gets SIGTERM"
-    )
-    if not stage.daemon:
-        return
+    """The machine shuts down: LND writes one last time, and the daemon gets SIGTERM."""
+    assert stage.daemon
     stage.write(112)
     stage.stopping = True
     stage.daemon.signal(signal.SIGTERM)
     if not stage.watch(STOP_SECONDS, lambda: stage.ended):
         stage.problems.append(f"the daemon did not stop within {STOP_SECONDS:.0f} s")
-        stage.daemon.signal(signal.SIGKILL)
     elif code := stage.daemon.wait():
         stage.problems.append(f"the daemon ended with exit code {code}")
 
 
 def act_read_back(stage: Stage) -> None:
-    """Ask for what the bucket holds with a reader's key, and bring the file back."""
-    stage.screen.title("The worst day: with a key that can only read, on any computer")
+    """The worst day: with a key that can only read, on any computer."""
     stage.proxy.set("pass")
     reader = stage.server.reader_user(BUCKET)
-    node = dict(stage.settings)
-    node |= {"AWS_ACCESS_KEY_ID": reader.access_key, "AWS_SECRET_ACCESS_KEY": reader.secret_key}
-    elsewhere = dict(node)
-    del elsewhere["MONITOR_FILE_PATH"], elsewhere["BACKUP_DIRECTORY"]
+    elsewhere = reader_settings(stage.server, BUCKET, PREFIX, reader)
+    elsewhere["AWS_ENDPOINT_URL_S3"] = stage.proxy.endpoint()
+    node = stage.settings | elsewhere
     output = stage.root / "restored" / "channel.backup"
     output.parent.mkdir()
     for settings, command in (
@@ -383,7 +354,7 @@ def act_read_back(stage: Stage) -> None:
     ):
         stage.screen.say(f"$ s3_backup_lnd_channels.py {command[0]}", "bold")
         code, seen = run_on_terminal(settings, *command, log=True)
-        for line in shortened(seen) if command[0] == "list" else told(seen):
+        for line in told(seen):
             shown = line.replace(f"{stage.root}/", "")
             shown = shown.replace(f"{sys.executable} {SCRIPT}", SCRIPT.name)
             stage.screen.console.print(shown, style="dim", markup=False)
@@ -405,15 +376,6 @@ def told(seen: str) -> list[str]:
     ]
 
 
-def shortened(seen: str) -> list[str]:
-    """Return the lines of a command without the middle, if there are many."""
-    lines = told(seen)
-    left_out = len(lines) - LIST_HEAD - LIST_TAIL
-    if left_out < 2:
-        return lines
-    return [*lines[:LIST_HEAD], f"  ... {left_out} more ...", *lines[-LIST_TAIL:]]
-
-
 ACTS = (
     act_start,
     act_channels,
@@ -431,10 +393,8 @@ DRAWN = (act_outage, act_return)
 
 
 def prove(stage: Stage) -> bool:
-    """Compare the bucket with what LND wrote, show it, and tell whether nothing is missing."""
-    stage.screen.title(
-        "The proof: every version that LND wrote, compared with the bucket byte for byte"
-    )
+    """The proof: every version that LND wrote, compared with the bucket byte for byte."""
+    stage.screen.title(prove.__doc__ or "")
     objects = stage.server.objects(BUCKET)
     held = {entry.data: key for key, entry in reversed(objects.items())}  # the first of two
     stage.screen.console.print(comparison(stage, held))
@@ -490,7 +450,6 @@ def medians(versions: list[Version]) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """Return a number of things in words."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
@@ -511,6 +470,7 @@ def perform(screen: Screen) -> bool:
             for act in ACTS:
                 if not stage.problems:
                     with screen.drawn() if act in DRAWN else contextlib.nullcontext():
+                        screen.title(act.__doc__ or "")
                         act(stage)
         return prove(stage)
 

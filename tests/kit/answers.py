@@ -94,7 +94,6 @@ def continuing(every: float = 0.02) -> Iterator[bytes | float]:
 
 
 def error(code: str, message: str = "scripted") -> bytes:
-    """Return S3's error document."""
     return f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
 
 

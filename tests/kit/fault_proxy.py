@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import struct
 import threading
@@ -31,8 +32,7 @@ Mode = Literal[
 ]
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
-_TLS_HEADER = 5
-_TLS_CHANGE_CIPHER, _TLS_HANDSHAKE, _TLS_DATA = 0x14, 0x16, 0x17
+_TLS_HANDSHAKE, _TLS_DATA = 0x16, 0x17
 _CONTINUE = b"HTTP/1.1 100"
 
 
@@ -48,47 +48,43 @@ class Counts:
 
 
 class TlsRecords:
-    """Counts the TLS records of the client by type, from the bytes as they pass."""
+    """Tells requests from the handshake, in what a client sends over TLS 1.3."""
 
     def __init__(self) -> None:
-        self.seen: list[int] = []
+        self._data_records = 0
         self._buffer = b""
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes; a record counts once it is complete."""
         self._buffer += data
-        while len(self._buffer) >= _TLS_HEADER:
-            end = _TLS_HEADER + int.from_bytes(self._buffer[3:5])
-            if len(self._buffer) < end:
-                return
-            self.seen.append(self._buffer[0])
+        # The header has the type, the version and the length, in five bytes.
+        while len(self._buffer) >= (end := 5 + int.from_bytes(self._buffer[3:5])):
+            self._data_records += self._buffer[0] == _TLS_DATA
             self._buffer = self._buffer[end:]
 
     @property
     def requested(self) -> bool:
-        """Tell whether the client has begun a request: in TLS 1.3 its first data record ends the
-        handshake.
-        """
-        tls_1_2 = self.seen.count(_TLS_HANDSHAKE) > 1
-        return self.seen.count(_TLS_DATA) + bool(self._buffer) > (0 if tls_1_2 else 1)
-
-    @property
-    def only_finished(self) -> bool:
-        """Tell whether the client has just ended a TLS 1.3 handshake, which awaits no answer."""
-        return not self._buffer and self.seen == [_TLS_HANDSHAKE, _TLS_CHANGE_CIPHER, _TLS_DATA]
+        """Tell whether a request has begun: the first record of data ends the handshake."""
+        return self._data_records + bool(self._buffer) > 1
 
 
 def header(head: bytes, name: bytes) -> bytes:
     """Return the value of an HTTP header, empty if it is not there."""
-    for line in head.split(b"\r\n")[1:]:
-        found, _, value = line.partition(b":")
-        if found.lower() == name:
-            return value.strip()
-    return b""
+    found = re.search(rb"(?mi)^%s:[ \t]*(.*?)\s*$" % re.escape(name), head)
+    return found[1] if found else b""
 
 
 def content_length(head: bytes) -> int:
     return int(header(head, b"content-length") or 0)
+
+
+def _reset(writers: list[asyncio.StreamWriter]) -> None:
+    """Cut a connection hard, so that both sides see a reset."""
+    for writer in writers:
+        if not writer.transport.is_closing():
+            connected = writer.get_extra_info("socket")
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+            writer.transport.abort()
 
 
 class _Connection:
@@ -105,7 +101,6 @@ class _Connection:
         self.reader = reader
         self.writers = [writer]
         writer.transport.set_write_buffer_limits(0)
-        self.frozen = False
         self.opened = asyncio.get_running_loop().time()
         self.tls: TlsRecords | None = None
         self.asked = False
@@ -114,7 +109,8 @@ class _Connection:
     async def serve(self) -> None:
         """Do what the mode says until either side ends the connection."""
         if self.mode == "rst":
-            await self.reject()
+            self.note_up(await self.reader.read(CHUNK))  # some clients see an earlier one too late
+            _reset(self.writers)
         elif self.mode == "blackhole":
             while data := await self.reader.read(CHUNK):
                 self.note_up(data)
@@ -124,11 +120,7 @@ class _Connection:
             await self.forward()
 
     async def forward(self) -> None:
-        try:
-            reader, writer = await self.proxy.connect(self.proxy.upstream)
-        except OSError:
-            await self.reject()
-            return
+        reader, writer = await self.proxy.connect(self.proxy.upstream)
         writer.transport.set_write_buffer_limits(0)
         self.writers.append(writer)
         async with asyncio.TaskGroup() as group:
@@ -190,21 +182,19 @@ class _Connection:
         """Take bytes from the client and return what the server gets of them."""
         before = self.up_bytes
         self.note_up(data)
-        if self.frozen:
-            return b""
         if self.mode not in ("rst_after_up", "stall_after_up"):
             return data
         passed = data[: max(0, int(self.settings["n"]) - before)]
         if self.mode == "rst_after_up" and self.up_bytes >= self.settings["n"]:
             self.writers[1].write(passed)
             await self.writers[1].drain()
-            self.reset()
+            _reset(self.writers)
             return b""
         return passed
 
     async def downward(self, data: bytes) -> bytes:
         """Take bytes from the server and return what the client gets of them."""
-        if self.frozen or (self.mode == "swallow_response" and self.is_response(data)):
+        if self.mode == "swallow_response" and self.is_response(data):
             self.proxy.count(swallowed=len(data))
             return b""
         self.note_down(data)
@@ -214,15 +204,7 @@ class _Connection:
         """Tell whether the bytes answer a request, and not a handshake or `Expect`."""
         return self.tls.requested if self.tls else not data.startswith(_CONTINUE)
 
-    async def reject(self) -> None:
-        """Reset the connection at its first bytes; an earlier reset is seen by some clients only
-        half-way.
-        """
-        self.note_up(await self.reader.read(CHUNK))
-        self.reset()
-
     async def portal(self) -> None:
-        """Answer each request as the log-in page of a hotel does."""
         writer = self.writers[0]
         etag = b'ETag: "5eb63bbbe01eeed093cb22bb8f5acdc3"\r\n' if self.settings.get("etag") else b""
         while True:
@@ -246,25 +228,13 @@ class _Connection:
         if self.tls:
             self.tls.feed(data)
         self.up_bytes += len(data)
-        self.asked = not (self.tls and self.tls.only_finished)
+        self.asked = True
         self.proxy.count(bytes_up=len(data))
 
     def note_down(self, data: bytes) -> None:
         """Count bytes for the client, and a round trip if it was waiting for them."""
         self.proxy.count(bytes_down=len(data), round_trips=int(self.asked))
         self.asked = False
-
-    def freeze(self) -> None:
-        self.frozen = True
-
-    def reset(self) -> None:
-        """Cut the connection hard, so that both sides see a reset."""
-        for writer in self.writers:
-            if not writer.transport.is_closing():
-                writer.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE
-                )
-                writer.transport.abort()
 
 
 class FaultProxy(TcpServer):
@@ -292,7 +262,6 @@ class FaultProxy(TcpServer):
         self._counts = Counts()
         self._changed = threading.Condition()
         self._placeholder: socket.socket | None = None
-        self._connections: set[_Connection] = set()
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
@@ -305,7 +274,6 @@ class FaultProxy(TcpServer):
             return self._counts
 
     def endpoint(self, scheme: str = "http") -> str:
-        """Return the URL under which the server is reached through the proxy."""
         return f"{scheme}://127.0.0.1:{self.port}"
 
     def set(self, mode: Mode, *, cut: bool = False, **settings: float) -> None:
@@ -315,27 +283,19 @@ class FaultProxy(TcpServer):
             self.cut_all()
 
     def cut_all(self) -> None:
-        self.call(self._each(_Connection.reset))
-
-    def freeze_all(self) -> None:
-        """Let every open connection go silent for good, as a router does that has forgotten it."""
-        self.call(self._each(_Connection.freeze))
+        self.call(self._reset_all())
 
     def reset_counts(self) -> None:
         with self._changed:
             self._counts = Counts()
 
-    def wait_until(
-        self, predicate: Callable[[Counts], bool], timeout: float = PATIENCE_SECONDS
-    ) -> Counts:
-        """Block until the counts fulfil the predicate, and return them."""
+    def wait_until(self, predicate: Callable[[Counts], bool]) -> None:
+        """Block until the counts fulfil the predicate."""
         with self._changed:
-            if not self._changed.wait_for(lambda: predicate(self._counts), timeout):
-                raise AssertionError(f"the proxy did not get there: {self._counts}")
-            return self._counts
+            so = self._changed.wait_for(lambda: predicate(self._counts), PATIENCE_SECONDS)
+            assert so, self._counts
 
     def count(self, **more: int) -> None:
-        """Add to the counts; for the connections."""
         with self._changed:
             self._counts = replace(
                 self._counts,
@@ -344,14 +304,8 @@ class FaultProxy(TcpServer):
             self._changed.notify_all()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection as the mode says that holds now."""
         self.count(connections=1, round_trips=1)
-        connection = _Connection(self, reader, writer)
-        self._connections.add(connection)
-        try:
-            await connection.serve()
-        finally:
-            self._connections.remove(connection)
+        await _Connection(self, reader, writer).serve()
 
     async def _set(self, mode: Mode, settings: dict[str, float]) -> None:
         """Take over the mode; to refuse connections the port is kept, but not listened at."""
@@ -367,6 +321,6 @@ class FaultProxy(TcpServer):
         self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._placeholder.bind(("127.0.0.1", self.port))
 
-    async def _each(self, action: Callable[[_Connection], None]) -> None:
-        for connection in self._connections:
-            action(connection)
+    async def _reset_all(self) -> None:
+        for writers in self._open.values():
+            _reset(writers)

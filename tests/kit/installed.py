@@ -33,7 +33,5 @@ def install(directory: Path) -> Installed:
         module.symlink_to(SCRIPT)
     py_compile.compile(str(module), doraise=True)
     memory = dict(re.findall(r"^Environment=(MALLOC_\w+)=(\S+)$", UNIT.read_text(), re.MULTILINE))
-    assert memory, (
-        "the unit no longer says how memory is given back, and the figures are those with it"
-    )
+    assert memory, "the unit no longer says how memory is given back"
     return Installed([sys.executable, "-m", SCRIPT.stem], memory | {"PYTHONPATH": str(directory)})

@@ -11,7 +11,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypedDict, Unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from .lnd import Lnd
@@ -64,52 +64,51 @@ def assert_nothing_lost(
     its name.
     """
     found = find_problems(lnd, server, bucket, prefix, staging, **allowed)
-    if problems := [*found.false, *found.lost, *found.repeated]:
-        more = (
-            [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
-        )
-        raise AssertionError(
-            "\n  ".join(["the invariant is broken:", *problems[:MAX_REPORTED], *more])
-        )
+    problems = [*found.false, *found.lost, *found.repeated]
+    broken = f"the invariant is broken in {len(problems)} ways:"
+    assert not problems, "\n  ".join([broken, *problems[:MAX_REPORTED]])
 
 
 def find_problems(
     lnd: Lnd, server: Holder, bucket: str, prefix: str, staging: Path, **allowed: Unpack[Allowed]
 ) -> Problems:
     foreign, replaced_ok = allowed.get("foreign", ()), allowed.get("replaced_ok", False)
-    stored = _in_bucket(
-        server.objects(bucket, normalised_prefix(prefix)), normalised_prefix(prefix), foreign
-    )
-    staged = _in_staging(staging, foreign)
+    start = normalised_prefix(prefix)
+    objects = server.objects(bucket, start)
+    stored = {key.removeprefix(start): entry for key, entry in objects.items()}
+    stored = {name: entry for name, entry in stored.items() if name not in foreign}
+    entries = sorted(staging.iterdir()) if staging.is_dir() else []
+    entries = [entry for entry in entries if entry.name not in foreign]
+    names = _names_by_data(stored, entries)
     excused = range(len(lnd.written) - 1) if replaced_ok is True else replaced_ok or ()
     return Problems(
-        lost=_lost(lnd, stored, staged, excused),
-        repeated=_repeated(stored, staged, allowed.get("refreshes", 0)),
+        lost=[
+            f"version {index} of {len(lnd.written)} is lost: {version}"
+            for index, version in enumerate(lnd.written)
+            if version.data not in names and index not in excused
+        ],
+        repeated=_repeated(names, allowed.get("refreshes", 0)),
         false=[
             *_false_objects(stored),
-            *_false_files(staging, foreign),
-            *_unknown(lnd, {name: entry.data for name, entry in stored.items()} | staged),
-            *_disordered(lnd, stored, staged),
+            *_false_files(staging, entries),
+            *_unknown(lnd, names),
+            *_disordered(lnd, names),
         ],
     )
 
 
-def _in_bucket(
-    objects: Mapping[str, StoredObject], prefix: str, foreign: Collection[str]
-) -> dict[str, StoredObject]:
-    """Return the objects by name, without those of others."""
-    names = {key.removeprefix(prefix): entry for key, entry in objects.items()}
-    return {name: entry for name, entry in names.items() if name not in foreign}
-
-
-def _in_staging(staging: Path, foreign: Collection[str]) -> dict[str, bytes]:
-    if not staging.is_dir():
-        return {}
-    return {
-        entry.name: entry.read_bytes()
-        for entry in sorted(staging.iterdir())
-        if VERSION_NAME.fullmatch(entry.name) and entry.is_file() and entry.name not in foreign
-    }
+def _names_by_data(
+    stored: Mapping[str, StoredObject], entries: Sequence[Path]
+) -> dict[bytes, list[str]]:
+    """Return all names of the same bytes, oldest first."""
+    kept = {(name, entry.data) for name, entry in stored.items()}
+    for entry in entries:
+        if VERSION_NAME.fullmatch(entry.name) and entry.is_file():
+            kept.add((entry.name, entry.read_bytes()))
+    names: dict[bytes, list[str]] = {}
+    for name, data in sorted(kept):
+        names.setdefault(data, []).append(name)
+    return names
 
 
 def _false_name(name: str, data: bytes) -> str | None:
@@ -136,82 +135,45 @@ def _false_objects(stored: Mapping[str, StoredObject]) -> list[str]:
     return problems
 
 
-def _false_files(staging: Path, foreign: Collection[str]) -> list[str]:
+def _false_files(staging: Path, entries: Sequence[Path]) -> list[str]:
     """Find what does not belong in staging, differs from its name, or is open to others."""
-    if not staging.is_dir():
-        return []
     problems = []
-    if (mode := stat.S_IMODE(staging.stat().st_mode)) != 0o700:
+    if staging.is_dir() and (mode := stat.S_IMODE(staging.stat().st_mode)) != 0o700:
         problems.append(f"the staging directory has mode {mode:04o}, not 0700")
-    for entry in sorted(staging.iterdir()):
-        if entry.name in foreign:
-            continue
+    for entry in entries:
         if not stat.S_ISREG(entry.lstat().st_mode):
             problems.append(f"{entry} is not a regular file")
             continue
         if (mode := stat.S_IMODE(entry.stat().st_mode)) != 0o600:
             problems.append(f"{entry} has mode {mode:04o}, not 0600")
-        if not entry.name.startswith(".") and (
-            wrong := _false_name(entry.name, entry.read_bytes())
-        ):
+        wrong = _false_name(entry.name, entry.read_bytes())
+        if wrong and not entry.name.startswith("."):
             problems.append(f"staged file {entry.name} {wrong}")
     return problems
 
 
-def _lost(
-    lnd: Lnd,
-    stored: Mapping[str, StoredObject],
-    staged: Mapping[str, bytes],
-    excused: Collection[int],
-) -> list[str]:
-    """Find versions that are in neither place."""
-    kept = {entry.data for entry in stored.values()} | set(staged.values())
-    return [
-        f"version {index} of {len(lnd.written)} is lost: {version}"
-        for index, version in enumerate(lnd.written)
-        if version.data not in kept and index not in excused
-    ]
-
-
-def _unknown(lnd: Lnd, kept: Mapping[str, bytes]) -> list[str]:
+def _unknown(lnd: Lnd, names: Mapping[bytes, list[str]]) -> list[str]:
     """Find bytes that LND never completed, torn copies for example."""
     known = {version.data for version in lnd.written} | set(lnd.placed)
     return [
-        f"{name} holds {len(data)} bytes that were never a version"
-        for name, data in kept.items()
-        if data not in known
+        f"{names[data]} hold {len(data)} bytes that were never a version"
+        for data in names.keys() - known
     ]
 
 
-def _names_by_data(
-    stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]
-) -> dict[bytes, list[str]]:
-    """Return all names of the same bytes, oldest first."""
-    names: dict[bytes, set[str]] = {}
-    for name, data in [*((name, entry.data) for name, entry in stored.items()), *staged.items()]:
-        names.setdefault(data, set()).add(name)
-    return {data: sorted(group) for data, group in names.items()}
-
-
-def _repeated(
-    stored: Mapping[str, StoredObject], staged: Mapping[str, bytes], refreshes: int | None
-) -> list[str]:
+def _repeated(names: Mapping[bytes, list[str]], refreshes: int | None) -> list[str]:
     """Find bytes under more names than refreshes account for."""
-    repeated = [names for names in _names_by_data(stored, staged).values() if len(names) > 1]
-    extra = sum(len(names) - 1 for names in repeated)
+    repeated = [each for each in names.values() if len(each) > 1]
+    extra = sum(len(each) - 1 for each in repeated)
     if refreshes is None or extra <= refreshes:
         return []
     return [f"{extra} second names for the same bytes, where {refreshes} are allowed: {repeated}"]
 
 
-def _disordered(
-    lnd: Lnd, stored: Mapping[str, StoredObject], staged: Mapping[str, bytes]
-) -> list[str]:
+def _disordered(lnd: Lnd, names: Mapping[bytes, list[str]]) -> list[str]:
     """Find versions whose names do not follow the order in which LND wrote them."""
-    names = _names_by_data(stored, staged)
     order = [version.data for version in lnd.written]
-    once = [data for data in order if data in names and order.count(data) == 1]
-    first = [names[data][0] for data in once]
+    first = [names[data][0] for data in order if data in names and order.count(data) == 1]
     return [
         f"{later} was written after {earlier}, but its name does not follow"
         for earlier, later in itertools.pairwise(first)

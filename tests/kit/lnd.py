@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,12 +21,6 @@ MAIN_NAME = "channel.backup"
 TEMP_NAME = "temp-dont-use.backup"
 ARCHIVE_NAME = "chan-backup-archives"
 STOPPING_SECONDS = 0.5
-
-# What os.Create of Go passes to open(2).
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_CLOEXEC
-
-Fingerprint = dict[str, tuple[int, ...]]
 
 
 def channel_backup(channels: int) -> bytes:
@@ -39,24 +33,20 @@ def version_name(data: bytes, at: datetime) -> str:
     return f"{at:%Y%m%dT%H%M%S.%f}Z-{hashlib.sha256(data).hexdigest()[-6:]}"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Written:
     """One version that LND completed; both times were taken just before it appeared under its
     name.
     """
 
-    data: bytes
+    data: bytes = field(repr=False)
     sha256: str
-    channels: int
     renamed_at: float
     wall: datetime
 
-    def __repr__(self) -> str:
-        """Name the version without its bytes, to keep failure messages readable."""
-        return (
-            f"<{self.channels} channels, {len(self.data)} bytes, ..{self.sha256[-6:]}, "
-            f"{self.wall:%H:%M:%S.%f}>"
-        )
+    @property
+    def channels(self) -> int:
+        return max(0, (len(self.data) - EMPTY_SIZE) // CHANNEL_SIZE)
 
 
 class Lnd:
@@ -77,7 +67,8 @@ class Lnd:
     def write(self, channels: int = 10, data: bytes | None = None) -> Written:
         """Complete one update, call by call as LND's `UpdateAndSwap` does it."""
         payload = channel_backup(channels) if data is None else data
-        self._read_old()
+        if self.path.exists():
+            self.path.read_bytes()
         time.sleep(self.read_gap_seconds)
         temp = self._write_temp(payload)
         if self.archive:
@@ -89,13 +80,9 @@ class Lnd:
 
     def write_in_place(self, channels: int = 10, data: bytes | None = None) -> Written:
         """Overwrite the file as `lncli exportchanbackup --output_file` does."""
-        payload = channel_backup(channels) if data is None else data
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            version = _version(payload)
-            os.write(descriptor, payload)
-        finally:
-            os.close(descriptor)
+        version = _version(channel_backup(channels) if data is None else data)
+        with self.path.open("wb", buffering=0) as file:
+            file.write(version.data)
         self.written.append(version)
         return version
 
@@ -115,85 +102,46 @@ class Lnd:
             decoy.write_bytes(b"secret of LND, must never leave the node\n")
             decoy.chmod(mode)
 
-    def fingerprint(self) -> Fingerprint:
+    def fingerprint(self) -> dict[str, tuple[int, ...]]:
         """Return all that a write below the directory would change: names, inodes, modes, sizes and
         times.
         """
-        entries = [self.directory, *sorted(self.directory.rglob("*"))]
-        return {str(entry.relative_to(self.directory)): _identity(entry) for entry in entries}
-
-    def _read_old(self) -> bytes | None:
-        """Read the whole main file, which LND does before it replaces it."""
-        try:
-            descriptor = os.open(self.path, _READ)
-        except FileNotFoundError:
-            return None
-        try:
-            return _read_all(descriptor)
-        finally:
-            os.close(descriptor)
+        found: dict[str, tuple[int, ...]] = {}
+        for entry in (self.directory, *self.directory.rglob("*")):
+            status = entry.lstat()
+            times = (status.st_mtime_ns, status.st_ctime_ns)  # reading changes the other one
+            found[str(entry.relative_to(self.directory))] = (*status[:7], *times)
+        return found
 
     def _write_temp(self, data: bytes) -> Path:
         """Write and sync the temporary file, after removing one that a crash left over."""
         temp = self.directory / TEMP_NAME
         temp.unlink(missing_ok=True)
-        _write_synced(os.open(temp, _CREATE, 0o666), data)
+        _write_synced(temp, data)
         return temp
 
     def _archive_old(self) -> None:
         """Copy the main file into the archive, under local time in whole seconds."""
-        try:
-            descriptor = os.open(self.path, _READ)
-        except FileNotFoundError:
+        if not self.path.exists():
             return
-        try:
+        with self.path.open("rb") as old:
             archive = self.directory / ARCHIVE_NAME
             archive.mkdir(mode=0o700, exist_ok=True)
             copy = archive / time.strftime(f"{MAIN_NAME}-%Y-%m-%d-%H-%M-%S")
-            _write_synced(os.open(copy, _CREATE, 0o666), _read_all(descriptor))
-        finally:
-            os.close(descriptor)
+            _write_synced(copy, old.read())
 
 
 def _version(data: bytes) -> Written:
     """Describe the version that is about to appear."""
-    channels = max(0, (len(data) - EMPTY_SIZE) // CHANNEL_SIZE)
-    return Written(
-        data, hashlib.sha256(data).hexdigest(), channels, time.monotonic(), datetime.now(UTC)
-    )
+    return Written(data, hashlib.sha256(data).hexdigest(), time.monotonic(), datetime.now(UTC))
 
 
-def _read_all(descriptor: int) -> bytes:
-    """Read a descriptor to its end, in one read where the kernel gives everything at once."""
-    parts = []
-    while part := os.read(descriptor, os.fstat(descriptor).st_size + 512):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _write_synced(descriptor: int, data: bytes) -> None:
-    """Write everything at once, sync and close."""
-    try:
-        if os.write(descriptor, data) != len(data):
+def _write_synced(path: Path, data: bytes) -> None:
+    """Create a file as Go does, write everything at once, and sync."""
+    with path.open("w+b", buffering=0) as file:
+        if file.write(data) != len(data):
             raise OSError("short write")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    """Return what a change to the entry would alter, and reading it would not."""
-    status = path.lstat()
-    return (
-        status.st_ino,
-        status.st_mode,
-        status.st_nlink,
-        status.st_uid,
-        status.st_gid,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
+        os.fsync(file.fileno())
 
 
 def serve(lnd: Lnd) -> None:

@@ -6,17 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
-import itertools
 import json
 import os
+import re
 import signal
 import socket
-import ssl
 import subprocess
 import threading
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +23,7 @@ from unittest import mock
 import botocore.session
 import trustme
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 REGION = "us-east-1"
 MINISTACK_PYTHON = CHECKOUT / ".venv-s3/bin/python"
 PATIENCE_SECONDS = 30.0  # for what comes at once, on a machine that has much else to do
-GRACE_SECONDS = 0.2
 
 # Run by the Python of ministack's own environment. Its command would also take port 443. No session
 # tickets: they come unasked and would be counted as an answer by the proxy. The end of stdin, that
@@ -53,16 +51,14 @@ class KitConfig(Config):
         return context
 
 config = KitConfig()
-descriptor, grace = sys.argv[1], float(sys.argv[2])
-config.certfile, config.keyfile = sys.argv[3:] or (None, None)
-config.bind, config.keep_alive_timeout = ["fd://" + descriptor], 75
-config.graceful_timeout = config.shutdown_timeout = grace
+config.certfile, config.keyfile = sys.argv[2:] or (None, None)
+config.bind, config.keep_alive_timeout = ["fd://" + sys.argv[1]], 75
+config.graceful_timeout = config.shutdown_timeout = 0.2
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 asyncio.run(serve(app, config))
 """
 
 _environment_lock = threading.Lock()
-_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -73,19 +69,14 @@ class Credentials:
     secret_key: str
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class StoredObject:
     """One object as the bucket holds it."""
 
     key: str
-    data: bytes
+    data: bytes = field(repr=False)
     metadata: dict[str, str]
     last_modified: datetime
-    etag: str
-
-    def __repr__(self) -> str:
-        """Name the object without its bytes, to keep failure messages readable."""
-        return f"<{self.key}, {len(self.data)} bytes, stored {self.last_modified:%H:%M:%S}>"
 
 
 ROOT = Credentials("test", "test")
@@ -93,11 +84,7 @@ ROOT = Credentials("test", "test")
 
 def foreign_settings() -> list[str]:
     """Return the environment variables of the caller that would reach into an AWS client."""
-    return [
-        name
-        for name in os.environ
-        if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY")
-    ]
+    return [name for name in os.environ if re.match("AWS_|.*_PROXY$", name, re.IGNORECASE)]
 
 
 @contextlib.contextmanager
@@ -156,7 +143,6 @@ class S3Server:
     """
 
     def __init__(self, directory: Path, *, tls: bool = False, services: str = "s3,iam,sts") -> None:
-        """Prepare a server that keeps everything below the directory; nothing runs yet."""
         self.services = services
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -164,10 +150,11 @@ class S3Server:
         self.host = "127.0.0.1"
         self.port = 0
         self.ca_file: Path | None = None
+        self._certificate: list[str] = []
         self.log_file = directory / "ministack.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._clients: dict[tuple[str, Credentials], Any] = {}
-        self._buckets: dict[str, dict[str, Any]] = {}
+        self._buckets: list[str] = []
         if tls:
             self._make_certificate()
 
@@ -200,19 +187,12 @@ class S3Server:
 
     def start(self) -> None:
         """Start the server, with the buckets and users of an earlier run, until it answers."""
-        if self._process is not None:
-            return
-        listener = self._listen()
+        # The server inherits it; until it is ready, connections queue in it.
+        listener = socket.create_server((self.host, self.port))
+        self.port = listener.getsockname()[1]
         with listener, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    MINISTACK_PYTHON,
-                    "-c",
-                    _LAUNCH,
-                    str(listener.fileno()),
-                    str(GRACE_SECONDS),
-                    *self._certificate(),
-                ],
+                [MINISTACK_PYTHON, "-c", _LAUNCH, str(listener.fileno()), *self._certificate],
                 env=self._environment(),
                 cwd=self.directory,
                 stdin=subprocess.PIPE,
@@ -221,12 +201,11 @@ class S3Server:
                 pass_fds=[listener.fileno()],
             )
         try:
-            self._wait_until_ready()
-        except (OSError, http.client.HTTPException) as error:
+            self._restore_buckets()
+        except BotoCoreError as error:
             self.kill()
             text = self.log_file.read_text(errors="replace")[-4000:]
             raise RuntimeError(f"ministack did not start: {error!r}\n{text}") from error
-        self._restore_buckets()
 
     def stop(self) -> None:
         """End the server in order; state is kept and `start` brings it back."""
@@ -246,25 +225,27 @@ class S3Server:
 
     def create_bucket(self, name: str | None = None, **kwargs: Any) -> str:  # noqa: ANN401 - passed to the client
         """Create a bucket, by default under a name that was never used, and return its name."""
-        bucket = name or f"bucket-{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+        bucket = name or f"bucket-{uuid.uuid4().hex}"
         self.admin.create_bucket(Bucket=bucket, **kwargs)
-        self._buckets[bucket] = kwargs
+        self._buckets.append(bucket)
         return bucket
 
-    def put_version(self, bucket: str, key: str, data: bytes) -> str:
-        """Store a version with its digest, as the program does, and return its key."""
-        metadata = {"sha256": hashlib.sha256(data).hexdigest()}
+    def put_version(
+        self, bucket: str, key: str, data: bytes, metadata: dict[str, str] | None = None
+    ) -> str:
+        """Store a version, by default with its digest, as the program does, and return its key."""
+        if metadata is None:
+            metadata = {"sha256": hashlib.sha256(data).hexdigest()}
         self.admin.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
         return key
 
-    def user(self, *statements: dict[str, Any], name: str | None = None) -> Credentials:
+    def user(self, *statements: dict[str, Any]) -> Credentials:
         """Create a user with these IAM statements and nothing else, and return its key."""
-        user = name or f"user-{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+        user = f"user-{uuid.uuid4().hex}"
         iam = self.client(service="iam")
-        policy = json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+        policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
         iam.create_user(UserName=user)
-        if statements:
-            iam.put_user_policy(UserName=user, PolicyName="kit", PolicyDocument=policy)
+        iam.put_user_policy(UserName=user, PolicyName="kit", PolicyDocument=policy)
         key = iam.create_access_key(UserName=user)["AccessKey"]
         return Credentials(key["AccessKeyId"], key["SecretAccessKey"])
 
@@ -289,9 +270,7 @@ class S3Server:
     def _object(self, bucket: str, key: str) -> StoredObject:
         answer = self.admin.get_object(Bucket=bucket, Key=key)
         with contextlib.closing(answer["Body"]) as body:
-            return StoredObject(
-                key, body.read(), answer["Metadata"], answer["LastModified"], answer["ETag"]
-            )
+            return StoredObject(key, body.read(), answer["Metadata"], answer["LastModified"])
 
     def _end(self, how: signal.Signals) -> None:
         """Signal the process, also if it is suspended, and wait for its end."""
@@ -306,21 +285,7 @@ class S3Server:
         if process.stdin:
             process.stdin.close()
 
-    def _listen(self) -> socket.socket:
-        """Return a listening socket for the server to inherit: connections queue in it until the
-        server is ready.
-        """
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((self.host, self.port))
-        listener.listen(128)
-        self.port = listener.getsockname()[1]
-        return listener
-
     def _environment(self) -> dict[str, str]:
-        """Return ministack's settings: authorisation on, state on disk, no listener beside the one
-        it inherits.
-        """
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(self.directory),
@@ -342,34 +307,13 @@ class S3Server:
         certificate = authority.issue_cert(self.host, "localhost", "s3.example.org")
         self.ca_file = self.directory / "ca.pem"
         authority.cert_pem.write_to_path(str(self.ca_file))
-        certificate.private_key_pem.write_to_path(str(self.directory / "key.pem"))
-        for part in certificate.cert_chain_pems:
-            part.write_to_path(str(self.directory / "cert.pem"), append=True)
-
-    def _certificate(self) -> list[str]:
-        """Return the paths of the certificate and its key, none for http."""
-        return (
-            [str(self.directory / name) for name in ("cert.pem", "key.pem")] if self.ca_file else []
-        )
-
-    def _wait_until_ready(self) -> None:
-        """Ask one question, which fails at once if the server dies."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE_SECONDS)
-        if self.ca_file:
-            context = ssl.create_default_context(cafile=self.ca_file)
-            connection = http.client.HTTPSConnection(
-                self.host, self.port, timeout=PATIENCE_SECONDS, context=context
-            )
-        with contextlib.closing(connection):
-            connection.request("GET", "/_ministack/ready")
-            answer = connection.getresponse()
-            if answer.status != http.HTTPStatus.OK:
-                raise OSError(f"status {answer.status}")
-            answer.read()
+        pem = str(self.directory / "cert.pem")
+        certificate.private_key_and_cert_chain_pem.write_to_path(pem)
+        self._certificate = [pem, pem]
 
     def _restore_buckets(self) -> None:
         """Create those buckets anew that are gone, which are the ones without an object."""
         present = {bucket["Name"] for bucket in self.admin.list_buckets()["Buckets"]}
-        for bucket, kwargs in self._buckets.items():
+        for bucket in self._buckets:
             if bucket not in present:
-                self.admin.create_bucket(Bucket=bucket, **kwargs)
+                self.admin.create_bucket(Bucket=bucket)

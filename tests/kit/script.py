@@ -200,7 +200,6 @@ class Script:
         """
         self._home = tempfile.mkdtemp(prefix="kit-home-")
         out, err = os.pipe(), os.pipe()
-        self._ends = [os.fdopen(pipe[0], "rb") for pipe in (out, err)]
         opened = nothing, into_out, into_err = os.open(os.devnull, os.O_RDONLY), out[1], err[1]
         try:
             self.process = start(
@@ -214,7 +213,7 @@ class Script:
         finally:
             for descriptor in opened:
                 os.close(descriptor)
-        self._stdout, self._log = Text("stdout", out[0]), Text("the log", err[0])
+        self._stdout, self._log = Text(out[0]), Text(err[0])
 
     def __enter__(self) -> Self:
         return self
@@ -232,12 +231,10 @@ class Script:
 
     @property
     def log(self) -> str:
-        """Return what it wrote to stderr until now."""
         return str(self._log)
 
     @property
     def stdout(self) -> str:
-        """Return what it wrote to stdout until now."""
         return str(self._stdout)
 
     def wait_for_log(
@@ -266,13 +263,10 @@ class Script:
         return self.wait(timeout)
 
     def close(self) -> None:
-        """Kill it if it still runs, and clean up."""
         self.process.kill()
         self.process.wait()
         for text in (self._log, self._stdout):
             text.join()
-        for end in self._ends:
-            end.close()
         shutil.rmtree(self._home, ignore_errors=True)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import http.server
 import socketserver
-import ssl
 import sys
 import threading
 import time
@@ -34,23 +33,8 @@ class Request:
     body: bytes
 
 
-class _Connection(ssl.SSLSocket):
-    """A connection that leaves nothing open when the client has reset it before it was accepted.
-
-    `ssl.SSLSocket._create` (CPython 3.11.7) tries to read from it then, and raises without closing
-    it.
-    """
-
-    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        try:
-            return super().recv(buflen, flags)
-        except ConnectionResetError:
-            self.close()
-            raise
-
-
 class ScriptedS3(socketserver.ThreadingTCPServer):
-    """Takes requests in over http or https, remembers them, and lets a subclass answer.
+    """Takes requests in, remembers them, and lets a subclass answer.
 
     It runs inside `with`. Its connections are cut at the end, so that no thread outlives the test.
     """
@@ -58,22 +42,15 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
     daemon_threads = False
     block_on_close = True
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self) -> None:
         self.requests: list[Request] = []
         self.asked_at = 0.0  # when the first request came, by the monotonic clock
         self._changed = threading.Condition()
         self._open: set[socket.socket] = set()
-        self._scheme = "https" if tls else "http"
         super().__init__(("127.0.0.1", 0), _Handler)
         self._thread = threading.Thread(
             target=self.serve_forever, args=(0.02,), name=type(self).__name__
         )
-        if tls:
-            tls.sslsocket_class = _Connection
-            # The handshake belongs to the thread of the connection.
-            self.socket = tls.wrap_socket(
-                self.socket, server_side=True, do_handshake_on_connect=False
-            )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -95,17 +72,15 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
 
     @property
     def endpoint(self) -> str:
-        return f"{self._scheme}://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}"
 
-    def wait_for_requests(
-        self, count: int, timeout: float = PATIENCE_SECONDS, *, method: str = "PUT"
-    ) -> list[Request]:
+    def wait_for_requests(self, count: int, method: str = "PUT") -> list[Request]:
         """Block until so many requests of the method have arrived, and return all of them."""
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._of(method)) >= count, timeout):
-                raise AssertionError(
-                    f"{len(self._of(method))} of {count} requests arrived: {self.requests}"
-                )
+            enough = self._changed.wait_for(
+                lambda: len(self._of(method)) >= count, PATIENCE_SECONDS
+            )
+            assert enough, f"fewer than {count} requests arrived: {self.requests}"
             return self._of(method)
 
     def note(self, request: Request) -> None:
@@ -131,14 +106,11 @@ class ScriptedS3(socketserver.ThreadingTCPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as in the base class
-        """Keep quiet about clients that went away."""
-        if not isinstance(sys.exception(), OSError):
+        if not isinstance(sys.exception(), OSError):  # a client may go away
             super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Takes requests in as HTTP."""
-
     protocol_version = "HTTP/1.1"
     server: ScriptedS3
 
@@ -150,33 +122,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_PUT = do_GET = do_HEAD = do_POST = do_DELETE = take_in  # noqa: N815 - the names of the base class
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the signature of the base class
-        """Write nothing."""
+        pass
 
 
 class FakeS3(ScriptedS3):
     """Answers each PUT with the next of the scripted answers and then with success, and any other
-    method by default.
-
-    With `hold` requests are taken in and recorded, and answered only after `release`.
+    method by default. After `hold`, requests are taken in and recorded, and wait for `release`.
     """
 
-    def __init__(
-        self,
-        *answers: Answer,
-        defaults: dict[str, Answer] | None = None,
-        hold: bool = False,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, *answers: Answer, defaults: dict[str, Answer] | None = None) -> None:
         """Script the answers; `defaults` gives by method what follows them (other methods than PUT:
         AccessDenied).
         """
-        super().__init__(tls)
+        super().__init__()
         self._stored: dict[str, StoredObject] = {}
         self._answers = deque(answers)
         self._defaults = {"PUT": STORED} | (defaults or {})
         self._released = threading.Event()
-        if not hold:
-            self._released.set()
+        self._released.set()
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -184,14 +147,10 @@ class FakeS3(ScriptedS3):
 
     def objects(self, bucket: str, prefix: str = "") -> dict[str, StoredObject]:
         """Return by key what was answered as a good PUT is, as a server would show it."""
-        start = f"/{bucket}/"
+        start = f"/{bucket}/{prefix}"
         with self._changed:
-            found = {
-                path.removeprefix(start): entry
-                for path, entry in self._stored.items()
-                if path.startswith(start)
-            }
-        return {key: entry for key, entry in found.items() if key.startswith(prefix)}
+            found = [entry for path, entry in self._stored.items() if path.startswith(start)]
+        return {entry.key: entry for entry in found}
 
     def script(self, *answers: Answer) -> None:
         with self._changed:
@@ -213,8 +172,7 @@ class FakeS3(ScriptedS3):
         """Block until a request that was recorded may be answered."""
         self._released.wait()
 
-    def take(self, request: Request) -> Answer:
-        """Remember a request, wait as long as answers are held, and return the answer."""
+    def answer(self, request: Request, handler: _Handler) -> None:
         with self._changed:
             self.note(request)
             answer = self._defaults.get(request.method, ACCESS_DENIED)
@@ -223,10 +181,6 @@ class FakeS3(ScriptedS3):
         self.wait_for_leave()
         if request.method == "PUT" and answer == STORED:
             self._store(request)
-        return answer
-
-    def answer(self, request: Request, handler: _Handler) -> None:
-        answer = self.take(request)
         if answer.drop:
             handler.close_connection = True
             return
@@ -235,7 +189,7 @@ class FakeS3(ScriptedS3):
         if answer.code:
             headers["Content-Type"] = "application/xml"
         elif answer.etag:
-            headers["ETag"] = _etag(request)
+            headers["ETag"] = f'"{hashlib.md5(request.body, usedforsecurity=False).hexdigest()}"'
         handler.send_response(HTTPStatus(answer.status))
         for name, value in (headers | answer.headers).items():
             handler.send_header(name, value)
@@ -246,11 +200,9 @@ class FakeS3(ScriptedS3):
     def _store(self, request: Request) -> None:
         key = request.path.lstrip("/").partition("/")[2]
         metadata = {"sha256": request.headers.get("x-amz-meta-sha256", "")}
+        stored = StoredObject(key, request.body, metadata, datetime.now(UTC))
         with self._changed:
-            self._stored[request.path] = StoredObject(
-                key, request.body, metadata, datetime.now(UTC), _etag(request)
-            )
-            self._changed.notify_all()
+            self._stored[request.path] = stored
 
 
 class RawS3(ScriptedS3):
@@ -261,7 +213,6 @@ class RawS3(ScriptedS3):
     """
 
     def __init__(self, reply: Callable[[Request], Iterable[bytes | float]]) -> None:
-        """Answer by this function, which may be replaced at any time."""
         super().__init__()
         self.reply = reply
         self.sent = 0
@@ -283,8 +234,3 @@ class RawS3(ScriptedS3):
             handler.wfile.write(piece)
             with self._changed:
                 self.sent += len(piece)
-
-
-def _etag(request: Request) -> str:
-    """Return the tag that S3 gives to what is put."""
-    return f'"{hashlib.md5(request.body, usedforsecurity=False).hexdigest()}"'

@@ -60,7 +60,7 @@ def settings_for(
 ) -> dict[str, str]:
     """Return the program's settings, with a new key that may put below the prefix alone."""
     user = server.put_only_user(bucket, normalised_prefix(prefix))
-    tls = {"AWS_CA_BUNDLE": str(server.ca_file)} if server.ca_file else {}
-    return tls | settings_at(
-        endpoint or server.endpoint, lnd, staging, bucket=bucket, prefix=prefix, user=user
+    where = endpoint or server.endpoint
+    return reader_settings(server, bucket, prefix, user) | settings_at(
+        where, lnd, staging, bucket=bucket, prefix=prefix, user=user
     )

@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from .s3_server import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
 
-    Tap = Callable[[bytes, float], object]  # is told of bytes, and when they came
     Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 CHUNK = 65536
@@ -124,30 +122,15 @@ def _this_task() -> asyncio.Task[None]:
     return task
 
 
-def no_tap(_data: bytes, _at: float) -> None:
-    """Listen to nothing."""
+async def pass_both(one: Streams, other: Streams) -> None:
+    """Pass bytes both ways until either side ends."""
+    async with asyncio.TaskGroup() as ways:
+        ways.create_task(_pass_on(one[0], other[1]))
+        ways.create_task(_pass_on(other[0], one[1]))
 
 
-async def pass_both(one: Streams, other: Streams, up: Tap = no_tap, down: Tap = no_tap) -> None:
-    """Pass bytes both ways until either side ends; the taps are told of them, and of the time."""
-    ways = [
-        asyncio.create_task(_pass_on(one[0], other[1], up)),
-        asyncio.create_task(_pass_on(other[0], one[1], down)),
-    ]
-    try:
-        done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in done:
-            way.result()  # a tap that does not understand a message is a fault of the kit
-    finally:
-        for way in ways:
-            way.cancel()
-
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tap: Tap) -> None:
-    """Pass bytes one way; the tap comes last, so that it delays nothing."""
-    with contextlib.suppress(OSError):
-        while data := await reader.read(CHUNK):
-            at = time.monotonic()
-            writer.write(data)
-            tap(data, at)
-            await writer.drain()
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(CHUNK):
+        writer.write(data)
+        await writer.drain()
+    raise EOFError  # the end of one way is that of the other

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import trustme
 
-from .tcp_server import TcpServer, no_tap, pass_both
+from .tcp_server import TcpServer, pass_both
 
 if TYPE_CHECKING:
     import asyncio
     from pathlib import Path
-
-    from .tcp_server import Tap
 
 
 class TlsFront(TcpServer):
@@ -32,9 +30,11 @@ class TlsFront(TcpServer):
         """Prepare to stand before that port; with TLS, under a certificate for this name of an
         authority of its own, which is valid for a day.
         """
-        self.target, self.ca_file, context = port, directory / "ca.pem", None
+        self.target = port
+        self.ca_file = context = None
         if tls:
             authority = trustme.CA()
+            self.ca_file = directory / "ca.pem"
             authority.cert_pem.write_to_path(str(self.ca_file))
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.num_tickets = 0  # they come unasked, and would be counted as an answer
@@ -44,10 +44,4 @@ class TlsFront(TcpServer):
         super().__init__(context)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass the bytes of one connection both ways until either side ends."""
-        there = await self.connect(("127.0.0.1", self.target))
-        await pass_both((reader, writer), there, *self.taps())
-
-    def taps(self) -> tuple[Tap, Tap]:
-        """Return what listens to the bytes of one connection, each way."""
-        return no_tap, no_tap
+        await pass_both((reader, writer), await self.connect(("127.0.0.1", self.target)))

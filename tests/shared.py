@@ -237,17 +237,21 @@ def statements(text: str) -> list[dict[str, Any]]:
 
 def restore(env: dict[str, str], home: Path, *args: str, code: int = 0) -> Done:
     """Run `restore` in that directory, and expect this exit code, no traceback and no leftovers."""
-    expected = set(home.iterdir())
-    if code == 0 and "--output" not in args:
-        expected.add(home / "channel.backup")
+    before = set(home.iterdir())
     done = run_script(env, "restore", *args, cwd=home)
     assert done.returncode == code, done.stderr
-    expect_tidy(home, done, expected)
+    expect_tidy(
+        home,
+        done,
+        before | ({home / "channel.backup"} if code == 0 and "--output" not in args else set()),
+    )
     return done
 
 
 def command_for_the_one_before(done: Done) -> list[str]:
-    """Return the words of the command in the hint, without Python and the script."""
+    """Return the words of the command in the hint, without Python and the script; none if there is
+    none.
+    """
     found = re.search(rf"hint: .*({re.escape(shlex.quote(sys.executable))} .*)", done.stderr)
     if not found:
         return []

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def connect(proxy: FaultProxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), PATIENCE_SECONDS)
+    return socket.create_connection(("127.0.0.1", proxy.port))
 
 
 class Echo(TcpServer):

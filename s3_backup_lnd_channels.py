@@ -29,10 +29,8 @@ import ctypes
 import difflib
 import errno
 import fcntl
-import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
@@ -47,15 +45,17 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from functools import cache, partial
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 try:
     from datetime import UTC, datetime, timedelta  # UTC since Python 3.11
@@ -123,11 +123,6 @@ def captured_at(name: str) -> datetime | None:
     return None
 
 
-def age_seconds(at: datetime) -> float:
-    """Return how long ago a time was; negative if it is still to come."""
-    return (datetime.now(UTC) - at).total_seconds()
-
-
 def new_name(sha256: str, newest: str) -> str:
     """Return the name of a version captured now: above the newest name, whatever the clock says."""
     now = datetime.now(UTC)
@@ -148,7 +143,7 @@ def read_file(path: Path | str, directory: int | None = None) -> tuple[bytes, os
     It follows no link, and waits for no pipe. Raises OSError.
     """
     more = os.O_NOFOLLOW | os.O_NONBLOCK
-    opener = functools.partial(os.open, dir_fd=directory)
+    opener = partial(os.open, dir_fd=directory)
     with open(path, "rb", opener=lambda name, flags: opener(name, flags | more)) as file:
         before = os.fstat(file.fileno())
         if not stat.S_ISREG(before.st_mode):
@@ -239,16 +234,19 @@ class Receipt(NamedTuple):
     bucket: str  # ENDPOINT/BUCKET: a receipt is valid for this bucket only
     newest: str = ""  # the highest name ever given: names increase across restarts
 
+    def age_seconds(self) -> float:
+        """Return how long ago the put began; negative if a clock ran ahead then."""
+        return (datetime.now(UTC) - datetime.fromisoformat(self.stored_at)).total_seconds()
+
     def is_proof(self, refresh_seconds: float) -> bool:
         """Tell whether it proves that its version is the newest in the bucket, by name and by time.
 
         Not if it comes from the future, is older than the refresh (0: none), or if the put began
         long after the time in the name: S3 was away, or a clock was wrong.
         """
-        put_at = datetime.fromisoformat(self.stored_at)
-        captured = captured_at(self.name)
+        put_at, captured = datetime.fromisoformat(self.stored_at), captured_at(self.name)
         is_late = captured is None or (put_at - captured).total_seconds() > LATE_SECONDS
-        return not is_late and 0 <= age_seconds(put_at) < (refresh_seconds or FOREVER)
+        return not is_late and 0 <= self.age_seconds() < (refresh_seconds or FOREVER)
 
 
 def read_receipt(directory: Path) -> Receipt | None:
@@ -384,7 +382,9 @@ class Bucket:
         """
         with explained("cannot use the AWS settings", CHECK_SDK):
             session = new_session()
-            source = f"profile {session.profile_name}: {', '.join(scoped_config(session))}"
+            names = [name for name in os.environ if name.startswith("AWS_")]
+            names += scoped_config(session)
+            source = f"profile {session.profile_name}, with {', '.join(names) or 'no setting'}"
         with explained(f"cannot get credentials ({source})", CREDENTIALS):
             credentials = session.get_credentials()
             keys = credentials and credentials.get_frozen_credentials()
@@ -398,7 +398,7 @@ class Bucket:
             self.place = f"{url.rpartition('//')[2].rpartition('@')[2].rstrip('/')}/{self.name}"
             told = f"using endpoint {url}, region {region}, credentials: {credentials.method}"
             if told != self.told:
-                log.info("%s", told)
+                log.info(told)
             self.told = told
         return self.client
 
@@ -427,7 +427,8 @@ class Bucket:
             own = {"Bucket": self.name, "Key": key, "Body": body, "Metadata": {"sha256": sha256}}
             answer = client.put_object(**{**self.put_arguments, **own, **check})
             echoed = answer.get("ChecksumSHA256", checksum)
-            if not answer.get("ETag") or answer["AnswerBody"] or echoed != checksum:
+            body_bytes = answer["ResponseMetadata"]["HTTPHeaders"]["x-answer-bytes"]
+            if not answer.get("ETag") or body_bytes != "0" or echoed != checksum:
                 raise TransientError(f"{what}: the answer is no receipt", SOMETHING_BETWEEN)
         return Receipt(name, key, len(data), put_at, sha256, self.place)
 
@@ -475,14 +476,13 @@ class Daemon:
         if is_once:
             grace, last = ONE_SHOT_SECONDS, TELLING_SECONDS
         install_signal_handlers(self.stop)
-        stopped = asyncio.create_task(self.stop.wait())
-        never = asyncio.Future[None]()
+        stopped, never = asyncio.create_task(self.stop.wait()), asyncio.Future[None]()
         deadline = fewest = FOREVER
         self.watch_directory()
         notify_systemd("READY=1")
         while True:
             if self.stop.is_set() and deadline == FOREVER:
-                deadline, self.retry_at = time.monotonic() + grace, 0.0
+                deadline, self.retry_at, self.failures = time.monotonic() + grace, 0.0, 0
             self.watch_directory()
             self.list_staging()
             self.capture()
@@ -504,6 +504,7 @@ class Daemon:
             if telling := self.telling():
                 await asyncio.wait(telling, timeout=last / 2)
             self.finish_upload()
+            self.capture()  # the last look: what comes so late is staged for the next start
             with self.using_disk():
                 self.staging.tidy()
             self.report(deadline)
@@ -698,7 +699,7 @@ class Daemon:
             waiting.append(self.unstaged.name)
         problems = [self.reading, self.disk, self.storing, self.watching, self.copy.problem]
         wrong = [problem for problem in problems if problem.error]  # worst first
-        lasting = [str(each.error) for each in wrong if each.seconds() >= ALARM_SECONDS]
+        lasting = "; ".join(str(each.error) for each in wrong if each.seconds() >= ALARM_SECONDS)
         problems += [self.heartbeat.problem, self.metrics.problem]
         status = status_line(receipt, len(waiting), problems)
         if deadline < FOREVER:
@@ -715,8 +716,7 @@ class Daemon:
         is_good = self.newest_receipt and not wrong and not waiting
         if settings.heartbeat_url and (lasting or is_good):
             beat = "" if lasting else self.newest
-            request = (request_heartbeat, settings.heartbeat_url, "; ".join(lasting))
-            self.heartbeat.run(beat, period, *request)
+            self.heartbeat.run(beat, period, request_heartbeat, settings.heartbeat_url, lasting)
 
 
 # --- 5. Threads and signals, and the SDK held to limits -------------------------------------------
@@ -820,7 +820,7 @@ def install_signal_handlers(stop: asyncio.Event) -> None:
     loop.set_exception_handler(on_fault)
 
 
-@functools.cache
+@cache
 def new_session() -> Any:
     """Return a session, until the cache is cleared; only a new one reads changed files."""
     return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)  # the SDK ignores it
@@ -867,20 +867,17 @@ def new_client(session: Any, **credentials: str) -> Any:
         elif answer.raw.length_remaining or answer.status_code // 100 == 1:
             raise sdk.HTTPClientError(error="the answer is cut short")
         answer._content, answer.raw = data, io.BytesIO(data)  # botocore reads one of them
+        answer.headers["x-answer-bytes"] = str(len(data))  # for `put`: a receipt has no body
         return answer
-
-    def keep_body(http_response: Any, parsed: dict[str, Any], **_: object) -> None:
-        parsed["AnswerBody"] = http_response.content
 
     client.meta.events.register("before-sign.s3.PutObject", drop_expect)
     client.meta.events.register("before-send.s3", send)
-    client.meta.events.register("after-call.s3.PutObject", keep_body)
     return client
 
 
 def start_program(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start the SDK's credential_process, without a terminal; coreutils end it if it hangs."""
-    limit = ["timeout", "--kill-after=1", f"{SILENCE_SECONDS}"]
+    limit = ["timeout", "--verbose", "--kill-after=1", f"{SILENCE_SECONDS}"]
     return subprocess.Popen([*limit, *command], stdin=subprocess.DEVNULL, **options)  # noqa: S603
 
 
@@ -906,7 +903,7 @@ def notify_systemd(state: str) -> None:
 def status_line(receipt: Receipt | None, waiting: int, problems: list[Problem]) -> str:
     """Return one line for systemctl; cut, for systemd drops what is above 4,096 bytes."""
     stored = "nothing stored yet"
-    if receipt:
+    if receipt and receipt.age_seconds() >= 0:
         stored = f"stored {receipt.stored_at[:19].replace('T', ' ')} UTC"
     wrong = [str(problem.error) for problem in problems if problem.error]
     return printable("; ".join([f"{stored}, {waiting} staged", *wrong]))[:1000]
@@ -916,6 +913,8 @@ def metrics_text(
     receipt: Receipt | None, newest: str, waiting: list[str], problems: list[Problem]
 ) -> str:
     """Return the metrics as Prometheus reads them; times are seconds since 1970, 0 for none."""
+    if receipt and receipt.age_seconds() < 0:
+        receipt = None  # of a clock that ran ahead
     stored = datetime.fromisoformat(receipt.stored_at) if receipt else None
     times = {
         "last_stored": stored,
@@ -957,7 +956,7 @@ def opened(directory: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
+class NoRedirect(HTTPRedirectHandler):
     """Follows none: whoever answers in the heartbeat's place cannot send the request elsewhere."""
 
     def redirect_request(self, *_: object) -> None:
@@ -976,8 +975,8 @@ def request_heartbeat(url: str, why: str) -> None:
             parts = parts._replace(path=parts.path.rstrip("/") + "/fail")
             body = why.encode()
         headers = {"User-Agent": f"lnd-backup/{__version__}"}
-        request = urllib.request.Request(parts.geturl(), body, headers)
-        urllib.request.build_opener(NoRedirect).open(request, timeout=TELLING_SECONDS).close()
+        request = Request(parts.geturl(), body, headers)
+        build_opener(NoRedirect).open(request, timeout=TELLING_SECONDS).close()
     except Exception as error:  # urllib, http.client and ssl have nothing else in common
         hint = "backups go on; check the URL, and who answers there"
         raise TransientError(f"cannot reach HEARTBEAT_URL: {reason(error)}", hint) from None
@@ -1057,7 +1056,7 @@ def list_versions(bucket: Bucket) -> tuple[list[StoredVersion], int, list[str]]:
     if unusable:
         log.warning("left out: versions with an impossible size or time: %d", unusable)
     ordered = [version for _, version in sorted(versions, reverse=True)]
-    pairs = itertools.zip_longest(ordered, ordered[1:])
+    pairs = zip_longest(ordered, ordered[1:])
     return [version.marked(older) for version, older in pairs], others + len(folders), folders
 
 
@@ -1088,9 +1087,8 @@ def get_version(bucket: Bucket, key: str, seconds: float = ONE_SHOT_SECONDS) -> 
     with explained(what), alarm(seconds):
         answer = bucket.connect().get_object(Bucket=bucket.name, Key=key)
         data: bytes = answer["Body"].read()
-    metadata = answer.get("Metadata", {})
-    metadata = {name.lower(): value for name, value in metadata.items()}  # some write Sha256
-    wanted = metadata.get("sha256", "").lower()
+    given = answer.get("Metadata", {}).items()
+    wanted = {name.lower(): value.lower() for name, value in given}.get("sha256", "")
     sha256 = sha256_of(data)
     is_whole = len(data) >= EMPTY_BYTES and key.endswith(sha256[-6:])
     if not is_whole or wanted not in ("", sha256):
@@ -1112,8 +1110,6 @@ def command_run(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> in
         os.set_blocking(2, os.isatty(2))  # by number: Python knows no stderr that was closed
     file = settings.file
     log.info("watching %s, staging in %s", file, settings.staging)
-    if settings.heartbeat_url and not settings.refresh_seconds:
-        log.warning("REFRESH_SECONDS=0: there is no heartbeat while no channel changes")
     if os.path.islink(file):
         log.warning("%s is a link: no event comes from its target, only rescans see changes", file)
     for path in (file.parent / "admin.macaroon", file.parent / "wallet.db"):
@@ -1134,10 +1130,10 @@ def command_once(_: argparse.Namespace, settings: Settings, bucket: Bucket) -> i
     if daemon.list_at == 0.0:  # what waits in the staging directory was not all seen
         error = error or daemon.disk.error
     if daemon.is_waiting():
-        error = daemon.storing.error or TransientError("S3 is too slow")
+        error = error or daemon.storing.error or TransientError("S3 is too slow")
         why = "" if daemon.storing.error else ": S3 or the source of credentials does not answer"
         count = len(daemon.staging.pending) + (daemon.unstaged is not None)
-        log.error("waiting, and not sent in time: %d%s", count, why)
+        log.error("not sent, and still waiting: %d%s", count, why)
     return error.exit_code if error else EXIT_DONE
 
 
@@ -1187,22 +1183,24 @@ def check_bucket(bucket: Bucket, data: bytes) -> Verdict:
 
 def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     """Judge by the last receipt, and by how long LND's file has been waiting."""
-    if os.path.exists(settings.staging) and not os.access(settings.staging, os.R_OK | os.X_OK):
+    if os.path.isdir(settings.staging) and not os.access(settings.staging, os.R_OK | os.X_OK):
         return Verdict(None, "receipt", None, "this user can read no receipt in BACKUP_DIRECTORY")
     receipt = read_receipt(settings.staging)
+    place = bucket.place or f"/{bucket.name}"  # without credentials, no endpoint was settled on
     limit = 2 * settings.refresh_seconds
-    written = datetime.fromtimestamp(min(os.path.getmtime(settings.file), time.time()), UTC)
+    written_at = os.path.getmtime(settings.file)
+    written = datetime.fromtimestamp(min(written_at, time.time()), UTC)
     why = f"the version on disk has been waiting since {written:%Y-%m-%d %H:%M} UTC"
-    if receipt and (receipt.bucket, receipt.key) == (bucket.place, bucket.prefix + receipt.name):
+    if receipt and receipt.bucket.endswith(place) and receipt.key == bucket.prefix + receipt.name:
         stored = f"{receipt.stored_at[:16]} UTC"
         if receipt.sha256 == sha256_of(data) and receipt.is_proof(limit):
             why = f"S3 confirmed it at {stored}; this key cannot read the bucket to compare it"
             return Verdict(True, "receipt", receipt, why)
-        if limit and age_seconds(datetime.fromisoformat(receipt.stored_at)) > limit:
+        if limit and receipt.age_seconds() > limit:
             return Verdict(False, "receipt", receipt, f"nothing was stored since {stored}")
     else:
         receipt, why = None, f"{why}, and BACKUP_DIRECTORY has no receipt of this bucket"
-    is_late = age_seconds(written) > LATE_SECONDS
+    is_late = abs(time.time() - written_at) > LATE_SECONDS  # a time to come tells nothing
     return Verdict(False if is_late else None, "receipt", receipt, why)
 
 
@@ -1214,7 +1212,7 @@ def judge(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
         return check_receipt(settings, bucket, data)
     except BackupError as error:
         verdict = check_receipt(settings, bucket, data)
-        if verdict.current is not False or not bucket.place:
+        if verdict.current is not False:
             raise
         error.log()
         return verdict._replace(reason=f"{verdict.reason}; {error}")
@@ -1233,8 +1231,7 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
     with suppress(OSError):
         staged = len(list(filter(captured_at, os.listdir(settings.staging))))
     if version := verdict.version:
-        key, stored = version.key, version.stored_at
-        captured = captured_at(version.name)
+        key, stored, captured = version.key, version.stored_at, captured_at(version.name)
     if options.json:
         answer: dict[str, Any] = {"current": verdict.current, "proof": verdict.proof, "key": key}
         answer |= {"captured_at": captured, "stored_at": stored, "staged": staged}
@@ -1242,8 +1239,8 @@ def command_check(options: argparse.Namespace, settings: Settings, bucket: Bucke
         print(json.dumps(answer, default=datetime.isoformat))
     else:
         word = {True: "BACKED UP", False: "NOT BACKED UP", None: "UNKNOWN"}[verdict.current]
-        known = f"newest version, by the {verdict.proof}: {key or 'none known'}"
-        print(printable(f"{word}: {verdict.reason}; {known}"))
+        known = f"; newest version, by the {verdict.proof}: {key}" if key else ""
+        print(printable(f"{word}: {verdict.reason}{known}"))
     return code
 
 
@@ -1312,7 +1309,7 @@ def choose_versions(bucket: Bucket, options: argparse.Namespace) -> dict[str, tu
     if drops[3:]:
         log.warning("more drops than three: `list` marks them, and docs/recovery.md says more")
     chosen = {each.key: ("", "") for each in [full[0], *drops[:3]]}
-    for each, older in itertools.pairwise(full):
+    for each, older in pairwise(full):
         if each.key in chosen:
             line = restore_line(options, "--before", each.name)
             chosen[each.key] = (older.key, line)
@@ -1327,7 +1324,7 @@ if LND refuses the first file, get the version before it:
 never start an old channel.db, never run two nodes of one seed, and never use chantools
 scbforceclose with a version that is not the latest: each can cost the money in the channels.
 More: docs/recovery.md"""
-ELSEWHERE = "name a new file with --output, in a directory that is there, and on a disk with room"
+ELSEWHERE = "name a new file with --output, in a directory that is there, on a disk with room"
 
 
 def command_restore(options: argparse.Namespace, settings: Settings, bucket: Bucket) -> int:
@@ -1337,11 +1334,8 @@ def command_restore(options: argparse.Namespace, settings: Settings, bucket: Buc
     if is_lnds(output.parent, settings.file):
         hint = "write it elsewhere: a wrong file there keeps LND from starting"
         raise BackupError(f"cannot restore: {output}: it is in a directory of LND's", hint)
-    if os.path.lexists(output):
-        why = "it is there already, and nothing is overwritten"
-        raise BackupError(f"cannot restore: {output}: {why}", ELSEWHERE)
-    if not output.parent.is_dir():
-        raise BackupError(f"cannot restore: {output}: its directory is not there", ELSEWHERE)
+    if os.path.lexists(output) or not output.parent.is_dir():
+        raise BackupError(f"cannot restore: {output}: it exists, or has no directory", ELSEWHERE)
     chosen = choose_versions(bucket, options)
     told, faults = {}, []
     seconds = ONE_SHOT_SECONDS
@@ -1378,8 +1372,6 @@ def restore_one(bucket: Bucket, key: str, path: Path, seconds: float, older: str
             line = f"{older} is the version before it: {line} --output {shlex.quote(str(path))}"
             error.hint = f"{error.hint}; {line}".removeprefix("; ")
         raise
-    if len(data) == EMPTY_BYTES:
-        log.warning("no channels in this version: restoring it brings nothing back from channels")
     return f"restored {key} as {path}: {len(data)} bytes, SHA-256 {sha256_of(data)}"
 
 
@@ -1430,6 +1422,7 @@ class Problem:
         self.count = 0
         self.began_at = self.logged_at = 0.0
         self.error: BackupError | None = None
+        self.told: set[str] = set()  # the hints that were logged within the hour
 
     def seconds(self) -> float:
         """Return how long it has lasted."""
@@ -1441,11 +1434,12 @@ class Problem:
         if previous is None:
             self.count, self.began_at = 0, now
         self.count += 1
-        is_due = now - self.logged_at >= REMINDER_SECONDS
-        if previous is None or previous.hint != error.hint or is_due:
+        if previous is None or now - self.logged_at >= REMINDER_SECONDS:
+            self.told, self.logged_at = set(), now
+        if error.hint not in self.told:
+            self.told.add(error.hint)
             times = f" ({self.count} times in {self.seconds():.0f} s)" if self.count > 1 else ""
             error.log(times, error.level)
-            self.logged_at = now
 
     def resolve(self) -> None:
         """Note that it works."""
@@ -1494,8 +1488,7 @@ def classify_s3_error(what: str, error: BaseException, denied: str = "") -> Back
             return TransientError(message, f"renew the certificate; or {SET_CLOCK}")
         return BackupError(message, "check AWS_CA_BUNDLE, and the name in the endpoint")
     is_network = type(error).__module__.startswith("urllib3")  # while an answer was read
-    kinds = (sdk.ConnectionError, sdk.HTTPClientError, sdk.IncompleteReadError, TimeIsUpError)
-    if is_network or isinstance(error, kinds):
+    if is_network or isinstance(error, (sdk.ConnectionError, sdk.HTTPClientError, TimeIsUpError)):
         return TransientError(message, NETWORK)
     if isinstance(error, sdk.ClientError):
         answered = classify_answer(what, error.response, denied)
@@ -1514,6 +1507,8 @@ def classify_answer(what: str, response: Mapping[str, Any], denied: str) -> Back
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = str(error.get("Code") or "")
     text = str(error.get("Message") or "")[:500]
+    if re.search("Signature (expired|not yet current)", text):  # STS has no code of its own
+        code = "RequestExpired"
     words = ": ".join(filter(None, (code[:100], text))) or "no explanation"
     message = f"{what}: {words} (HTTP {status})"
     if code == "AccessDenied":
@@ -1521,6 +1516,8 @@ def classify_answer(what: str, response: Mapping[str, Any], denied: str) -> Back
         hint = f"if key, bucket and prefix are right, add to the key's policy: {denied}"
         if denied == READER:
             hint = READER
+            if "kms:" in text:
+                hint = "the reader's key needs the action of KMS that S3 names, too"
         elif "explicit deny" in text:
             hint = "a policy denies it explicitly, against which no Allow helps: find that Deny"
         elif named and named[1] not in denied:
@@ -1555,7 +1552,8 @@ def reason(error: BaseException) -> str:
     """Return what an error says, in one line, with the cause that botocore may keep to itself."""
     text = " ".join(str(error)[:1000].split()) or type(error).__name__
     cause = str(getattr(error, "kwargs", {}).get("error", "")).rpartition(": ")[2]
-    return text if cause in text else f"{text} ({cause})"
+    is_known = cause in text or " at 0x" in cause  # or names an object of Python's
+    return text if is_known else f"{text} ({cause})"
 
 
 log = logging.getLogger("lnd-backup")
@@ -1573,7 +1571,7 @@ def printable(text: object) -> str:
     line = ""
     for letter in str(text):
         line += letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-    for secret in tuple(SECRETS):  # another thread may learn one
+    for secret in sorted(SECRETS, key=len, reverse=True):  # one may begin another
         line = line.replace(secret, "***")
     return re.sub(r"(?i)(https?:|socks\w*:|proxy |\*:)//\S*@", r"\1//***@", line)  # a URL's user
 
@@ -1639,13 +1637,14 @@ PLAIN_LINE = re.compile(
     ( "[^"\\]*" | '[^'\\]*' | (?!.*\s\#)[^\s"'\\#][^"'\\]*(?<!\s) )? )?""",
     re.VERBOSE,
 )
-SDK_NAMES = """AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION AWS_ROLE_ARN
-    AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ROLE_SESSION_NAME AWS_WEB_IDENTITY_TOKEN_FILE
-    AWS_CONTAINER_CREDENTIALS_FULL_URI AWS_EC2_METADATA_DISABLED
-    AWS_CONTAINER_CREDENTIALS_RELATIVE_URI SSL_CERT_FILE TZ AWS_CONTAINER_AUTHORIZATION_TOKEN
-    AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy
-    no_proxy REQUESTS_CA_BUNDLE STATE_DIRECTORY AWS_ENDPOINT_URL_STS AWS_ENDPOINT_URL_SSO
-    AWS_ENDPOINT_URL_SSO_OIDC AWS_S3_USE_ARN_REGION AWS_ACCOUNT_ID AWS_CREDENTIAL_EXPIRATION"""
+SDK_NAMES = """AWS_ACCESS_KEY_ID AWS_ACCOUNT_ID AWS_CONTAINER_AUTHORIZATION_TOKEN
+    AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE AWS_CONTAINER_CREDENTIALS_FULL_URI
+    AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_CREDENTIAL_EXPIRATION AWS_EC2_METADATA_DISABLED
+    AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_ENDPOINT_URL_SSO AWS_ENDPOINT_URL_SSO_OIDC
+    AWS_ENDPOINT_URL_STS AWS_REGION AWS_ROLE_ARN AWS_ROLE_SESSION_NAME AWS_S3_USE_ARN_REGION
+    AWS_SECRET_ACCESS_KEY AWS_SECURITY_TOKEN AWS_SESSION_TOKEN AWS_WEB_IDENTITY_TOKEN_FILE
+    HTTPS_PROXY HTTP_PROXY NO_PROXY REQUESTS_CA_BUNDLE SSL_CERT_DIR SSL_CERT_FILE STATE_DIRECTORY TZ
+    http_proxy https_proxy no_proxy"""
 
 
 def load_settings(environ: Mapping[str, str], command: str) -> Settings:
@@ -1705,8 +1704,7 @@ def warn_of_misspelt(names: Collection[str]) -> None:
 
 def config_error(name: str, value: str, why: str, hint: str) -> ConfigError:
     """Return what is wrong with a setting; its value is not told if it may be a secret."""
-    is_secret = "KEY" in name or "TOKEN" in name or "@" in value
-    is_secret |= name == "HEARTBEAT_URL" or "SSECustomer" in value
+    is_secret = re.search("KEY|TOKEN|HEARTBEAT|=[^/].*@|SSECustomer", f"{name}={value}")
     return ConfigError(f"configuration: {name}={'***' if is_secret else value}: {why}", hint)
 
 
@@ -1732,6 +1730,8 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
     place = path.parent if name == "METRICS_FILE" else path
     run = f"sudo install -d -m 0700 -o {os.geteuid()} {shlex.quote(str(place))}"
     make = f"if nothing else uses it, run: {run}"
+    if name == "METRICS_FILE":
+        make = f"name a file in a directory that user {os.geteuid()} may write to"
     if name == "MONITOR_FILE_PATH":
         if is_forbidden(str(path)) or is_forbidden(os.path.realpath(path)):
             return "must never be copied", "name channel.backup: a stale database loses money"
@@ -1749,8 +1749,8 @@ def path_fault(name: str, path: Path, values: Mapping[str, str]) -> tuple[str, s
     if not stat.S_ISDIR(status.st_mode):
         return "is a link or no directory", f"name another, or move it away; {make}"
     if status.st_uid != os.geteuid():
-        inside = f"name a directory inside it, which is made then: {path / 'lnd-backup'}"
-        return f"belongs to user {status.st_uid}, not to {os.geteuid()}", inside
+        hint = f"name a directory inside it, which is made then: {path / 'lnd-backup'}"
+        return f"belongs to user {status.st_uid}, not to {os.geteuid()}", hint
     if status.st_mode & 0o022 or ~status.st_mode & 0o700:
         return "must be writable by its owner and nobody else", make
     return None
@@ -1895,13 +1895,12 @@ def prepare_output() -> None:
     """Let the log go to stderr, and nothing that is printed end in a traceback."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter())
-    logging.root.handlers[:] = [handler]
+    logging.root.handlers = [handler]
     log.setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to encode a path
         sys.stdout.reconfigure(errors="backslashreplace", write_through=False)
     logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
-    for name in ("botocore", "urllib3"):  # their errors are all explained here
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.root.setLevel(logging.CRITICAL)  # what libraries log is all explained here
 
 
 def prepare_environment(more: Mapping[str, str]) -> None:
@@ -1911,15 +1910,16 @@ def prepare_environment(more: Mapping[str, str]) -> None:
         if name.startswith("AWS_") and not value:
             del os.environ[name]  # the SDK would look for a profile, a region of no name
         if name.endswith(("SECRET_ACCESS_KEY", "TOKEN", "HEARTBEAT_URL")):
-            keep_secret(value, value.partition("://")[2].partition("/")[2])
+            path = value.partition("://")[2].partition("/")[2]
+            keep_secret(value, *re.findall("[^/?&=]{10,}", path))  # a part of it may be echoed
         if "@" in value and (name.lower().endswith("_proxy") or "ENDPOINT_URL" in name):
             user = value.rpartition("@")[0].rpartition("://")[2]
             keep_secret(user, user.partition("/")[0])
     for codec in ("idna", "unicode_escape"):  # loaded now: a lookup that fails once fails for ever
         "a".encode(codec)
     warn_of_misspelt(more)
-    sources.ProcessProvider = functools.partial(sources.ProcessProvider, popen=start_program)
-    sources.AssumeRoleProvider = functools.partial(sources.AssumeRoleProvider, prompter=no_prompt)
+    sources.ProcessProvider = partial(sources.ProcessProvider, popen=start_program)
+    sources.AssumeRoleProvider = partial(sources.AssumeRoleProvider, prompter=no_prompt)
 
 
 if __name__ == "__main__":

@@ -256,14 +256,14 @@ def tell(way: str, subject: str, text: str) -> bool:
     """Send a message by a way, and tell whether that worked."""
     send, target = ways()[way]
     signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2 * round(PATIENCE_SECONDS))
+    signal.setitimer(signal.ITIMER_REAL, 2 * PATIENCE_SECONDS)
     try:
         send(target, subject, text)
     except FAILURES as error:
         print(f"<3>cannot send the message by {way}: {reason_of(error)}", flush=True)
         return False
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return True
 
 

@@ -156,7 +156,8 @@ def test_it_can_be_undone(node: Node, place: str) -> None:
     assert "backupfilepath" not in node.conf.read_text()
     assert node.old.read_bytes() == b"by LND"
     told = node.calls.read_text().splitlines()[2:]
-    assert told == ["stop lnd", "disable --now lnd-backup", "start lnd"]
+    timers = "stop lnd-backup.timer lnd-backup-check@lnd-backup.timer"
+    assert told == ["stop lnd", "disable --now lnd-backup", timers, "start lnd"]
     if place == "new":
         assert node.run(LOOK_AGAIN).startswith("STOP")
     node.lnd_writes(node.old)

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -408,7 +409,7 @@ def test_one_shots_end_within_a_minute(lnd: Lnd, tmp_path: Path, home: Path, how
         ends = list(pool.map(timed, ("once", "list", "check", "restore")))
     assert [done.returncode for done, _ in ends] == [75] * 4
     once, *others = (done.stderr for done, _ in ends)
-    assert "sent in time: 1" in once
+    assert "still waiting: 1" in once
     for said in others:
         assert re.search("error: .*: (no answer in time|Read timeout.*)\n.*check the network", said)
     assert max(took for _, took in ends) < A_MINUTE + 2
@@ -428,6 +429,29 @@ def test_the_daemon_outlives_answers_that_hang(
             daemon.wait_for_captured(lnd.write(1))
         raw.reply = lambda _: framed([], headers={"ETag": '"x"'})
         daemon.wait_for_stored(lnd.written[-1])
+        assert daemon.stop() == 0
+
+
+def test_a_heartbeat_that_hangs_is_tried_again(
+    raw: RawS3, fake_env: Env, lnd: Lnd, started_by: Callable[[str], None]
+) -> None:
+    """`100 Continue` is answered for ever; no upload waits for it."""
+    started_by(hurried(60))
+    answered = threading.Event()
+
+    def healthy(_: Request) -> Iterator[bytes]:
+        yield head(headers={"Content-Length": "0"})
+        answered.set()
+
+    raw.reply = lambda _: continuing()
+    beating = {"HEARTBEAT_URL": f"{raw.endpoint}/ping", "SHUTDOWN_GRACE_SECONDS": "0"}
+    with Daemon(fake_env | beating) as daemon:
+        for count in range(1, 4):
+            daemon.wait_for_stored(lnd.write(1))
+            raw.wait_for_requests(count, method="GET")
+        raw.reply = healthy
+        daemon.wait_for_stored(lnd.write(1))
+        assert answered.wait(PATIENCE_SECONDS), daemon.log
         assert daemon.stop() == 0
 
 

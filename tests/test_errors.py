@@ -76,6 +76,10 @@ CODES = [  # kind, hint, status, codes
     (FAILED, "provider", 412, "PreconditionFailed"),
     (FAILED, "provider", 501, "NotImplemented"),
 ]
+STS_CLOCK = (
+    "Signature expired: 20261128T000000Z is now earlier than 20261128T001500Z",
+    "Signature not yet current: 20261128T003000Z is still later than 20261128T001500Z",
+)
 NOT_S3S = (301, 400, 401, 403, 404, 407, 408, 429, 500, 502, 503, 504, 507, 520)
 KINDS: list[tuple[type[program.BackupError], str, Exception]] = [  # kind, hint, error
     (AGAIN, "portal", ResponseParserError("Unable to parse response (not well-formed): line 1")),
@@ -88,7 +92,6 @@ KINDS: list[tuple[type[program.BackupError], str, Exception]] = [  # kind, hint,
     (AGAIN, "network", sdk.ConnectionClosedError(endpoint_url=URL)),
     (AGAIN, "network", sdk.ReadTimeoutError(endpoint_url=URL, error="timed out")),
     (AGAIN, "network", sdk.ResponseStreamingError(error="IncompleteRead")),
-    (AGAIN, "network", sdk.IncompleteReadError(actual_bytes=1, expected_bytes=2)),
     (FAILED, "AWS_CA_BUNDLE", sdk.SSLError(endpoint_url=URL, error="CERTIFICATE_VERIFY_FAILED")),
     (FAILED, "AWS_", sdk.NoCredentialsError()),
     (FAILED, "AWS_", sdk.PartialCredentialsError(provider="env", cred_var="AWS_SECRET")),
@@ -102,6 +105,7 @@ KINDS: list[tuple[type[program.BackupError], str, Exception]] = [  # kind, hint,
         "AWS_",
         sdk.InvalidChecksumConfigError(config_key="", config_value="", valid_options=""),
     ),
+    *[(AGAIN, "clock", client_error("SignatureDoesNotMatch", 403, text)) for text in STS_CLOCK],
     *[(AGAIN, "portal", client_error(str(status), status, "")) for status in NOT_S3S],
     *[
         (kind, hint, client_error(code, status))
@@ -121,6 +125,21 @@ def test_errors_have_kinds(kind: type[program.BackupError], hint: str, error: Ex
     assert why.strip(" :")
     assert "\n" not in str(found)
     assert hint in found.hint
+
+
+def test_an_object_of_python_s_is_not_told() -> None:
+    """urllib3 names one where a connection is not made in time."""
+    cause = "(<AWSHTTPConnection(host='10.0.0.1', port=80) at 0x7f12>, 'timed out')"
+    error = sdk.ConnectTimeoutError(endpoint_url=URL, error=cause)
+    assert program.reason(error) == f'Connect timeout on endpoint URL: "{URL}"'
+
+
+def test_the_reader_s_key_may_lack_the_key_of_kms() -> None:
+    """S3 names the action; only where it names none of KMS, the key may be the node's."""
+    text = "User: x is not authorized to perform: {} on resource: y"
+    for action, hint in (("kms:Decrypt", "the reader's key needs"), ("s3:GetObject", "the node's")):
+        denied = client_error("AccessDenied", 403, text.format(action))
+        assert program.classify_s3_error("x", denied, program.READER).hint.startswith(hint)
 
 
 TEXTS = st.text(max_size=100)

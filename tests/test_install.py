@@ -419,11 +419,29 @@ def test_variables(given: str, told: str, released: Package, tmp_path: Path) -> 
     assert "pass" not in printed.replace("password", "")
 
 
-@pytest.mark.parametrize("value", ["s3://b", 'b"c', "$$(id)"])
-def test_values(value: str, released: Package, whole_root: Path) -> None:
+@pytest.mark.parametrize(
+    "given",
+    ["S3_BUCKET_NAME=s3://b", 'S3_BUCKET_NAME=b"c', "S3_BUCKET_NAME=$$(id)", "RESCAN_SECONDS=0"],
+)
+def test_values(given: str, released: Package, whole_root: Path) -> None:
     """A value that the program would refuse is refused before there are settings."""
     (whole_root / SETTINGS).unlink()
-    released.refuse("install", whole_root, f"S3_BUCKET_NAME={value}", told=["S3_BUCKET_NAME"])
+    released.refuse("install", whole_root, given, told=[given.partition("=")[0]])
+
+
+def test_a_value_that_make_would_expand(released: Package, root: Path) -> None:
+    before = tree(root)
+    done = released.make("install", root, "S3_BACKUP_PREFIX=a$node/")
+    assert "S3_BACKUP_PREFIX has a $, which make would read as a variable" in done.stderr
+    assert (done.returncode, tree(root)) == (2, before)
+
+
+def test_two_installations_at_once(released: Package, root: Path) -> None:
+    """The second would build in the place of the first."""
+    lock = os.open(root / HOME, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    released.refuse("install", root, told=["another installation is at work"])
+    os.close(lock)
 
 
 @pytest.mark.parametrize(
@@ -502,13 +520,16 @@ def test_settings_and_staged_versions_stay(released: Package, root: Path) -> Non
     assert files_in(root) == left
 
 
-@pytest.mark.parametrize("place", ["lnd-backup", "lnd-backup@alice", "elsewhere"])
+PLACES = ["lnd-backup", "lnd-backup@alice", "lnd-backup@alice/below", "elsewhere"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_purge_refuses_while_versions_wait(place: str, released: Package, root: Path) -> None:
     """A version that was never sent, of whichever node and in whichever staging directory, is
     named, and nothing is changed.
     """
     version = stage(root, place)
-    other = "BACKUP_DIRECTORY=/var/lib/elsewhere\n"
+    other = " BACKUP_DIRECTORY = /var/lib/elsewhere \n"  # as the program takes it
     (root / "etc/default/lnd-backup@bob-env").write_text(other)
     told = ["never reached the bucket; nothing has changed", "sudo make purge FORCE=1"]
     assert f"{version}\n" in released.refuse("purge", root, "FORCE=0", told=told)
@@ -523,8 +544,12 @@ def test_purge_removes_everything_but_what_is_lnd_s(released: Package, root: Pat
     scb = root / "var/lib/lnd-scb/channel.backup"
     scb.parent.mkdir()
     scb.write_bytes(b"x")
+    other = stage(root, "elsewhere")
+    bobs = "BACKUP_DIRECTORY=/var/lib/elsewhere\n"
+    (root / "etc/default/lnd-backup@bob-env").write_text(bobs)
     told = released.do("purge", root, "FORCE=1")
-    assert files_in(root) == [str(scb.relative_to(root))]
+    assert files_in(root) == [str(path.relative_to(root)) for path in (other, scb)]
+    assert f"kept, although it never reached the bucket: {other}\n" in told
     assert f"deleting what never reached the bucket: {version}\n" in told
     assert not (root / "var/lib/lnd-backup-alert").exists()
     assert "kept, because it is LND's: " in told
@@ -597,6 +622,44 @@ def test_another_name_of_it_is_refused(place: Path, released: Package, root: Pat
     (place / "link").symlink_to("real")
     told = [f"make install COPY_DIRECTORY={place}/real"]
     released.refuse("install", root, f"COPY_DIRECTORY={place}/link", told=told)
+
+
+def test_a_copy_among_files_of_others_is_refused(
+    place: Path, released: Package, root: Path
+) -> None:
+    """The program would not start with it, or nobody could tell whose files lie there."""
+    add_line(root / SETTINGS, f"MONITOR_FILE_PATH={place}/lnd/channel.backup")
+    for name in ("lnd/copies", "bob"):
+        (place / name).mkdir(parents=True)
+    told = [f"{place}/lnd/copies is LND's, or the staging directory"]
+    released.refuse("install", root, f"COPY_DIRECTORY={place}/lnd/copies", told=told)
+    bobs = "etc/default/lnd-backup@bob-env"
+    (root / bobs).write_text(f"COPY_DIRECTORY={place}/bob\n")
+    told = [f"{place}/bob is COPY_DIRECTORY in /{bobs}, too"]
+    released.refuse("install", root, f"COPY_DIRECTORY={place}/bob", told=told)
+
+
+def test_a_file_that_lnd_does_not_write(released: Package, root: Path) -> None:
+    """The same is refused where it is given beside LND_USER."""
+    (root / SETTINGS).unlink()
+    given = ["LND_USER=root", "MONITOR_FILE_PATH=/home/bitcoin/channel.backup"]
+    told = [given[1], "which is not in /var/lib/lnd-scb", "leave out LND_USER"]
+    released.refuse("install", root, *given, told=told)
+
+
+@needs_setfacl
+def test_what_is_open_is_not_hidden(released: Package, root: Path, public: Path) -> None:
+    """Otherwise, beside LND's directory, it would hide the program or the staging directory."""
+    (root / SETTINGS).unlink()
+    directory = public / "lnd"
+    directory.mkdir()
+    released.do("install", root, f"LND_DIRECTORY={directory}")
+    drop_in = section(root / DROP_INS / "lnd-directory.conf", "Service")
+    assert drop_in == {"BindReadOnlyPaths": f"-{directory}"}
+    check = root / UNITS / "lnd-backup-check@lnd-backup.service.d/lnd-directory.conf"
+    add_line(check, "Nice=10")
+    told = ["lnd-backup-check@lnd-backup.service.d/lnd-directory.conf exists"]
+    released.refuse("install", root, told=told)
 
 
 @needs_setfacl

@@ -129,6 +129,22 @@ def test_the_secrets_of_the_environment_never_reach_the_log() -> None:
     assert "geheim" not in done.stderr
 
 
+@pytest.mark.parametrize("path", ["api/push/{}?status=up&msg=OK&ping=", "ping/{}", "{}/a?b"])
+def test_a_part_of_the_heartbeat_s_url_is_masked(path: str) -> None:
+    """Whoever answers there may echo no more than the token."""
+    url = f"https://hc.example.org/{path.format('AbCdEf12345678')}"
+    done = run_script({"HEARTBEAT_URL": url, "BACKUP_DIRECTORY": "no AbCdEf12345678"}, "run")
+    assert "BACKUP_DIRECTORY=no ***: " in done.stderr
+    assert "AbCdEf12345678" not in done.stderr
+
+
+def test_a_secret_that_begins_another_masks_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "SECRETS", set())
+    long = [f"geheim-{number:02}-and-more" for number in range(20)]
+    program.keep_secret(*(each[:9] for each in long), *long)
+    assert {program.printable(each) for each in long} == {"***"}
+
+
 @pytest.mark.parametrize(
     "password", ["geheim", "ge@heim", "ge:heim", "ge%2Fheim", "ge/heim", "ge?heim", "ge#heim"]
 )
@@ -177,14 +193,15 @@ def test_a_problem_is_said_again_every_hour(
 def test_a_problem_that_changes_is_said_at_once(
     clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Something else is to be done about it; it is still the same problem."""
+    """Something else is to be done about it; what alternates is said once an hour."""
     problem = program.Problem("storing", "it works")
-    for hint in ("wait", "wait", "set the clock", "set the clock", "wait"):
-        problem.report(offline(hint))
-        clock.now += 1
-    assert [vars(line)["hint"] for line in caplog.records] == ["wait", "set the clock", "wait"]
+    for _ in range(100):
+        problem.report(offline("wait"))
+        problem.report(offline("set the clock"))
+        clock.now += 60
+    assert [vars(line)["hint"] for line in caplog.records] == ["wait", "set the clock"] * 2
     problem.resolve()
-    assert "failures: 5" in caplog.messages[-1]
+    assert "failures: 200" in caplog.messages[-1]
 
 
 # --- A session ---

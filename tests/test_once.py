@@ -48,6 +48,19 @@ def test_once_without_a_backup_sends_what_is_staged_and_fails(
     assert lnd.fingerprint() == before
 
 
+@pytest.mark.unmeasured
+def test_once_without_a_backup_fails_also_if_s3_is_away(
+    fake: FakeS3, fake_env: Env, staging: Path, started_by: StartedBy
+) -> None:
+    """Trying again will not help; the staged version stays."""
+    started_by(hurried(HURRY))
+    data = channel_backup(2)
+    (staging / version_name(data, NOON)).write_bytes(data)
+    fake.set_default(answers.SLOW_DOWN)
+    assert run_script(fake_env, "once").returncode == 1
+    assert len(staged(staging)) == 1
+
+
 # --- What is sent ---
 
 

@@ -6,7 +6,8 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import Daemon, Script
+from kit import Answer, Daemon, FakeS3, Script, answers
+from kit.script import altered
 from shared import SELDOM, changing, done_well, staged, write_unseen
 
 if TYPE_CHECKING:
@@ -73,6 +74,41 @@ def test_it_looks_after_the_signal_and_before_it_leaves(
         assert daemon.wait() == 0
         daemon.wait_for_captured(third)
         assert [name[-6:] for name in staged(staging)] == [second.sha256[-6:], third.sha256[-6:]]
+
+
+@pytest.mark.unmeasured
+def test_it_looks_once_more_while_it_still_tells(
+    fake: FakeS3, fake_env: Env, lnd: Lnd, staging: Path, started_by: StartedBy
+) -> None:
+    """A heartbeat that hangs takes the last moments; what LND writes in them is staged."""
+    started_by(altered(LAST_SECONDS=4.0))
+    first = lnd.write()
+    with FakeS3() as beat, Daemon(fake_env | SELDOM | {"HEARTBEAT_URL": beat.endpoint}) as daemon:
+        beat.hold()
+        daemon.wait_for_stored(first)
+        beat.wait_for_requests(1, method="GET")
+        daemon.begin_to_stop()
+        last = write_unseen(lnd)
+        assert daemon.wait() == 0
+        assert "staged for the next start: 1" in daemon.log
+    assert [name[-6:] for name in staged(staging)] == [last.sha256[-6:]]
+    assert len(fake.requests) == 1
+
+
+@pytest.mark.unmeasured
+def test_a_stop_begins_the_back_off_anew(
+    fake: FakeS3, fake_env: Env, lnd: Lnd, started_by: StartedBy
+) -> None:
+    """After a long outage it would otherwise outlast the grace period, with S3 back again."""
+    started_by(altered("import random\nrandom.uniform = lambda *_: 0.1"))
+    fake.set_default(answers.SLOW_DOWN)
+    version = lnd.write()
+    with Daemon(fake_env | SELDOM | {"SHUTDOWN_GRACE_SECONDS": "5"}) as daemon:
+        fake.wait_for_requests(6)  # the next but one is sent after more than five seconds
+        fake.script(answers.SLOW_DOWN)
+        fake.set_default(Answer())
+        assert daemon.stop() == 0
+        daemon.wait_for_stored(version)
 
 
 @pytest.mark.unmeasured

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from kit import CHECKOUT, Answer, FakeS3, RawS3
+from kit import CHECKOUT, Answer, FakeS3, RawS3, answers
 from shared import run_command, section, write_script
 
 import s3_backup_lnd_channels as program
@@ -368,6 +368,7 @@ class Teller:
         self.mails: list[str] = []
         self.posts: list[str] = []
         self.broken: set[str] = set()
+        self.failure: type[BaseException] = OSError
         monkeypatch.setenv("STATE_DIRECTORY", str(directory))
         monkeypatch.setenv("ALERT_MAIL", "me@example.org")
         monkeypatch.setenv("ALERT_URL", "https://ntfy.example.org/secret")
@@ -380,7 +381,7 @@ class Teller:
     def keep(self, way: str, into: list[str], _: str, subject: str, __: str) -> None:
         """Keep the subject of a message, or fail."""
         if way in self.broken:
-            raise OSError("secret")
+            raise self.failure("secret")
         into.append(subject)
 
     def ended(self, unit: str, status: int | str, *said: str, result: str = "exit-code") -> int:
@@ -426,6 +427,32 @@ def test_a_failure_is_told_once_a_day_and_its_end_once(teller: Teller) -> None:
     teller.now += 3600
     teller.ended(CHECK, 1, REFUSED)
     assert len(teller.mails) == len(teller.posts) == 4
+
+
+@pytest.mark.parametrize("full", ["STATE_DIRECTORY", "RUNTIME_DIRECTORY"])
+def test_a_full_disk_does_not_make_it_hourly(
+    teller: Teller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """What went out is remembered in two directories, of which one is enough, also at the end."""
+    for name in ("STATE_DIRECTORY", "RUNTIME_DIRECTORY"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (tmp_path / full / f"{CHECK}.partial").mkdir()  # no file can be written there, not even by root
+    for status, said in ((1, REFUSED), (1, REFUSED), (0, FINE), (0, FINE)):
+        assert teller.ended(CHECK, status, said) == 0
+        teller.now += 3600
+    assert len(teller.mails) == len(teller.posts) == 2
+
+
+def test_a_way_that_works_is_remembered_before_the_next_is_tried(teller: Teller) -> None:
+    """It may be ended while the other side of the next way hangs."""
+    teller.broken = {"ALERT_URL"}
+    teller.failure = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        teller.ended(CHECK, 1, REFUSED)
+    teller.broken = set()
+    teller.ended(CHECK, 1, REFUSED)
+    assert (len(teller.mails), len(teller.posts)) == (1, 1)
 
 
 def test_nobody_hears_of_what_is_well_or_passes(teller: Teller) -> None:
@@ -590,6 +617,17 @@ def test_a_post_that_fails_says_how(
         assert alert.main("test-alert") == 1
     printed = capsys.readouterr().out
     assert printed == f"<3>cannot send the message by ALERT_URL: {told}\n"
+
+
+def test_a_post_that_never_ends_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each part of the answer is in time; systemd would end the alert before it remembers."""
+    monkeypatch.setattr(alert, "PATIENCE_SECONDS", 0.5)
+    with RawS3(lambda _: answers.continuing()) as server:
+        monkeypatch.setenv("ALERT_URL", f"{server.endpoint}/secret")
+        assert alert.main("test-alert") == 1
+    assert capsys.readouterr().out == "<3>cannot send the message by ALERT_URL: TimeoutError\n"
 
 
 def test_a_message_is_posted_whole_and_not_too_long() -> None:

@@ -10,8 +10,9 @@
 #           lnd-backup; /etc/default/lnd-backup*, the settings;
 #           LND_USER: /etc/tmpfiles.d/lnd-backup*.conf, which creates /var/lib/lnd-scb*;
 #           LND_DIRECTORY: its ACL; COPY_DIRECTORY: its owner, if it is root's and empty
-# removes   what it wrote, but never /var/lib/lnd-scb*; and /var/lib/lnd-backup-alert. Only purge
-#           removes the settings, the staged versions in /var/lib/lnd-backup*, and the user
+# removes   what it wrote, but never /var/lib/lnd-scb*; and /var/lib/lnd-backup-alert and
+#           /run/lnd-backup-alert. Only purge removes the settings, the staged versions in
+#           /var/lib/lnd-backup*, and the user
 # connects  to pip's package index, for wheels whose hashes are in requirements.txt; to nothing else
 # never     opens, changes or deletes a file of LND's or of any other user; changes a setting;
 #           overwrites or deletes an installed file that somebody changed; deletes a version that
@@ -772,7 +773,8 @@ uninstall_all() {
     stop_all
     close_lnd_directories
     remove_files
-    step rm -rf "$DESTDIR$home" "$DESTDIR/var/lib/lnd-backup-alert"
+    step rm -rf "$DESTDIR$home" "$DESTDIR/var/lib/lnd-backup-alert" \
+        "$DESTDIR/run/lnd-backup-alert"
     here systemctl daemon-reload
     if [ "$verb" = purge ]; then
         purge

@@ -175,7 +175,7 @@ class Node:
             "systemctl stop lnd lnd-backup 'lnd-backup@*' 'lnd-backup*.timer' 2>/dev/null || :; "
             "systemctl stop 'lnd-backup-check@*' 'lnd-backup-alert@*' 2>/dev/null || :; "
             "systemctl --quiet disable lnd-backup@alice lnd-backup@second; "
-            "rm -rf /run/systemd/system/*.d /var/lib/lnd-backup-alert /run/lnd-backup-check "
+            "rm -rf /run/systemd/system/*.d /var/lib/lnd-backup-alert /run/lnd-backup-* "
             f"/run/healed {STORED_KEY} {ALERT_SETTINGS} {DROP_INS}/*-directory.conf "
             "/etc/default/lnd-backup@* /var/lib/lnd-backup@*; "
             f"rm -rf {STAGING} {SCB}/* {SCB}/.[!.]*; "
@@ -370,10 +370,16 @@ class Alerts:
         box.write(ALERT_SETTINGS, f"ALERT_URL={self.url}\n")
 
     def set_up_mail(self) -> None:
-        """Set up the mail, too; it goes to a stand-in for sendmail."""
+        """Set up the mail, too; it goes to a stand-in for sendmail, and as with Postfix only a
+        program with the right of a group can put it into the queue.
+        """
         self.box.write(ALERT_SETTINGS, f"ALERT_URL={self.url}\nALERT_MAIL=me@example.org\n")
-        self.box.write("/usr/sbin/sendmail", "#!/bin/sh\ncat >/srv/mail/$(date +%s%N)\n", "0755")
-        self.box.sh("rm -rf /srv/mail; install -d -o lnd-backup -m 0755 /srv/mail")
+        sendmail = "#!/bin/sh\nexec /usr/sbin/postdrop /srv/mail/$(date +%s%N) >/dev/null\n"
+        self.box.write("/usr/sbin/sendmail", sendmail, "0755")
+        self.box.sh(
+            "rm -rf /srv/mail; install -d -g mail -m 0775 /srv/mail; "
+            "install -g mail -m 2755 /usr/bin/tee /usr/sbin/postdrop"
+        )
 
     def posts(self) -> list[str]:
         """Return what was posted, oldest first."""
@@ -505,6 +511,8 @@ def test_metrics_are_readable_by_others_and_stay(node: Node) -> None:
     until("the metrics tell of it", lambda: told().returncode == 0)
     node.systemctl("stop", "lnd-backup")
     node.box.run_as("nobody", stored)
+    node.box.run("lnd-backup", "once")
+    node.box.run_as("nobody", stored)
 
 
 def test_a_daemon_that_hangs_is_replaced(node: Node) -> None:
@@ -573,7 +581,7 @@ def test_a_refused_key_is_told_once_and_its_end_as_well(alerts: Alerts, node: No
     assert alerts.wait_for(2).startswith("box: lnd-backup: BACKED UP again: ")
     node.wait_for_checks(2)
     assert len(alerts.subjects()) == 2
-    assert node.box.sh("ls /var/lib/lnd-backup-alert") == ""
+    assert node.box.sh("cat /var/lib/lnd-backup-alert/*") == "{}"
 
 
 def test_many_checks_in_a_row_are_no_failure(alerts: Alerts, node: Node) -> None:
@@ -762,6 +770,10 @@ def test_another_node_on_the_same_host(alerts: Alerts, node: Node) -> None:
     node.box.run("lnd-backup", "@alice", "check")
     assert "lnd-backup" in node.box.sh("stat -c %U /var/lib/lnd-backup@alice")
     node.systemctl("stop", "lnd-backup@alice")
+    node.systemctl("disable", "lnd-backup@alice")
+    told = node.box.make("install", "NODE=alice").stdout
+    assert "lnd-backup@alice does not start at boot" in told
+    assert node.box.show("lnd-backup@alice", "UnitFileState") == "disabled"
     node.box.run("rm", f"{SCB}@alice/channel.backup")
     assert alerts.wait_for(1).startswith("box: lnd-backup@alice: ")
 
@@ -977,14 +989,20 @@ def test_an_upgrade_keeps_what_is_staged(node: Node, hanging_s3: S3Server) -> No
 
 
 def test_an_upgrade_that_does_not_start_is_taken_back(node: Node) -> None:
-    """A new version that is installed and then fails makes way for the one before."""
+    """A new version that is installed and then fails, by its program and by its unit, makes way for
+    the one before.
+    """
     node.start()
+    unit = node.box.read("/etc/systemd/system/lnd-backup.service")
     version = node.box.sh("readlink /opt/lnd-backup/current")
     node.box.drop_in("lnd-backup.service", "[Unit]\nStartLimitBurst=3\n" + FAST)
     source = copy_of_the_checkout(node.box, "if os.environ.get('NOTIFY_SOCKET'):\n    sys.exit(1)")
+    node.box.sh(f"sed -i '/^ExecStart=/i ExecStartPre=/bin/false' {source}/lnd-backup.service")
     failed = node.box.make("install", check=False, source=source)
     assert failed.returncode != 0
     assert "the new version did not start" in failed.stderr
+    assert "the previous version runs again" in failed.stderr
+    assert node.box.read("/etc/systemd/system/lnd-backup.service") == unit
     assert node.box.sh("readlink /opt/lnd-backup/current") == version
     assert node.is_active()
     node.wait_for_stored(node.lnd_writes())

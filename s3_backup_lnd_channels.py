@@ -1704,7 +1704,7 @@ def warn_of_misspelt(names: Collection[str]) -> None:
 
 def config_error(name: str, value: str, why: str, hint: str) -> ConfigError:
     """Return what is wrong with a setting; its value is not told if it may be a secret."""
-    is_secret = re.search("KEY|TOKEN|HEARTBEAT|=[^/].*@|SSECustomer", f"{name}={value}")
+    is_secret = re.search("KEY|TOKEN|HEARTBEAT|SSECustomer", f"{name}={value}")
     return ConfigError(f"configuration: {name}={'***' if is_secret else value}: {why}", hint)
 
 

@@ -201,6 +201,12 @@ def test_directory_in_place_of_the_file_is_a_fault(name: str, lnd: Lnd, good: En
     assert str(lnd.path) in fault.hint
 
 
+def test_the_path_of_a_node_is_told(good: Env) -> None:
+    """An @ alone makes no secret of it."""
+    fault = only_fault(good, "METRICS_FILE", "/run/lnd-backup@alice/metrics.prom")
+    assert "METRICS_FILE=/run/lnd-backup@alice/metrics.prom: " in str(fault)
+
+
 def test_loop_of_links_is_no_crash(lnd: Lnd, good: Env) -> None:
     lnd.path.symlink_to(lnd.path)
     assert set(faults(good)) <= {"MONITOR_FILE_PATH"}

@@ -54,11 +54,14 @@ def test_the_program_is_read_in_one_sitting() -> None:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         and ast.get_docstring(node) is not None
     }
-    tokens = [
-        token
-        for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline)
-        if token.type != tokenize.COMMENT and token.string.strip() and token.start not in docstrings
-    ]
+    tokens, within = [], 0
+    for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline):
+        kind = tokenize.tok_name[token.type]
+        within -= kind == "FSTRING_END"  # from Python 3.12 on, an f-string is several tokens
+        is_code = kind != "COMMENT" and token.string.strip() and token.start not in docstrings
+        if is_code and within == 0 and kind != "FSTRING_END":
+            tokens.append(token)
+        within += kind == "FSTRING_START"
     code = len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)})
     conditionals = sum(isinstance(node, ast.IfExp) for node in nodes)
     print(  # noqa: T201

@@ -192,12 +192,12 @@ def write_file(
 
     `directory` is an open descriptor, so that all steps happen in one and the same directory.
     """
-    partial = f".{name}.partial"
+    unfinished = f".{name}.partial"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with suppress(FileNotFoundError):
-            os.unlink(partial, dir_fd=directory)  # cut short by a crash, or planted by somebody
-        with open(os.open(partial, flags, mode, dir_fd=directory), "wb") as file:
+            os.unlink(unfinished, dir_fd=directory)  # cut short by a crash, or planted by somebody
+        with open(os.open(unfinished, flags, mode, dir_fd=directory), "wb") as file:
             with suppress(OSError):  # exFAT and SMB have no modes
                 os.fchmod(file.fileno(), mode)  # whatever the umask
             file.write(data)
@@ -205,13 +205,13 @@ def write_file(
             os.fsync(file.fileno())
         place = os.link if new else os.rename
         try:
-            place(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
+            place(unfinished, name, src_dir_fd=directory, dst_dir_fd=directory)
         except OSError as error:
             if not new or isinstance(error, FileExistsError):
                 raise
             # exFAT and SMB have no hard links: the name is taken first, and replaced then.
             os.close(os.open(name, flags, mode, dir_fd=directory))
-            os.rename(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
+            os.rename(unfinished, name, src_dir_fd=directory, dst_dir_fd=directory)
         try:
             os.fsync(directory)  # a new name outlives a power cut only once its directory is synced
         except OSError as error:
@@ -220,7 +220,7 @@ def write_file(
                 raise
     finally:
         with suppress(OSError):
-            os.unlink(partial, dir_fd=directory)
+            os.unlink(unfinished, dir_fd=directory)
 
 
 class Receipt(NamedTuple):
@@ -1188,8 +1188,8 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
     receipt = read_receipt(settings.staging)
     place = bucket.place or f"/{bucket.name}"  # without credentials, no endpoint was settled on
     limit = 2 * settings.refresh_seconds
-    written_at = os.path.getmtime(settings.file)
-    written = datetime.fromtimestamp(min(written_at, time.time()), UTC)
+    seconds = min(os.path.getmtime(settings.file), 2**35)  # a datetime ends with the year 9999
+    written = datetime.fromtimestamp(seconds, UTC)
     why = f"the version on disk has been waiting since {written:%Y-%m-%d %H:%M} UTC"
     if receipt and receipt.bucket.endswith(place) and receipt.key == bucket.prefix + receipt.name:
         stored = f"{receipt.stored_at[:16]} UTC"
@@ -1200,7 +1200,7 @@ def check_receipt(settings: Settings, bucket: Bucket, data: bytes) -> Verdict:
             return Verdict(False, "receipt", receipt, f"nothing was stored since {stored}")
     else:
         receipt, why = None, f"{why}, and BACKUP_DIRECTORY has no receipt of this bucket"
-    is_late = abs(time.time() - written_at) > LATE_SECONDS  # a time to come tells nothing
+    is_late = abs(time.time() - seconds) > LATE_SECONDS  # a time to come tells nothing
     return Verdict(False if is_late else None, "receipt", receipt, why)
 
 

@@ -375,13 +375,13 @@ is_ours() { # PATH: the file is as it was installed
 
 begin_work() {
     changed='' # yes: something that runs has to be restarted
-    created='' # yes: the settings are new
+    created='' # not empty: the settings are new, and somebody wants this node
     mkdir -p "$DESTDIR$home"
     exec 9<"$DESTDIR$home"
     flock -n 9 || give_up 'another installation is at work' 'wait until it is over'
     trap clean_up EXIT
     rm -rf "$work"
-    install -d -m 0700 "$work"
+    install -d -m 0700 "$work" "$work/replaced"
 }
 
 clean_up() {
@@ -474,7 +474,7 @@ write_settings() {
         fill_in_the_example
         refuse_what_is_wrong
         step install -D -m 0600 "$filled" "$settings"
-        created=${GIVEN:+yes}
+        created=${node:-${lnd_user:-${lnd_directory:-$(given S3_BUCKET_NAME)}}}
     elif [ -n "$copy" ] && [ -z "$(setting COPY_DIRECTORY "$settings")" ]; then
         add_copy_directory
     fi
@@ -669,7 +669,7 @@ restart() {
     step systemctl reset-failed $services || :
     # A stop lasts as long as the settings allow. A start waits for nothing, so a minute is long
     # even on a small board.
-    step systemctl stop $services
+    step systemctl stop $services || :
     if step timeout 60 systemctl start $services; then
         return
     fi
@@ -690,7 +690,9 @@ put_back() {
     if [ -e "$work/manifest.before" ]; then
         mv "$work/manifest.before" "$manifest"
         [ ! -e "$work/added" ] || xargs -d '\n' rm -f <"$work/added"
-        [ ! -d "$work/replaced" ] || step cp -r --preserve=mode "$work/replaced/." /
+        find "$work/replaced" -type f | while read -r each; do
+            step cp --preserve=mode "$each" "${each#"$work/replaced"}"
+        done
     fi
     step systemctl daemon-reload
     step systemctl reset-failed $services || :

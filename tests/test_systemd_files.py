@@ -9,6 +9,7 @@ import hashlib
 import re
 import shutil
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
@@ -265,10 +266,17 @@ def test_credentials_of_the_caller_stand_alone(wrapper: Wrapper) -> None:
     ]
 
 
-def test_settings_of_the_caller_stand_alone(wrapper: Wrapper) -> None:
+def test_settings_of_the_caller_stand_alone(wrapper: Wrapper, tmp_path: Path) -> None:
     """With an --env-file of the caller's the service's is left out."""
-    told = wrapper("--env-file", "mine", "list").stdout.splitlines()
-    assert told[3:] == ["--env-file", "mine", "list"]
+    (tmp_path / "aws-credentials").touch()  # the service's key is left out, too
+    for line in (["--env-file", "mine", "list"], ["list", "--env-file", "mine"]):
+        assert wrapper(*line).stdout.splitlines()[3:] == line
+
+
+def test_a_node_that_is_not_there(wrapper: Wrapper) -> None:
+    """A misspelt name is told, for the commands of the caller as well."""
+    done = wrapper("@bob", "list", TEST_UID="1000")
+    assert (done.returncode, done.stdout) == (78, "")
 
 
 @pytest.mark.parametrize("command", ["check", "@alice check", "card", "test-alert"])
@@ -280,7 +288,7 @@ def test_the_wrapper_wants_root(command: str, wrapper: Wrapper) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["run", "", "--env-file mine", "--env-file=mine once", "--env-file=mine check"]
+    "line", ["run", "", "--env-file mine", "--env-file=mine once", "check --env-file mine"]
 )
 def test_what_the_wrapper_refuses(line: str, wrapper: Wrapper) -> None:
     """It does not run the daemon, nor a command of the service's with settings of the caller's."""
@@ -441,7 +449,8 @@ def test_a_full_disk_does_not_make_it_hourly(
     for status, said in ((1, REFUSED), (1, REFUSED), (0, FINE), (0, FINE)):
         assert teller.ended(CHECK, status, said) == 0
         teller.now += 3600
-    assert len(teller.mails) == len(teller.posts) == 2
+    assert teller.mails == teller.posts
+    assert [mail.split()[2] for mail in teller.mails] == ["NOT", "BACKED"]
 
 
 def test_a_way_that_works_is_remembered_before_the_next_is_tried(teller: Teller) -> None:
@@ -624,7 +633,7 @@ def test_a_post_that_never_ends_is_given_up(
 ) -> None:
     """Each part of the answer is in time; systemd would end the alert before it remembers."""
     monkeypatch.setattr(alert, "PATIENCE_SECONDS", 0.5)
-    with RawS3(lambda _: answers.continuing()) as server:
+    with RawS3(lambda _: islice(answers.continuing(), 1000)) as server:  # it lasts for 10 s
         monkeypatch.setenv("ALERT_URL", f"{server.endpoint}/secret")
         assert alert.main("test-alert") == 1
     assert capsys.readouterr().out == "<3>cannot send the message by ALERT_URL: TimeoutError\n"

@@ -32,7 +32,7 @@ from shared import OFTEN, TRY_AGAIN, Session, staged
 from bench.resources import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 DAY, YEAR = 86_400, 31_557_600
 
@@ -75,14 +75,6 @@ def names_in(fake: FakeS3) -> list[str]:
 
 def run(*command: str | Path) -> None:
     subprocess.run(command, check=True)
-
-
-@pytest.fixture
-def small_disk(staging: Path) -> Iterator[Path]:
-    """Put the staging directory on a file system of its own with room for a few versions."""
-    run("mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", staging)
-    yield staging
-    run("umount", "--lazy", staging)
 
 
 def test_staging_disk_is_full(
